@@ -1,0 +1,25 @@
+# A tiny ModernBERT encoder on Python's own documentation: minutes on two CPU cores.
+#   python data/pydocs/prepare.py && python pretrain_mlm.py configs/mlm_pydocs_tiny.py
+out_dir = "out/mlm_pydocs_tiny"
+data_dir = "data/pydocs"
+model_size = "modernbert-tiny"
+max_seq_len = 512
+vocab_size = 8192
+
+# 512 tokens x 16 rows = 8,192 tokens/step; 500 steps = 4.1M tokens
+batch_size = 8192
+device_batch_size = 8192
+max_steps = 500
+warmup_steps = max_steps // 20
+
+mask_prob = 0.3
+learning_rate = 3e-3
+min_lr = learning_rate / 50
+weight_decay = 0.01
+out_dropout = 0.0  # one pass over the data: nothing to regularise
+schedule = "wsd"
+decay_ratio = 0.3
+
+eval_interval = 100
+eval_tokens = 65536
+save_interval = 250

@@ -1,0 +1,39 @@
+# Ettin, phase 1 of 3 (arXiv 2507.11412): six sizes, encoders and decoders, from one file.
+#   torchrun --nproc_per_node=8 pretrain_mlm.py configs/pretrain_ettin.py --model_size=ettin-150m
+#   torchrun --nproc_per_node=8 pretrain_mlm.py configs/pretrain_ettin.py --model_size=ettin-150m \
+#       --objective=clm                       # the decoder that pairs: same tokens, same order
+# Then pretrain_ettin_ext.py, pretrain_ettin_decay.py and, crosswise, pretrain_ettin_cross.py.
+model_size = "ettin-17m"  # ettin-17m -32m -68m -150m -400m -1b
+objective = "mlm"  # clm: the decoder
+out_dir = f"out/{model_size}-{objective}"
+data_dir = "data/ettin"  # data/text/prepare.py with the ModernBERT tokenizer: see its readme
+
+# 4,608 rows x 1,024 tokens = 4,718,592 tokens/step; 1.7T tokens = 360,277 steps
+# 8 GPUs x 64 rows x 9 micro-batches; 400m: 8 x 32 x 18; 1b: 8 x 16 x 36
+max_seq_len = 1024
+batch_size = 4608 * max_seq_len
+device_batch_size = {"ettin-400m": 32, "ettin-1b": 16}.get(model_size, 64) * max_seq_len
+max_steps = None
+max_tokens = 1_700_000_000_000
+
+mask_prob = 0.3
+mask_all = False
+
+optimizer = "stable_adamw"  # clips each tensor's update, so the gradient is not clipped
+_peaks = {"17m": 3e-3, "32m": 3e-3, "68m": 3e-3, "150m": 8e-4, "400m": 5e-4, "1b": 5e-4}
+_decays = {"17m": 3e-4, "32m": 3e-4, "68m": 3e-4, "150m": 1e-5, "400m": 1e-5, "1b": 5e-5}
+_warmups = {"17m": 4, "32m": 4, "68m": 3, "150m": 3, "400m": 2, "1b": 2}  # billions of tokens
+_size = model_size.removeprefix("ettin-")
+learning_rate = _peaks[_size]
+# their decay is theta *= 1 - lr / peak * decay, ours (torch's) theta *= 1 - lr * decay
+weight_decay = _decays[_size] / learning_rate
+beta1, beta2, adam_eps = 0.9, 0.98, 1e-6
+grad_clip = 0.0
+schedule = "constant"
+warmup_tokens = _warmups[_size] * 1_000_000_000
+
+compile = True
+eval_interval = 2000
+eval_tokens = 4 * 1024 * 1024
+save_interval = 1800  # about 8.5B tokens
+keep_models = True  # every checkpoint stays usable

@@ -1,0 +1,18 @@
+# Ettin's cross-objective training: 50B tokens of the other objective, from the finished model.
+#   torchrun --nproc_per_node=8 pretrain_mlm.py configs/pretrain_ettin_cross.py \
+#       --model_size=ettin-150m --objective=clm      # encoder -> decoder
+# --objective=mlm is decoder -> encoder (the authors' blog says with MNTP's shifted labels).
+base = "pretrain_ettin_decay.py"
+_other = {"clm": "mlm", "mlm": "clm"}[objective]
+init_from = f"out/{model_size}-{_other}-decay/decay21193"  # weights only, a new schedule
+out_dir = f"out/{model_size}-{_other}-to-{objective}"
+checkpoint_prefix = "step"
+
+# half the peak rate, 3B warmup, the last 10B down to 2 %; 50B tokens = 10,597 steps
+max_tokens = 50_000_000_000
+learning_rate = _peaks[_size] / 2
+min_lr = 0.02 * learning_rate
+warmup_tokens = 3_000_000_000
+decay_ratio = None
+decay_tokens = 10_000_000_000
+decay_shape = "linear"

@@ -1,0 +1,82 @@
+"""
+Curves of one or several runs from their log.csv, as PNG:
+
+    python plot.py out/mlm
+    python plot.py out/a out/b --keys=loss,eval_loss,lr --out=curves.png
+
+Keys that differ only by a leading eval_ share a panel: training as a line, averaged over 1/30 of
+its length (not lr), with the raw curve faint behind it; evaluation as points. Needs matplotlib.
+"""
+
+import argparse
+import csv
+import os
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def read_curve(folder, key):
+    """([steps], [values]) of one column of folder/log.csv; rows without the key are left out."""
+    path = os.path.join(folder, "log.csv")
+    if not os.path.isfile(path):
+        raise SystemExit(f"{path}: no such file, so {folder} is not the out_dir of a run")
+    with open(path, encoding="utf-8") as f:
+        reader = csv.DictReader(f)
+        rows = [row for row in reader if row.get(key)]
+    if key not in reader.fieldnames:
+        raise SystemExit(f"{path} has no column {key!r}, only {', '.join(reader.fieldnames)}")
+    return [int(row["step"]) for row in rows], [float(row[key]) for row in rows]
+
+
+def smooth(values):
+    """Mean over a window of 1/30 of the curve around each point, narrower at the two ends. Centred:
+    an average of the past only would lag behind and show a falling loss too high."""
+    n, out = len(values), []
+    for i in range(n):
+        half = min(n // 60, i, n - 1 - i)
+        out.append(sum(values[i - half : i + half + 1]) / (2 * half + 1))
+    return out
+
+
+def plot(folders, keys, out):
+    panels = {}  # "loss" -> ["loss", "eval_loss"]
+    for key in keys:
+        panels.setdefault(key.removeprefix("eval_"), []).append(key)
+    fig, axes = plt.subplots(
+        len(panels), 1, figsize=(8, 1 + 3.5 * len(panels)), sharex=True, squeeze=False
+    )
+    for ax, (name, members) in zip(axes[:, 0], panels.items(), strict=True):
+        for i, folder in enumerate(folders):
+            for key in members:
+                steps, values = read_curve(folder, key)
+                label = f"{os.path.basename(os.path.normpath(folder))} {key}"
+                color = f"C{i % 10}"
+                if key.startswith("eval_"):
+                    style = {"marker": "o", "markersize": 5, "markeredgecolor": "black"}
+                    ax.plot(steps, values, ":", color=color, label=label, zorder=3, **style)
+                else:
+                    ax.plot(steps, values, color=color, alpha=0.25, linewidth=1)
+                    line = values if key == "lr" else smooth(values)
+                    ax.plot(steps, line, color=color, label=label, linewidth=1.8)
+        ax.set_ylabel(name)
+        ax.grid(alpha=0.3)
+        ax.legend()
+    axes[-1, 0].set_xlabel("step")
+    fig.tight_layout()
+    fig.savefig(out, dpi=150)
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", help="folders that hold a log.csv")
+    parser.add_argument("--keys", default="loss,eval_loss", help="columns of log.csv")
+    parser.add_argument("--out", default="curves.png")
+    args = parser.parse_args()
+    plot(args.runs, args.keys.split(","), args.out)
+    print(f"wrote {args.out}")

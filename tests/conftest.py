@@ -1,0 +1,60 @@
+"""pytest from the project root: `python -m pytest`, or `python -m pytest --slow` for all of it."""
+
+import os
+import sys
+
+import pytest
+
+# Test models are tiny: one thread is as fast as two there, and ranks do not fight for the cores.
+# Set before torch is imported; processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def toy_tokens(tmp_path_factory):
+    """A folder of token files: 400 documents of made-up but regular text, vocabulary 512."""
+    import numpy as np
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from data import vocab_size_of, write_meta, write_tokens
+
+    rng = np.random.default_rng(0)
+    words = [f"{a}{b}" for a in ("ta", "mo", "ri", "su", "ke") for b in ("n", "lo", "ma", "s")]
+    docs = []
+    for _ in range(400):
+        i, n = rng.integers(len(words)), rng.integers(5, 60)
+        docs.append(" ".join(words[(i + k * k) % len(words)] for k in range(n)))
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(docs, trainers.BpeTrainer(
+        vocab_size=512, special_tokens=["[CLS]", "[SEP]", "[PAD]", "[MASK]"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
+    bpe.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, cls_token="[CLS]", sep_token="[SEP]", bos_token="[CLS]",
+        eos_token="[SEP]", pad_token="[PAD]", mask_token="[MASK]")  # fmt: skip
+    folder, n = tmp_path_factory.mktemp("toy_tokens"), vocab_size_of(tokenizer)
+    ids = tokenizer(docs)["input_ids"]
+    splits = {"train": write_tokens(folder, "train", ids[:350], n)}
+    splits["val"] = write_tokens(folder, "val", ids[350:], n)
+    write_meta(folder, tokenizer, "toy", splits)
+    return str(folder)

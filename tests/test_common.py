@@ -1,0 +1,839 @@
+"""common.py and plot.py. The checks at the end run inside two gloo ranks, started once.
+
+python -m pytest tests/test_common.py
+"""
+
+import copy
+import csv
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)  # the ranks run this file as a script
+
+import common  # noqa: E402
+
+# ---- config ----
+
+SCRIPT = '''"""Train a thing.
+
+    python script.py x.py
+"""
+from math import pi, sqrt
+from os import path
+
+# ---- defaults ----
+# the length
+max_steps = 1000  # optimizer steps
+warmup_steps = 100
+learning_rate = 3e-4
+scale: float = 2
+betas = (0.9, 0.98)
+layers = [1, 2]
+compile = False
+out_dir = "out"
+clip: float | None = None
+revision: str | None = "main"
+_hidden = 3
+table = {"a": 1}
+# ---- functions ----
+def helper():
+    inside = 3
+    return inside
+if __name__ == "__main__":
+    from common import configure
+    local = 5
+    config = configure(globals())
+    after = 7
+'''
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run("--key=value", ..., "x.py") -> the script's globals; files = {name: text}."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "script.py").write_text(SCRIPT)
+
+    def call(*args, files=()):
+        for name, text in dict(files).items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+        monkeypatch.setattr(sys, "argv", ["script.py", *args])
+        return runpy.run_path("script.py", run_name="__main__")
+
+    return call
+
+
+def refusal(run, *args, files=()):
+    with pytest.raises(SystemExit) as caught:
+        run(*args, files=files)
+    return str(caught.value)
+
+
+def test_keys_are_the_scripts_own_defaults(run):
+    config = run()["config"]
+    assert config == dict(
+        max_steps=1000, warmup_steps=100, learning_rate=3e-4, scale=2.0, betas=(0.9, 0.98),
+        layers=[1, 2], compile=False, out_dir="out", clip=None, revision="main",
+    )  # fmt: skip
+    assert type(config["scale"]) is float
+
+
+@pytest.mark.parametrize(
+    "arg, value",
+    [
+        ("max_steps=200", 200),
+        ("max_steps=1_000", 1000),
+        ("learning_rate=1", 1.0),
+        ("learning_rate=1e-5", 1e-5),
+        ("compile=True", True),
+        ("clip=1", 1.0),
+        ("clip=None", None),
+        ("betas=(0.9,0.95)", (0.9, 0.95)),
+        ("betas=[0.9,0.95]", (0.9, 0.95)),
+        ("layers=(3,)", [3]),
+        ("out_dir=out/x=y", "out/x=y"),
+        ("out_dir=123", "123"),
+        ("out_dir='a b'", "a b"),
+        ("out_dir=", ""),
+        ("revision=None", None),
+        ("revision=1e5", "1e5"),
+    ],
+)
+def test_command_line_value(run, arg, value):
+    got = run(f"--{arg}")
+    key = arg.partition("=")[0]
+    assert got[key] == value and type(got[key]) is type(value)
+    assert got["config"][key] == value
+
+
+@pytest.mark.parametrize(
+    "arg, message",
+    [
+        ("--max_step=1", "unknown key 'max_step', did you mean 'max_steps'?"),
+        ("--max-steps=1", "did you mean 'max_steps'?"),
+        ("--zzzzzz=1", "unknown key 'zzzzzz', see --help"),
+        ("--pi=3", "unknown key 'pi'"),
+        ("--local=3", "unknown key 'local'"),
+        ("--_hidden=3", "unknown key '_hidden'"),
+        ("--table=3", "unknown key 'table'"),
+        ("--inside=3", "unknown key 'inside'"),
+        ("--compile", "--key=value"),
+        ("--compile=1", "compile takes bool, not 1"),
+        ("--compile=true", "compile takes bool, not 'true'"),
+        ("--max_steps=True", "max_steps takes int, not True"),
+        ("--max_steps=1e5", "max_steps takes int, not 100000.0"),
+        ("--max_steps=abc", "max_steps takes int, not 'abc'"),
+        ("--max_steps=None", "max_steps takes int, not None"),
+        ("--learning_rate=True", "learning_rate takes float, not True"),
+        ("--out_dir=None", "out_dir takes str, not None"),
+        ("--clip='a'", "clip takes float or None, not 'a'"),
+        ("--betas=0.9", "betas takes tuple, not 0.9"),
+    ],
+)
+def test_command_line_refusal(run, arg, message):
+    got = refusal(run, arg)
+    assert message in got and arg in got
+
+
+def test_a_default_of_none_needs_an_annotation(run, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT.replace("clip: float | None", "clip"))
+    with pytest.raises(TypeError, match="clip = None needs a type"):
+        runpy.run_path("script.py", run_name="__main__")
+
+
+def test_files_run_in_order_base_first(run):
+    files = {
+        "configs/x.py": 'base = "../base.py"\nimport math\n_n = 3\nmax_steps = int(math.pi * _n)\n'
+        "learning_rate = _base_rate * 2\nclip = 1\n",
+        "base.py": "_base_rate = 5.0\nmax_steps = 7\nwarmup_steps = max_steps * 2\n"
+        "compile = True\n",
+        "y.py": "warmup_steps += 1\n",
+    }
+    config = run("configs/x.py", "y.py", files=files)["config"]
+    assert (config["max_steps"], config["warmup_steps"], config["compile"]) == (9, 15, True)
+    assert config["learning_rate"] == 10.0 and config["clip"] == 1.0
+    assert type(config["clip"]) is float and config["out_dir"] == "out"
+
+
+@pytest.mark.parametrize("order", [("--max_steps=200", "x.py"), ("x.py", "--max_steps=200")])
+def test_command_line_holds_while_the_file_runs(run, order):
+    text = (
+        "max_steps = 5000\nmax_steps += 1\nwarmup_steps = max_steps // 10\n"
+        "def _half():\n    return max_steps / 2\n"
+        "learning_rate = _half()\nlayers = [max_steps + i for i in (1, 2)]\n"
+    )
+    config = run(*order, files={"x.py": text})["config"]
+    assert (config["max_steps"], config["warmup_steps"]) == (200, 20)
+    assert config["learning_rate"] == 100.0 and config["layers"] == [201, 202]
+    assert run("x.py", files={"x.py": text})["config"]["warmup_steps"] == 500
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("\nmax_stepz = 3\n", "x.py:2: unknown key 'max_stepz', did you mean 'max_steps'?"),
+        ("max_steps = 1\n\nmax_steps = 2.5\n", "x.py:3: max_steps takes int, not 2.5"),
+        ("compile = 1\n", "x.py:1: compile takes bool, not 1"),
+        ("for i in range(3):\n    pass\n", "x.py:1: unknown key 'i'"),
+        ("_a = 1\n_b = _a / 0\n", "x.py:2: ZeroDivisionError"),
+        ("def _f():\n    return 1 / 0\n\n_f()\n", "x.py:2: ZeroDivisionError"),
+        ("_a = 1\nmax_steps = = 3\n", "x.py:2: invalid syntax"),
+        ("base = 3\n", "x.py:1: base takes a quoted path"),
+        ("base = 'no.py'\n", "x.py -> no.py: No such file"),
+        ("base = 'x.py'\n", "x.py:1: base x.py leads back to itself"),
+        ("base = 'b.py'\n", "b.py:3: unknown key 'nope'"),
+    ],
+)
+def test_file_refusal(run, text, message):
+    assert message in refusal(run, "x.py", files={"x.py": text, "b.py": "\n\nnope = 1\n"})
+
+
+def test_file_missing(run):
+    assert refusal(run, "configs/none.py") == "configs/none.py: No such file or directory"
+
+
+def test_help_prints_docstring_and_defaults(run, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run("--help")
+    text = capsys.readouterr().out
+    assert caught.value.code == 0 and text.startswith("Train a thing.")
+    assert "# the length\nmax_steps = 1000  # optimizer steps\n" in text
+    assert "helper" not in text and "---" not in text and "import" not in text
+
+
+def test_saved_config_runs_again(run, tmp_path, capsys):
+    args = ["--out_dir=it's", "--clip=0.5", "--betas=(0.1, 1e-30)", "--compile=True", "--scale=3"]
+    config = run(*args)["config"]
+    assert "*compile=True" in capsys.readouterr().out
+    common.save_config(config, tmp_path / "saved.py")
+    assert run("saved.py")["config"] == config
+    assert run("saved.py", "--scale=4")["config"] == config | {"scale": 4.0}
+
+
+# ---- devices and seeds ----
+
+
+def test_dtype_of(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert common.dtype_of("bf16", cpu) is torch.bfloat16
+    assert common.dtype_of("fp32", cpu) is torch.float32
+    for capability, dtype in [((7, 5), torch.float32), ((8, 0), torch.bfloat16)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, c=capability: c)
+        assert common.dtype_of("auto", cuda) is dtype
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert common.dtype_of("auto", cpu) is torch.bfloat16
+    assert common.dtype_of("auto", torch.device("mps")) is torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+    assert common.dtype_of("auto", cpu) is torch.float32
+    with pytest.raises(SystemExit, match="not 'fp16'"):
+        common.dtype_of("fp16", cpu)
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA H20", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_peak_flops(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert common.peak_flops(torch.device("cuda", 0)) == peak
+    assert common.peak_flops(torch.device("cpu")) is None
+
+
+def test_seed_step_is_a_function_of_seed_step_and_rank():
+    def draw(*key):
+        common.seed_step(*key)
+        return tuple(torch.rand(4).tolist())
+
+    keys = [(s, t, r) for s in range(8) for t in range(32) for r in range(4)]
+    draws = {key: draw(*key) for key in keys}
+    assert len(set(draws.values())) == len(keys)  # (0, 1, 0), (1, 0, 0) and (0, 0, 1) differ, too
+    assert draws[3, 17, 2] == draw(3, 17, 2)
+
+
+def test_sums_without_ranks():
+    assert common.all_reduce_sum([1, 2.5, torch.tensor(3.0)]) == [1.0, 2.5, 3.0]
+
+
+def test_sigterm_sets_a_flag():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        stop_requested = common.catch_sigterm()
+        assert stop_requested() is False
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_requested() is True
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ---- checkpoints ----
+
+
+def write_checkpoint(out_dir, name, text="weights"):
+    tmp = common.begin_checkpoint(out_dir, name)
+    os.makedirs(os.path.join(tmp, "1_Pooling"))
+    for file in ("model.safetensors", "1_Pooling/config.json", "training_state.pt"):
+        with open(os.path.join(tmp, file), "w") as f:
+            f.write(text)
+    return common.commit_checkpoint(tmp)
+
+
+def names(out_dir):
+    return sorted(os.listdir(out_dir))
+
+
+def test_checkpoint_is_listed_and_found(tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert common.latest_checkpoint(out, "step") is None
+    for name in ("step9", "step10", "ext99", "stepx"):
+        path = write_checkpoint(out, name)
+    assert path == os.path.join(out, "stepx") and "step10" in names(out)
+    assert json.load(open(f"{out}/step10/complete.json")) == {
+        "1_Pooling/config.json": 7, "model.safetensors": 7, "training_state.pt": 7
+    }  # fmt: skip
+    assert common.latest_checkpoint(out, "step") == os.path.join(out, "step10")  # by number
+    assert common.latest_checkpoint(out, "ext") == os.path.join(out, "ext99")
+    assert common.latest_checkpoint(out, "decay") is None
+    assert capsys.readouterr().out == ""
+
+
+def test_checkpoint_replaces_one_of_the_same_name(tmp_path):
+    write_checkpoint(tmp_path, "step1")
+    stale = tmp_path / "step1" / "old_file"
+    stale.write_text("x")
+    assert (tmp_path / common.begin_checkpoint(tmp_path, "step1")).is_dir()
+    assert common.latest_checkpoint(tmp_path, "step") == str(tmp_path / "step1")
+    write_checkpoint(tmp_path, "step1", "newer weights")
+    assert not stale.exists() and names(tmp_path) == ["step1"]
+    assert (tmp_path / "step1" / "model.safetensors").read_text() == "newer weights"
+
+
+def tear_list(path):
+    (path / "complete.json").unlink()
+
+
+def tear_list_text(path):
+    (path / "complete.json").write_text('{"model.sa')
+
+
+def tear_size(path):
+    (path / "model.safetensors").write_text("weight")
+
+
+def tear_file(path):
+    (path / "1_Pooling" / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "tear, reason",
+    [
+        (tear_list, "complete.json is missing or broken (FileNotFoundError)"),
+        (tear_list_text, "complete.json is missing or broken (JSONDecodeError)"),
+        (tear_size, "model.safetensors should have 7 bytes, found 6"),
+        (tear_file, "1_Pooling/config.json should have 7 bytes, found no file"),
+    ],
+)
+def test_torn_checkpoint_is_skipped(tmp_path, capsys, tear, reason):
+    write_checkpoint(tmp_path, "step1")
+    write_checkpoint(tmp_path, "step2")
+    tear(tmp_path / "step2")
+    assert common.latest_checkpoint(tmp_path, "step") == str(tmp_path / "step1")
+    assert capsys.readouterr().out == f"checkpoint {tmp_path / 'step2'} skipped: {reason}\n"
+    common.prune_checkpoints(tmp_path, "step", 1, False)  # the torn one does not count as one
+    assert names(tmp_path) == ["step1", "step2"]
+
+
+def test_killed_before_the_rename(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, "step2", "old")
+    monkeypatch.setattr(os, "rename", lambda a, b: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path, "step2", "new")
+    monkeypatch.undo()
+    assert names(tmp_path) == [".tmp-step2"]  # the worst moment: the old one is gone
+    common.begin_checkpoint(tmp_path, "step3")  # and one killed while it was written
+    assert common.latest_checkpoint(tmp_path, "step") == str(tmp_path / "step2")
+    assert (tmp_path / "step2" / "model.safetensors").read_text() == "new"
+    common.prune_checkpoints(tmp_path, "step", 0, False)
+    assert names(tmp_path) == ["step2"]
+
+
+def test_prune_keeps_the_last_and_the_best(tmp_path):
+    for step in (1, 2, 3, 10, 20):
+        write_checkpoint(tmp_path, f"step{step}")
+    write_checkpoint(tmp_path, "ext1")
+    common.prune_checkpoints(tmp_path, "step", 0, False)
+    assert len(names(tmp_path)) == 6
+    common.prune_checkpoints(tmp_path, "step", 2, False, best="step2")
+    assert names(tmp_path) == ["ext1", "step10", "step2", "step20"]
+    common.prune_checkpoints(tmp_path, "step", 1, False, best=str(tmp_path / "step2"))
+    assert names(tmp_path) == ["ext1", "step2", "step20"]
+    common.prune_checkpoints(tmp_path, "step", 1, False)
+    assert names(tmp_path) == ["ext1", "step20"]
+
+
+def test_prune_can_keep_models(tmp_path, capsys):
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, f"step{step}")
+    common.prune_checkpoints(tmp_path, "step", 1, True, best="step1")
+    assert names(tmp_path / "step2") == ["1_Pooling", "complete.json", "model.safetensors"]
+    assert "training_state.pt" in names(tmp_path / "step1")
+    tear_list(tmp_path / "step3")
+    assert common.latest_checkpoint(tmp_path, "step") == str(tmp_path / "step1")
+    assert "step2 skipped: a model only" in capsys.readouterr().out
+    common.prune_checkpoints(tmp_path, "step", 1, True)  # models stay whatever their number
+    assert names(tmp_path) == ["step1", "step2", "step3"]
+
+
+# ---- the log ----
+
+
+def rows_of(folder):
+    with open(os.path.join(folder, "log.csv")) as f:
+        return list(csv.DictReader(f))
+
+
+def test_log_line_and_csv(tmp_path, capsys, monkeypatch):
+    clock = iter([100.0, 101.0, 102.0, 104.0])
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
+    columns = ["loss", "acc", "gnorm", "lr", "tok_s", "mfu", "eval_loss"]
+    log = common.open_log(tmp_path, columns, 1000)
+    line = dict(loss=2.3456, acc=0.412, gnorm=1.0299, lr=3e-4, tok_s=128000, mfu=0.412)
+    log(110, line | {"mfu": None})
+    log(120, line)
+    log(120, {"eval_loss": 1 / 3})
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert "eta" not in first and "mfu" not in first
+    assert second == (
+        "step   120/1000 | loss 2.3456 | acc 0.412 | gnorm 1.03 | lr 3.00e-04 | 128,000 tok/s "
+        "| mfu 41.2% | eta 1m28s"
+    )
+    assert third == "step   120/1000 | eval_loss 0.3333"
+    one, two, three = rows_of(tmp_path)
+    assert list(one) == ["step", *columns, "eta"]
+    assert float(two["loss"]) == 2.3456 and two["eval_loss"] == "" and float(two["eta"]) == 88.0
+    assert float(three["eval_loss"]) == 1 / 3 and three["loss"] == "" and one["mfu"] == ""
+    with pytest.raises(KeyError, match="los"):
+        log(121, {"los": 1.0})
+    with pytest.raises(SystemExit, match="tracker"):
+        common.open_log(tmp_path, columns, 1000, tracker="mlflow")
+
+
+def test_resumed_log_is_cut_back(tmp_path):
+    log = common.open_log(tmp_path, ["loss", "old"], 200)
+    for step in (5, 10, 15, 100):
+        log(step, {"loss": step / 3, "old": 1})
+    with open(tmp_path / "log.csv", "a") as f:
+        f.write("1")  # killed while writing 105: this is not step 1
+    log = common.open_log(tmp_path, ["loss", "new"], 200, start_step=10)
+    log(15, {"loss": 7, "new": 8})
+    rows = rows_of(tmp_path)
+    assert [int(r["step"]) for r in rows] == [5, 10, 15]
+    assert [float(r["loss"]) for r in rows] == [5 / 3, 10 / 3, 7]  # every bit
+    assert [(r["new"], r["old"]) for r in rows] == [("", "1.0"), ("", "1.0"), ("8.0", "")]
+    common.open_log(tmp_path, ["loss"], 200)  # a fresh run starts a fresh file
+    assert rows_of(tmp_path) == []
+
+
+def test_log_is_rank_0s(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    common.open_log(tmp_path / "x", ["loss"], 10)(1, {"loss": 1.0})
+    assert not (tmp_path / "x").exists() and capsys.readouterr().out == ""
+
+
+def test_tensorboard_gets_the_numbers(tmp_path, monkeypatch):
+    got = []
+
+    class Board:
+        def __init__(self, folder, purge_step):
+            got.append((folder, purge_step))
+
+        def add_scalar(self, key, value, step):
+            got.append((key, value, step))
+
+        def flush(self):
+            pass
+
+    fake = type(sys)("torch.utils.tensorboard")
+    fake.SummaryWriter = Board
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    common.open_log(tmp_path, ["loss"], 10, 4, "tensorboard")(5, {"loss": 2})
+    assert got == [(tmp_path, 5), ("loss", 2.0, 5)]
+
+
+def test_format_time():
+    times = [common.format_time(s) for s in (0.4, 59.6, 192, 7500, 90061)]
+    assert times == ["0s", "1m00s", "3m12s", "2h05m", "25h01m"]
+
+
+def test_plot_writes_a_png(tmp_path):
+    for run in "ab":
+        log = common.open_log(tmp_path / run, ["loss", "lr", "eval_loss"], 50)
+        for step in range(1, 51):
+            log(step, {"loss": 1 / step, "lr": 0.1})
+        log(50, {"eval_loss": 0.5})
+    command = [sys.executable, os.path.join(ROOT, "plot.py"), "a", "b"]
+    subprocess.run([*command, "--keys=loss,eval_loss,lr"], cwd=tmp_path, check=True)
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    bad = subprocess.run([*command, "--keys=acc"], cwd=tmp_path, capture_output=True, text=True)
+    assert bad.returncode and "no column 'acc', only step, loss, lr, eval_loss, eta" in bad.stderr
+
+
+def test_smooth_averages_and_does_not_lag():
+    import plot
+
+    falling = [-0.3 * i for i in range(300)]
+    assert plot.smooth(falling) == pytest.approx(falling)
+    assert plot.smooth([5.0, 1.0]) == [5.0, 1.0]  # too short to smooth
+    noisy = plot.smooth([(-1.0) ** i for i in range(300)])
+    assert noisy[0] == 1.0 and max(map(abs, noisy[10:-10])) < 0.1
+
+
+# ---- StableAdamW ----
+
+
+def stable_adamw_by_loop(params, grads_of_steps, lr, betas, eps, weight_decay):
+    """The update of the paper, a tensor at a time. -> (params, how often an update was clipped)"""
+    theta = [p.clone() for p in params]
+    m, v, clipped = [0.0] * len(theta), [0.0] * len(theta), 0
+    for t, grads in enumerate(grads_of_steps, 1):
+        b1, b2 = (b * (1 - b ** (t - 1)) / (1 - b**t) for b in betas)
+        for i, g in enumerate(grads):
+            m[i] = b1 * m[i] + (1 - b1) * g
+            v[i] = b2 * v[i] + (1 - b2) * g * g
+            rms = (g * g / torch.clamp(v[i], min=eps**2)).mean().sqrt().item()
+            clipped += rms > 1.001
+            lr_t = lr / max(1.0, rms)
+            theta[i] = theta[i] * (1 - lr_t * weight_decay)
+            theta[i] = theta[i] - lr_t * m[i] / (v[i].sqrt() + eps)
+    return theta, clipped
+
+
+SHAPES = [(7, 5), (3,), (1, 4), (2, 3, 2)]
+
+
+def some_gradients(steps):
+    torch.manual_seed(1)
+    sizes = [1e-7, 1.0, 1e-3, 1.0]  # the first is below eps
+    return [
+        [
+            torch.randn(shape, dtype=torch.float64) * size * (50 if t == 3 else 1)
+            for shape, size in zip(SHAPES, sizes, strict=True)
+        ]
+        for t in range(steps)
+    ]
+
+
+def test_stable_adamw_is_the_papers_loop():
+    torch.manual_seed(0)
+    start = [torch.randn(s, dtype=torch.float64) for s in SHAPES]
+    grads = some_gradients(8)
+    how = dict(lr=0.05, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    expected, clipped = stable_adamw_by_loop(start, grads, **how)
+    params = [nn.Parameter(p.clone()) for p in start]
+    frozen = nn.Parameter(torch.ones(2))
+    optimizer = common.StableAdamW([*params, frozen], **how)
+    for now in grads:
+        for p, g in zip(params, now, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+        assert all(torch.equal(p.grad, g) for p, g in zip(params, now, strict=True))
+    assert 3 < clipped < 32 - 3  # both sides of the clipping were met
+    for p, e in zip(params, expected, strict=True):
+        assert torch.allclose(p, e, rtol=1e-12, atol=1e-14)
+    assert torch.equal(frozen, torch.ones(2)) and not optimizer.state[frozen]
+
+
+def test_stable_adamw_is_adamw_where_nothing_is_clipped():
+    params = [nn.Parameter(torch.ones(5, dtype=torch.float64)) for _ in range(2)]
+    how = dict(lr=1e-2, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.3)
+    ours, torchs = common.StableAdamW(params[:1], **how), torch.optim.AdamW(params[1:], **how)
+    for t in range(6):  # a shrinking gradient
+        for p in params:
+            p.grad = torch.linspace(1, 2, 5, dtype=torch.float64) * 0.7**t
+        ours.step(), torchs.step()
+    # AdamW decays before the step and adds eps to sqrt(v / correction): terms of 1e-2 * eps
+    assert torch.allclose(*params, rtol=1e-7)
+
+
+def test_hyperparameters_stay_the_scripts_on_resume():
+    p = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+    old = torch.optim.AdamW(p, lr=1.0, weight_decay=0.5)
+    for q in p:
+        q.grad = torch.ones_like(q)
+    old.step()
+    new = torch.optim.AdamW(p, lr=2.0, weight_decay=0.25)
+    common.load_optimizer_state([new], common.optimizer_state([old]))
+    assert new.param_groups[0]["lr"] == 2.0 and new.param_groups[0]["weight_decay"] == 0.25
+    assert torch.equal(new.state[p[0]]["exp_avg"], old.state[p[0]]["exp_avg"])
+    other = torch.optim.AdamW([{"params": p[:1]}, {"params": p[1:]}])
+    with pytest.raises(ValueError, match=r"AdamW: tensors per group \[2\], not \[1, 1\]"):
+        common.load_optimizer_state([other], common.optimizer_state([old]))
+
+
+# ---- two ranks: check_* run in both, in this order ----
+
+
+class Toy(nn.Module):
+    """7 and 1 rows do not divide by two: ranks hold uneven shards, and an empty one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 7), nn.Linear(7, 1)
+        self.double()
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def toy(seed, weights=None):
+    torch.manual_seed(seed)
+    model = Toy()
+    if weights:
+        model.load_state_dict(weights)
+    return model
+
+
+def toy_batch(step):
+    g = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 5, generator=g, dtype=torch.float64)
+    return x, x.sum(1, keepdim=True) * (200 if step == 3 else 1)  # a jump, so that RMS > 1
+
+
+def toy_train(model, optimizer, steps, ranks=slice(None)):
+    for step in steps:
+        x, y = (t[ranks] for t in toy_batch(step))
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def wrap(model, kind):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.nn.parallel import DistributedDataParallel
+
+    inner = torch.optim.AdamW if "adamw" in kind else common.StableAdamW
+    if kind.startswith(("fsdp", "hsdp")):
+        mesh = None
+        if kind.startswith("hsdp"):
+            mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+        for layer in (model.first, model.second):
+            fully_shard(layer, mesh=mesh)
+        model = fully_shard(model, mesh=mesh)
+    else:
+        model = DistributedDataParallel(model)
+    how = dict(lr=0.02, weight_decay=0.1)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2]},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if "zero" in kind:
+        return model, ZeroRedundancyOptimizer(groups, optimizer_class=inner, **how)
+    return model, inner(groups, **how)
+
+
+def check_setup(folder):
+    os.cpu_count = lambda: 6
+    rank, world_size, local_rank, device = common.setup_distributed()
+    assert (rank, world_size, local_rank) == (int(os.environ["RANK"]), 2, rank)
+    assert device == torch.device("cpu") and dist.get_backend() == "gloo"
+    assert torch.get_num_threads() == 3  # the cores over the ranks, not torchrun's one
+    torch.set_num_threads(1)
+
+
+def check_sums(folder):
+    rank = dist.get_rank()
+    tiny = 2.0**-40  # lost in float32
+    assert common.all_reduce_sum([rank + 1, rank * 0.5, 1 + rank * tiny]) == [3.0, 0.5, 2 + tiny]
+
+
+def check_checkpoint_is_one_answer(folder):
+    out = os.path.join(folder, "plain")
+    tmp = common.begin_checkpoint(out, "step4")
+    assert os.path.isdir(tmp)
+    if dist.get_rank() == 0:
+        with open(os.path.join(tmp, "training_state.pt"), "w") as f:
+            f.write("x")
+    rename = os.rename
+    os.rename = lambda *names: (time.sleep(0.3), rename(*names))  # the other rank waits for it
+    path = common.commit_checkpoint(tmp)
+    os.rename = rename
+    assert os.path.isdir(path)
+    assert path == os.path.join(out, "step4") == common.latest_checkpoint(out, "step")
+    common.prune_checkpoints(out, "step", 1, False)
+    assert names(out) == ["step4"]
+
+
+def check_resume(folder, kind):
+    """Three steps, a checkpoint, two more; a fresh start from the checkpoint gives the same bits.
+    And one process with all of the batch, from the same start and from the checkpoint, agrees."""
+    rank, steps = dist.get_rank(), range(5)
+    half = slice(4 * rank, 4 * rank + 4)
+    model, optimizer = wrap(toy(0), kind)
+    start = copy.deepcopy(common.full_state_dict(model))
+    toy_train(model, optimizer, steps[:3], half)
+    weights, optim = common.full_state_dict(model), common.optimizer_state([optimizer])
+    assert bool(weights) == bool(optim) == (rank == 0)
+    tmp = common.begin_checkpoint(os.path.join(folder, kind), "step3")
+    if rank == 0:
+        assert set(weights) == set(Toy().state_dict())
+        torch.save(weights, os.path.join(tmp, "weights.pt"))
+        torch.save({"step": 3, "optimizers": optim}, os.path.join(tmp, "training_state.pt"))
+    common.commit_checkpoint(tmp)
+    toy_train(model, optimizer, steps[3:], half)
+    unbroken, unbroken_optim = common.full_state_dict(model), common.optimizer_state([optimizer])
+
+    last = common.latest_checkpoint(os.path.join(folder, kind), "step")
+    saved = torch.load(f"{last}/weights.pt", weights_only=True)
+    where = f"{last}/training_state.pt"
+    state = torch.load(where, map_location="cpu", weights_only=True, mmap=True)
+    model, optimizer = wrap(toy(1, saved), kind)
+    common.load_optimizer_state([optimizer], copy.deepcopy(state["optimizers"]))
+    toy_train(model, optimizer, steps[state["step"] :], half)
+    resumed, resumed_optim = common.full_state_dict(model), common.optimizer_state([optimizer])
+    for name in unbroken:
+        assert torch.equal(unbroken[name], resumed[name]), name
+    if rank == 0:
+        for one, two in zip(unbroken_optim, resumed_optim, strict=True):
+            assert one["param_groups"] == two["param_groups"]
+            assert len(one["state"]) == 4
+            for i, values in one["state"].items():
+                assert values.keys() == two["state"][i].keys() and len(values) == 3
+                for key, value in values.items():
+                    other = two["state"][i][key]
+                    assert torch.equal(torch.as_tensor(value), torch.as_tensor(other))
+
+    if rank == 0:  # alone: plain modules and optimizers, the checkpoint's format is the same
+        for weights, states, todo in [(start, [], steps), (saved, state["optimizers"], steps[3:])]:
+            alone = toy(2, weights)
+            cls = torch.optim.AdamW if "adamw" in kind else common.StableAdamW
+            groups = [
+                {"params": [p for p in alone.parameters() if p.ndim >= 2]},
+                {"params": [p for p in alone.parameters() if p.ndim < 2], "weight_decay": 0.0},
+            ]
+            optimizer = cls(groups, lr=0.02, weight_decay=0.1)
+            if states:
+                common.load_optimizer_state([optimizer], states)
+            toy_train(alone, optimizer, todo)
+            for name, tensor in alone.state_dict().items():
+                assert torch.allclose(tensor, resumed[name], rtol=1e-10, atol=1e-12), name
+
+
+def check_ddp_adamw(folder):
+    check_resume(folder, "ddp-adamw")
+
+
+def check_ddp_stable(folder):
+    check_resume(folder, "ddp-stable")
+
+
+def check_zero_stable(folder):
+    check_resume(folder, "zero-stable")
+
+
+def check_fsdp_adamw(folder):
+    check_resume(folder, "fsdp-adamw")
+
+
+def check_fsdp_stable(folder):
+    check_resume(folder, "fsdp-stable")
+
+
+def check_hsdp_stable(folder):
+    check_resume(folder, "hsdp-stable")
+
+
+def check_names_of_compiled_blocks(folder):
+    model = toy(0)
+    model.first.compile()
+    ddp = nn.parallel.DistributedDataParallel(model)
+    whole = torch.compile(toy(0))
+    for wrapped in (ddp, whole):
+        state = common.full_state_dict(wrapped)
+        if dist.get_rank() == 0:
+            assert set(state) == set(Toy().state_dict())
+
+
+def check_torchs_own_clipping_on_shards(folder):
+    """clip_grad_norm_ of torch does for fully_shard: the norm is global, after .full_tensor()."""
+    half = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+    sharded, _ = wrap(toy(0), "fsdp-adamw")
+    alone = toy(0)
+    for model, ranks in ((sharded, half), (alone, slice(None))):
+        x, y = (t[ranks] for t in toy_batch(0))
+        F.mse_loss(model(x), y).backward()
+    norm = nn.utils.clip_grad_norm_(sharded.parameters(), 0.1).full_tensor()
+    expected = nn.utils.clip_grad_norm_(alone.parameters(), 0.1)
+    assert torch.allclose(norm, expected, rtol=1e-12)
+    for p, q in zip(sharded.parameters(), alone.parameters(), strict=True):
+        assert torch.allclose(p.grad.full_tensor(), q.grad, rtol=1e-10)
+
+
+CHECKS = {name: f for name, f in globals().items() if name.startswith("check_")}
+CHECKS.pop("check_resume")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """{check: what both ranks say of it}; starts the ranks."""
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    settings = dict(WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    settings |= dict(OMP_NUM_THREADS=1, CUDA_VISIBLE_DEVICES="")
+    ranks = []
+    for rank in range(2):
+        own = settings | {"RANK": rank, "LOCAL_RANK": rank}
+        env = os.environ | {key: str(value) for key, value in own.items()}
+        ranks.append(subprocess.Popen([sys.executable, __file__, folder], env=env))
+    for process in ranks:
+        try:
+            process.wait(timeout=100)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    said = [json.load(open(f"{folder}/{rank}.json")) for rank in range(2)]
+    return {name: [one.get(name, "never finished") for one in said] for name in CHECKS}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_in_two_ranks(outcomes, name):
+    assert outcomes[name] == ["ok", "ok"], "\n".join(outcomes[name])
+
+
+if __name__ == "__main__":  # one rank
+    said = {}
+    for name, check in CHECKS.items():
+        try:
+            check(sys.argv[1])
+            said[name] = "ok"
+        except Exception:
+            said[name] = traceback.format_exc()
+        with open(f"{sys.argv[1]}/{os.environ['RANK']}.json", "w") as f:
+            json.dump(said, f)
+    dist.destroy_process_group()

@@ -1,0 +1,303 @@
+"""pretrain_mlm.py: what it masks, and tiny runs of it, whole, killed and resumed, on 1-3 ranks.
+
+    python -m pytest tests/test_pretrain.py
+"""
+
+import csv
+import json
+import os
+import random
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import pretrain_mlm
+from data import make_seqs, open_tokens, read_row
+from model import from_pretrained
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TINY = """
+model_size = "modernbert-tiny"
+vocab_size = 512
+max_seq_len = 64
+batch_size = 768  # 12 rows: divisible by 1, 2 and 3 ranks
+device_batch_size = 256
+max_steps = 8
+learning_rate = 3e-3
+log_interval = 1
+eval_interval = 4
+eval_tokens = 640
+save_interval = 4
+dtype = "fp32"
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(toy_tokens, tmp_path_factory):
+    """A config file for the smallest run."""
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    path.write_text(TINY + f"data_dir = {str(toy_tokens)!r}\n")
+    return str(path)
+
+
+def arguments(config, out_dir, *more):
+    return [os.path.join(ROOT, "pretrain_mlm.py"), config, f"--out_dir={out_dir}", *more]
+
+
+def run(config, out_dir, *more):
+    """The script in this process, as `python pretrain_mlm.py` runs it."""
+    old, sys.argv = sys.argv, arguments(config, out_dir, *more)
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.argv = old
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return losses(out_dir)
+
+
+def start(ranks, config, out_dir, *more):
+    """The script in processes of its own group, to be waited for or killed."""
+    launch = [sys.executable]
+    if ranks > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.Popen(
+        launch + arguments(config, out_dir, *more), cwd=ROOT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def run_ranks(ranks, argvs):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += [f"--nproc_per_node={ranks}", os.path.join(ROOT, "tests", "run_many.py")]
+    done = subprocess.run(
+        launch + [json.dumps(argvs)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def losses(out_dir, column="loss"):
+    """{step: value} of log.csv, every bit of it."""
+    with open(os.path.join(out_dir, "log.csv"), newline="") as f:
+        return {int(row["step"]): float(row[column]) for row in csv.DictReader(f) if row[column]}
+
+
+def weights(out_dir, step=8):
+    with open(os.path.join(out_dir, f"step{step}", "model.safetensors"), "rb") as f:
+        return f.read()
+
+
+def wait_for_step(process, out_dir, step):
+    """Until log.csv has the step and a checkpoint is there; fails if the process ends before."""
+    path, deadline = os.path.join(out_dir, "log.csv"), time.time() + 120
+    while time.time() < deadline:
+        if os.path.exists(path) and step in losses(out_dir):
+            return
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} did not come")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny, tmp_path_factory):
+    """The run on one rank that others are compared with."""
+    out_dir = tmp_path_factory.mktemp("unbroken")
+    run(tiny, out_dir)
+    return out_dir
+
+
+# ---- what is asked of the model ----
+
+
+def test_masking_counts_and_spares_special_tokens():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 100, 200_000)
+    ordinary = np.arange(5, 100)  # 0-4 are special
+    inputs, rows, targets = pretrain_mlm.mask_tokens(ids, rng, 0.3, False, 3, ordinary)
+    assert (ids[rows] == targets).all() and (targets >= 5).all()
+    untouched = np.setdiff1d(np.arange(len(ids)), rows)
+    assert (inputs[untouched] == ids[untouched]).all()
+    n = (ids >= 5).sum()
+    assert abs(len(rows) / n - 0.3) < 0.005
+    masked, kept = (inputs[rows] == 3).mean(), (inputs[rows] == targets).mean()
+    assert abs(masked - 0.8) < 0.01
+    assert abs(kept - (0.1 + 0.1 / 95)) < 0.01  # 10 % stay, and some draw themselves
+    swapped = inputs[rows][(inputs[rows] != 3) & (inputs[rows] != targets)]
+    assert (swapped >= 5).all()
+
+    inputs, rows, _ = pretrain_mlm.mask_tokens(ids, rng, 0.2, True, 3, ordinary)
+    assert (inputs[rows] == 3).all() and abs(len(rows) / n - 0.2) < 0.005
+
+
+def test_next_tokens_stop_at_the_end_of_each_document():
+    lengths, ids = [3, 1, 4], np.arange(10, 18)
+    rows, targets = pretrain_mlm.next_tokens(ids, lengths)
+    expected, first = [], 0
+    for n in lengths:  # the plain loop
+        expected += [(first + i, ids[first + i + 1]) for i in range(n - 1)]
+        first += n
+    assert list(zip(rows, targets, strict=True)) == expected
+
+
+def test_ranks_share_the_rows_and_masks_of_one_rank(toy_tokens):
+    tokens = open_tokens(toy_tokens, "train")
+    n_rows = len(tokens.tokens) // 64
+    s = dict(objective="mlm", max_seq_len=64, mask_prob=0.3, mask_all=False, mask_id=3, seed=5,
+             n_rows=n_rows, ordinary=np.arange(4, 512), rows_per_step=12)  # fmt: skip
+
+    def rows_of(world_size):
+        found = {}
+        for rank in range(world_size):
+            mine = s | dict(rank=rank, world_size=world_size, rows_per_batch=2)
+            for step, batches in enumerate(pretrain_mlm.train_batches(tokens, 0, 3, mine)):
+                for inputs, _, rows, targets in batches:
+                    for i, row in enumerate(inputs.view(-1, 64)):
+                        here = (rows >= i * 64) & (rows < i * 64 + 64)
+                        key = step, tuple(row.tolist())
+                        labels = (rows[here] - i * 64).tolist(), targets[here].tolist()
+                        found[key] = labels
+        return found
+
+    assert rows_of(1) == rows_of(2) == rows_of(3)
+
+
+def test_encoder_and_decoder_see_the_same_tokens(toy_tokens):
+    tokens = open_tokens(toy_tokens, "train")
+    s = dict(max_seq_len=64, mask_prob=0.3, mask_all=False, mask_id=3, seed=1, rank=0, n_rows=20,
+             world_size=1, ordinary=np.arange(4, 512), rows_per_step=4, rows_per_batch=4)  # fmt: skip
+    mlm = next(pretrain_mlm.train_batches(tokens, 2, 3, s | {"objective": "mlm"}))[0]
+    clm = next(pretrain_mlm.train_batches(tokens, 2, 3, s | {"objective": "clm"}))[0]
+    restored = mlm[0].clone()
+    restored[mlm[2]] = mlm[3]
+    assert torch.equal(restored, clm[0]) and mlm[1].lengths == clm[1].lengths
+
+
+def test_learning_rates():
+    def rate(step, schedule, **kw):
+        settings = dict(peak=1.0, floor=0.1, warmup=10, decay=90, decay_shape="sqrt") | kw
+        return pretrain_mlm.learning_rate_at(step, 100, schedule=schedule, **settings)
+
+    assert rate(0, "cosine") == 0.1 and rate(9, "linear") == 1.0
+    assert rate(55, "cosine") == pytest.approx(0.55) and rate(55, "linear") == pytest.approx(0.55)
+    assert rate(99, "constant") == 1.0
+    assert rate(79, "wsd", decay=20) == 1.0
+    assert rate(85, "wsd", decay=20) == pytest.approx(0.1 + 0.9 * (1 - 0.25**0.5))
+    assert rate(85, "wsd", decay=20, decay_shape="linear") == pytest.approx(0.1 + 0.9 * 0.75)
+    assert rate(60, "cosine", decay=40) == 0.1
+    assert rate(50, "cosine", decay=40) == pytest.approx(0.1)
+    assert pretrain_mlm.in_steps(None, 1000, 0.5, 100, 7) == 10
+    assert pretrain_mlm.in_steps(3, 1000, 0.5, 100, 7) == 3
+    assert pretrain_mlm.in_steps(None, None, 0.5, 100, 8) == 4
+
+
+# ---- whole runs ----
+
+
+def test_a_run_learns_and_its_folder_loads_in_transformers(unbroken, toy_tokens):
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    curve = losses(unbroken)
+    assert list(curve) == list(range(1, 9)) and curve[8] < curve[1] - 0.3
+    assert sorted(losses(unbroken, "eval_loss")) == [4, 8]
+    folder = os.path.join(unbroken, "step8")
+    ids = read_row(open_tokens(toy_tokens, "val"), 0, 64)[0]
+    theirs = AutoModelForMaskedLM.from_pretrained(folder).eval()
+    ours = from_pretrained(folder).eval()
+    with torch.no_grad():
+        a = ours(torch.from_numpy(ids), make_seqs([64]), rows=torch.arange(64))
+        b = theirs(input_ids=torch.from_numpy(ids)[None]).logits[0]
+    assert (a - b).abs().max() < 1e-4
+    assert AutoTokenizer.from_pretrained(folder).mask_token == "[MASK]"
+
+
+def test_accumulation_equals_one_batch(tiny, unbroken, tmp_path):
+    more = ["--out_dropout=0.0", "--max_steps=4"]
+    whole = run(tiny, tmp_path, *more, "--device_batch_size=768")
+    parts = run(tiny, tmp_path / "b", *more, "--device_batch_size=64")
+    assert whole == pytest.approx(parts, rel=1e-5)
+    assert whole != losses(unbroken)  # dropout acts
+
+
+def test_killed_and_resumed_is_bit_equal(tiny, tmp_path, capsys):
+    whole = run(tiny, tmp_path / "whole", "--max_steps=20")
+    process = start(1, tiny, tmp_path / "broken", "--max_steps=20")
+    wait_for_step(process, tmp_path / "broken", random.randint(6, 14))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    capsys.readouterr()
+    resumed = run(tiny, tmp_path / "broken", "--max_steps=20", "--resume=True")
+    step = int(re.search(r"resumed .*, after step (\d+)", capsys.readouterr().out)[1])
+    assert step < 20 and resumed == whole
+    evals = [losses(tmp_path / name, "eval_loss") for name in ("whole", "broken")]
+    assert evals[0] == evals[1] and sorted(evals[0]) == [4, 8, 12, 16, 20]
+    assert weights(tmp_path / "broken", 20) == weights(tmp_path / "whole", 20)
+
+
+def test_sigterm_saves_and_exits(tiny, unbroken, tmp_path):
+    process = start(1, tiny, tmp_path, "--save_interval=1000", "--max_steps=100000")
+    wait_for_step(process, tmp_path, 3)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    last = max(losses(tmp_path))
+    assert f"saved {tmp_path}/step{last}" in out
+
+
+def test_a_torn_checkpoint_is_skipped(tiny, unbroken, tmp_path, capsys):
+    run(tiny, tmp_path)
+    weights = tmp_path / "step8" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    resumed = run(tiny, tmp_path, "--resume=True")
+    out = capsys.readouterr().out
+    assert "step8 skipped" in out and "after step 4" in out
+    assert resumed == losses(unbroken)
+
+
+def test_three_ranks_killed_and_resumed_are_bit_equal(tiny, tmp_path):
+    # Qwen's gradients arrive in another order than its parameters are listed: DDP reorders its
+    # buckets after the first backward
+    more = ["--max_steps=20", "--attn_dropout=0.1", "--model_size=qwen3-tiny"]
+    whole = start(3, tiny, tmp_path / "whole", *more)
+    out, _ = whole.communicate(timeout=200)
+    assert whole.returncode == 0, out[-3000:]
+    broken = start(3, tiny, tmp_path / "broken", *more)
+    wait_for_step(broken, tmp_path / "broken", random.randint(6, 12))
+    subprocess.run(["pkill", "-KILL", "-P", str(broken.pid)], check=True)  # the ranks themselves
+    os.killpg(broken.pid, signal.SIGKILL)
+    broken.wait()
+    resumed = start(3, tiny, tmp_path / "broken", *more, "--resume=True")
+    out, _ = resumed.communicate(timeout=200)
+    assert resumed.returncode == 0, out[-3000:]
+    assert int(re.search(r"resumed .*, after step (\d+)", out)[1]) < 20
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    assert weights(tmp_path / "broken", 20) == weights(tmp_path / "whole", 20)
+
+
+def test_two_ranks_equal_one(tiny, tmp_path):
+    """DDP, FSDP and ZeRO-1, each whole and in two halves: the losses and weights of one rank."""
+    more = ["--out_dropout=0.0", "--optimizer=stable_adamw", "--device_batch_size=192"]
+    one = run(tiny, tmp_path / "one", *more)
+    kinds = {"ddp": [], "fsdp": ["--fsdp=True"], "zero1": ["--zero1=True", "--optimizer=adamw"]}
+    argvs = []
+    for kind, flags in kinds.items():
+        argvs.append(arguments(tiny, tmp_path / kind, *more, *flags))
+        half = arguments(tiny, tmp_path / (kind + "-half"), *more, *flags)
+        argvs += [half + ["--max_steps=4", "--schedule=constant"], half + ["--resume=True"]]
+    run_ranks(2, argvs)
+    want = from_pretrained(str(tmp_path / "one" / "step8")).state_dict()
+    for kind in ("ddp", "fsdp"):
+        assert losses(tmp_path / kind) == pytest.approx(one, rel=1e-5), kind
+        assert losses(tmp_path / kind, "gnorm") == pytest.approx(
+            losses(tmp_path / "one", "gnorm"), rel=1e-4
+        )
+        have = from_pretrained(str(tmp_path / kind / "step8")).state_dict()
+        for name in want:
+            assert (have[name] - want[name]).norm() <= 1e-3 * want[name].norm(), (kind, name)
+    for kind in kinds:
+        assert list(losses(tmp_path / (kind + "-half"))) == list(range(1, 9)), kind
