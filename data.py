@@ -6,6 +6,7 @@ Text and tokens on disk, and the order in which training sees them. Nothing here
     write_tokens, write_meta, open_tokens, read_row    token files
     load_tokenizer, check_tokenizer, fast_encode       tokenizers
     read_jsonl, require                                JSONL; complaints name file and line
+    open_pairs, read_pair                              pairs for contrastive training
     prefetch                                           read ahead in a thread
 
 Token files are a folder that a data/<name>/prepare.py writes:
@@ -18,26 +19,27 @@ Token files are a folder that a data/<name>/prepare.py writes:
 
 import hashlib
 import json
+import mmap
 import os
 import queue
 import re
 import threading
-import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from model import Seqs
-
 # ---- packed rows ----
 
 
-def make_seqs(lengths: list[int], device="cpu") -> Seqs:
-    """Where B texts of these lengths (in tokens) lie in a packed row. Built on the CPU, moved once.
+def make_seqs(lengths: list[int], device="cpu"):
+    """A model.Seqs: where B texts of these lengths (in tokens) lie in a packed row of T tokens.
 
-    cu_seqlens [B+1] int32; positions [T] int64, from 0 in each text. ValueError for an empty text.
+    Built on the CPU and moved once. cu_seqlens [B+1] int32; positions [T] int64, from 0 in each
+    text. ValueError for an empty text.
     """
+    from model import Seqs  # here: workers of a prepare.py start in half the time without models
+
     if not lengths or min(lengths) < 1:
         raise ValueError(f"a packed row holds texts of at least 1 token, got lengths {lengths}")
     ends = np.cumsum([0, *lengths])  # [B+1]
@@ -281,14 +283,15 @@ def fast_encode(tokenizer, verbose: bool = True):
         added = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()]
         spells = re.compile("|".join(added) or "(?!)").search
         blank = re.compile(r"\s{1000}").search
-        nfc = tokenizer.backend_tokenizer.normalizer is not None
+        normalizer = tokenizer.backend_tokenizer.normalizer  # None or NFC, which keeps ASCII
 
         def fast(texts):
             left = [bool(spells(text) or blank(text)) for text in texts]
             slow = iter(plain([text for text, is_left in zip(texts, left, strict=True) if is_left]))
             ids = []
             for text, is_left in zip(texts, left, strict=True):
-                text = unicodedata.normalize("NFC", text) if nfc else text
+                if normalizer and not text.isascii():
+                    text = normalizer.normalize_str(text)
                 ids.append(
                     next(slow) if is_left else [*head, *encoding.encode_ordinary(text), *tail]
                 )
@@ -399,6 +402,83 @@ def require(record: dict, field: str, kind, path: str, line: int):
         shown = repr(value)[:60]
         raise ValueError(f"{path} line {line}: field '{field}' is {shown} (expected {expected})")
     return value
+
+
+# ---- pairs ----
+
+
+@dataclass
+class PairFile:
+    """A JSONL file of pairs whose lines are read when they are asked for: len(file), read_pair."""
+
+    path: str
+    text: object  # the mapped bytes
+    starts: np.ndarray  # [n] int64, where each line that is not blank begins
+    numbers: np.ndarray  # [n] int64, its line number from 1, for messages
+
+    def __len__(self):
+        return len(self.starts)
+
+
+def open_pairs(path: str) -> PairFile:
+    """Index a JSONL file: 16 bytes of memory a line. ValueError for a file without lines."""
+    starts, at = [], 0
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                starts.append((at, number))
+            at += len(line)
+        if not starts:
+            raise ValueError(f"{path}: there is no line in it, expected JSONL")
+        text = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    return PairFile(path, text, *np.array(starts, dtype=np.int64).T)
+
+
+def read_pair(file: PairFile, i: int) -> dict:
+    """{"query": str, "pos": [str, ..], "neg": [str, ..], "pos_scores", "neg_scores": [float, ..] or
+    None, "prompt": str or None} of the i-th line, from any of the three forms:
+
+        {"query", "pos": [..], "neg": [..], "pos_scores": [..], "neg_scores": [..], "prompt"}
+        {"query" or "anchor", "positive", "negative"}    one of each, the negative may be missing
+        {"text"}                                         SimCSE: its own positive
+
+    ValueError names file, line and field.
+    """
+    start, line = int(file.starts[i]), int(file.numbers[i])
+    end = file.text.find(b"\n", start)
+    raw = file.text[start : end if end >= 0 else len(file.text)]
+    try:
+        record = json.loads(raw)
+    except ValueError as error:
+        raise ValueError(f"{file.path} line {line}: not JSON: {error}") from None
+    if not isinstance(record, dict):
+        kind = type(record).__name__
+        raise ValueError(f"{file.path} line {line}: a {kind}, expected an object: {{...}}")
+
+    def get(field, kind, default=None):
+        missing = default is not None and record.get(field) is None
+        return default if missing else require(record, field, kind, file.path, line)
+
+    if "text" in record:
+        query, pos, neg = get("text", str), [get("text", str)], []
+    elif "positive" in record:
+        query = get("anchor" if "anchor" in record else "query", str)
+        pos = [get("positive", str)]
+        neg = [get("negative", str)] if record.get("negative") is not None else []
+    else:
+        query, pos, neg = get("query", str), get("pos", [str]), get("neg", [str], [])
+    if not pos:
+        raise ValueError(f"{file.path} line {line}: field 'pos' is empty, expected a text or more")
+    scores = {}
+    for field, texts in (("pos_scores", pos), ("neg_scores", neg)):
+        scores[field] = get(field, [float], []) or None
+        if scores[field] and len(scores[field]) != len(texts):
+            raise ValueError(
+                f"{file.path} line {line}: field '{field}' has {len(scores[field])} numbers for "
+                f"{len(texts)} texts"
+            )
+    prompt = get("prompt", str, "") or None
+    return {"query": query, "pos": pos, "neg": neg, "prompt": prompt} | scores
 
 
 # ---- reading ahead ----

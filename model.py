@@ -259,6 +259,8 @@ class ModelConfig:
         self.layer_kinds = self.layer_kinds or ["global"] * self.n_layer
         if self.family == "modernbert" and self.causal:  # transformers has its decoder apart
             self.family, self.fused_qkv = "modernbert-decoder", False
+        if len(self.layer_kinds) != self.n_layer:
+            raise ValueError(f"{len(self.layer_kinds)} layer_kinds for {self.n_layer} layers")
         if self.rope is None:
             self.rope = {kind: {"theta": 10_000.0, "scaling": None} for kind in ("global", "local")}
 
@@ -463,6 +465,8 @@ class Transformer(nn.Module):
         x = self.norm(x)
         if rows is None:
             return x
+        if self.config.head == "none":
+            raise ValueError("this model has no language modelling head: it gives hidden states")
         x = x[rows]  # [L, C]: the head sees labelled positions only
         if self.head is not None:
             x = self.head(to_compute(x))
@@ -487,6 +491,12 @@ class Transformer(nn.Module):
             out[kind] = angle.cos() * scale, angle.sin() * scale
         return out
 
+    def drop_head(self):
+        """For embeddings, which are made from hidden states alone."""
+        if self.config.head != "none":
+            self.config.head, self.head = "none", None
+            del self.lm_head
+
     def resize_vocab(self, vocab_size):
         """More rows for new tokens, each the mean of the old ones; the head's too."""
         old, bias = self.embed.weight, getattr(getattr(self, "lm_head", None), "bias", None)
@@ -496,7 +506,8 @@ class Transformer(nn.Module):
 
         def grown(w):
             mean = w.detach().float().mean(0, keepdim=True).to(w.dtype)
-            return nn.Parameter(torch.cat((w.detach(), mean.expand(extra, *w.shape[1:]))))
+            rows = torch.cat((w.detach(), mean.expand(extra, *w.shape[1:])))
+            return nn.Parameter(rows, requires_grad=w.requires_grad)
 
         self.embed.weight = grown(old)
         if self.config.head != "none" and not self.config.tied:
@@ -530,8 +541,8 @@ def init_weights(model):
     c = model.config
     for name, p in model.named_parameters():
         if p.dim() == 1:
-            continue  # norms stay 1, biases 0
-        if c.init == "uniform":
+            p.fill_(0.0 if name.endswith("bias") else 1.0)  # norms are 1
+        elif c.init == "uniform":
             p.uniform_(-0.02, 0.02)
         elif c.init == "normal":
             p.normal_(0.0, 0.02)
@@ -683,6 +694,8 @@ def _rope_from_hf(hf, kind, theta_key, theta_default):
     scaling = {k: v for k, v in (old | new).items() if k not in ("rope_theta", "type")}
     scaling.setdefault("rope_type", old.get("type", "default"))
     theta = new.get("rope_theta") or hf.get(theta_key) or theta_default
+    if kind == "local" and hf.get(theta_key, 0) is None:  # null: as global
+        theta = hf.get("global_rope_theta") or theta
     return {"theta": theta, "scaling": None if scaling["rope_type"] == "default" else scaling}
 
 
@@ -832,7 +845,10 @@ def resolve_folder(name):
         raise FileNotFoundError(f"{name}: no such folder, and not a hub id (owner/name[@revision])")
     repo, _, revision = name.partition("@")
     patterns = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model"]
-    return snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
+    try:
+        return snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
+    except OSError as error:  # no network, no such repository: perhaps it was meant as a path
+        raise OSError(f"{name}: no such folder, and from the hub: {error}") from error
 
 
 def _read_tensors(folder):
@@ -871,6 +887,8 @@ def from_pretrained(
         raise ValueError(f"attention={attention!r}: expected causal or bidirectional")
     c = replace(source, causal=source.causal if attention is None else attention == "causal")
     if window is not None:
+        if window and "local" not in c.layer_kinds:
+            raise ValueError(f"{folder}: window={window}, but none of its layers is local")
         c.window = window
         c.layer_kinds = c.layer_kinds if window else ["global"] * c.n_layer
     c.max_seq_len = max_seq_len or c.max_seq_len
@@ -880,7 +898,7 @@ def from_pretrained(
 
     tensors = {}
     for key, read in _read_tensors(folder).items():
-        module, leaf = key.rsplit(".", 1)
+        module, _, leaf = key.rpartition(".")
         if leaf in ("inv_freq", "freqs_cis"):
             continue  # tables that old files carry
         ours = our_module(module, source.family)
@@ -902,16 +920,19 @@ def from_pretrained(
             tensor = _interleave_qkv(tensor, c, back=False)
         if source.fused_qkv and not c.fused_qkv and ".qkv_proj." in key:
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                state[key.replace("qkv_proj", letter + "_proj")] = part.to(dtype).contiguous()
-        else:
-            state[key] = tensor.to(dtype)
+                state[key.replace("qkv_proj", letter + "_proj")] = part.to(dtype, copy=True)
+        else:  # a copy: a mapped file may lie unaligned, and then other kernels sum in other orders
+            state[key] = tensor.to(dtype, copy=True)
     wanted = {k: p.shape for k, p in model.named_parameters()}
     for key in wanted.keys() | state.keys():
+        module, _, leaf = key.rpartition(".")
+        theirs = f"{hf_module(module, c.family)}.{leaf}"
         if key not in state:
-            raise ValueError(f"{folder}: tensor {key!r} is missing")
+            raise ValueError(f"{folder}: tensor {theirs!r} is missing")
         if key not in wanted or state[key].shape != wanted[key]:
+            found = tuple(state[key].shape)
             expected = tuple(wanted[key]) if key in wanted else "no such tensor"
-            raise ValueError(f"{folder}: {key!r} is {tuple(state[key].shape)}, expected {expected}")
+            raise ValueError(f"{folder}: tensor {theirs!r} is {found}, expected {expected}")
     model.load_state_dict(state, strict=False, assign=True)  # all names are checked above
     for p in model.parameters():
         p.requires_grad_(True)
@@ -923,5 +944,5 @@ def from_pretrained(
 def from_scratch(size, **changes):
     """A freshly initialised model of a size in SIZES; `changes` are ModelConfig fields."""
     if size not in SIZES:
-        raise ValueError(f"size {size!r}: expected one of {', '.join(SIZES)}")
+        raise ValueError(f"model_size={size!r}: expected one of {', '.join(SIZES)}")
     return init_weights(Transformer(ModelConfig(**(SIZES[size] | changes))))

@@ -283,6 +283,12 @@ if __name__ == "__main__":
     # ---- configure ----
     config = common.configure(globals())
     resume = resume or init_from == "resume"
+    for key, values in {
+        "objective": ("mlm", "clm"), "schedule": ("cosine", "linear", "constant", "wsd"),
+        "decay_shape": ("sqrt", "linear"), "optimizer": ("adamw", "stable_adamw", "muon"),
+    }.items():  # fmt: skip
+        if config[key] not in values:
+            raise SystemExit(f"{key}={config[key]!r}: expected one of {', '.join(values)}")
 
     # ---- distributed and seed ----
     rank, world_size, local_rank, device = common.setup_distributed()
@@ -336,7 +342,10 @@ if __name__ == "__main__":
         raise SystemExit
 
     # ---- model (+ LoRA) ----
-    last = common.latest_checkpoint(out_dir, checkpoint_prefix) if resume else None
+    last = common.latest_checkpoint(out_dir, checkpoint_prefix)
+    if last and not (resume or dry_run):
+        raise SystemExit(f"{last} exists: --resume=True goes on, or choose another out_dir")
+    last = last if resume else None
     attention = "causal" if objective == "clm" else "bidirectional"
     source = last if last and not lora_rank else init_from
     if source in ("scratch", "resume"):
@@ -392,7 +401,7 @@ if __name__ == "__main__":
     step, best = 0, {"loss": math.inf, "folder": ""}
     if last:
         path = os.path.join(last, "training_state.pt")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         common.load_optimizer_state(optimizers, state["optimizers"])
         step, best = state["step"], state["best"]
         print0(f"resumed {last}, after step {step}")

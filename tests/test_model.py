@@ -1,6 +1,6 @@
 """model.py against the truth: transformers, brute force, fp64 and plain references.
 
-    pytest tests/test_model.py            # about half a minute on 2 CPU cores
+    pytest tests/test_model.py            # 20 seconds on 2 CPU cores
     pytest tests/test_model.py --slow     # and the real compiler
 
 On a machine with CUDA the attention tests run every backend that is there.
@@ -271,6 +271,17 @@ def test_old_rope_keys(kind, tmp_path):
     assert not {"rope_theta", "rope_scaling", "torch_dtype"} & config.keys()
     back = LlamaForCausalLM.from_pretrained(tmp_path / "again").eval()
     assert torch.equal(their_output(back, tokens), want)
+
+
+@pytest.mark.parametrize("use", [True, False])
+def test_old_qwen2_window_keys(use, tmp_path):
+    hf = theirs("qwen2", use_sliding_window=use, layer_types=None)
+    assert len(set(hf.config.layer_types)) == 1 + use
+    hf.save_pretrained(tmp_path)
+    edit_config(tmp_path, drop=("layer_types",), sliding_window=7)  # old files give it unused, too
+    tokens = random_tokens(LENGTHS)
+    got = our_logits(M.from_pretrained(str(tmp_path)), tokens)
+    torch.testing.assert_close(got, their_output(hf, tokens), atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("case", ["modernbert", "modernbert-decoder"])
@@ -610,9 +621,21 @@ def test_long_windowed_texts_never_make_a_square():
     assert made.largest() < 4096 * 64
 
 
+def test_neighbours_of_equal_length_go_in_one_call(monkeypatch):
+    shapes, sdpa = [], F.scaled_dot_product_attention
+
+    def spy(q, *args, **kwargs):
+        shapes.append(q.shape)
+        return sdpa(q, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    q = torch.randn(5 + 3 * 7 + 5, 2, 4)
+    M.attention(q, q, q, make_seqs([5, 7, 7, 7, 5]), False, (-1, -1))
+    assert shapes == [(1, 2, 5, 4), (3, 2, 7, 4), (1, 2, 5, 4)]  # [texts, H, length, D]
+
+
 def test_masks_made_in_inference_mode_serve_training():
-    seqs, tokens, model = make_seqs([300]), random_tokens([300]), tiny("modernbert")
-    M.window_mask.cache_clear()
+    seqs, tokens, model = make_seqs([311]), random_tokens([311]), tiny("modernbert")
     with torch.inference_mode():
         model(tokens, seqs)
     model(tokens, seqs).sum().backward()
@@ -797,6 +820,13 @@ def test_linear_cross_entropy_with_extreme_logits():
     loss.backward()
     assert loss.item() == 2e4 and hits.item() == 1
     assert x.grad.tolist() == [[0.0], [-2.0]]
+
+
+def test_hits_are_the_best_answers_and_no_near_ones():
+    logits = torch.tensor([[1.0, 1.001, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 5.0]])  # x W^T, W = 1
+    for targets, hits in (([0, 0, 2], 2), ([1, 1, 2], 3), ([2, 2, 0], 0)):  # a tie counts
+        got = M.linear_cross_entropy(logits, torch.eye(3), None, torch.tensor(targets))[1]
+        assert got.item() == hits
 
 
 def test_no_labels_give_zero_and_connected_gradients():
@@ -1305,6 +1335,20 @@ def test_bf16(family):
         low, logits = model(tokens, seqs), model(tokens, seqs, rows=rows)
     assert low.dtype == logits.dtype == torch.bfloat16
     assert (low.float() - hidden).norm() < 0.03 * size
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_norms_work_in_fp32(kind):
+    """bf16 in and out, rounded once; the weight of a norm in fp32 is not rounded at all."""
+    g = torch.Generator().manual_seed(0)
+    norm = M.Norm(64, kind, 1e-5)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(64, generator=g))
+    x = torch.randn(50, 64, generator=g).bfloat16()
+    wide = x.double() - (x.double().mean(1, keepdim=True) if kind == "layer" else 0)
+    want = wide / (wide.pow(2).mean(1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+    wrong = (norm(x) != want.bfloat16()).float().mean()
+    assert norm(x).dtype == torch.bfloat16 and wrong < 0.001  # fp32 at the edge of a rounding
 
 
 def test_folder_in_bf16(tmp_path):

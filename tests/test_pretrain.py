@@ -170,7 +170,8 @@ def test_ranks_share_the_rows_and_masks_of_one_rank(toy_tokens):
 def test_encoder_and_decoder_see_the_same_tokens(toy_tokens):
     tokens = open_tokens(toy_tokens, "train")
     s = dict(max_seq_len=64, mask_prob=0.3, mask_all=False, mask_id=3, seed=1, rank=0, n_rows=20,
-             world_size=1, ordinary=np.arange(4, 512), rows_per_step=4, rows_per_batch=4)  # fmt: skip
+             world_size=1, ordinary=np.arange(4, 512),
+             rows_per_step=4, rows_per_batch=4)  # fmt: skip
     mlm = next(pretrain_mlm.train_batches(tokens, 2, 3, s | {"objective": "mlm"}))[0]
     clm = next(pretrain_mlm.train_batches(tokens, 2, 3, s | {"objective": "clm"}))[0]
     restored = mlm[0].clone()
@@ -240,7 +241,7 @@ def test_killed_and_resumed_is_bit_equal(tiny, tmp_path, capsys):
 
 
 def test_sigterm_saves_and_exits(tiny, unbroken, tmp_path):
-    process = start(1, tiny, tmp_path, "--save_interval=1000", "--max_steps=100000")
+    process = start(1, tiny, tmp_path, "--save_interval=1000", "--max_steps=9999")
     wait_for_step(process, tmp_path, 3)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
@@ -301,3 +302,86 @@ def test_two_ranks_equal_one(tiny, tmp_path):
             assert (have[name] - want[name]).norm() <= 1e-3 * want[name].norm(), (kind, name)
     for kind in kinds:
         assert list(losses(tmp_path / (kind + "-half"))) == list(range(1, 9)), kind
+
+
+def test_other_objective_lora_and_muon(tiny, unbroken, tmp_path):
+    """Encoder -> decoder (Ettin's cross-objective), continued with LoRA, resumed; Muon."""
+    from transformers import AutoModelForCausalLM
+
+    encoder = os.path.join(unbroken, "step8")
+    more = ["--objective=clm", "--max_steps=4", "--optimizer=muon"]
+    run(tiny, tmp_path / "clm", f"--init_from={encoder}", *more)
+    decoder = str(tmp_path / "clm" / "step4")
+    ids = torch.arange(5, 45)
+    ours = from_pretrained(decoder).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(decoder).eval()
+    assert ours.config.family == "modernbert-decoder" and ours.config.causal
+    with torch.no_grad():
+        a = ours(ids, make_seqs([40]), rows=torch.arange(40))
+        assert (a - theirs(input_ids=ids[None]).logits[0]).abs().max() < 1e-4
+
+    lora_keys = [f"--init_from={decoder}", "--objective=clm", "--lora_rank=4", "--train_also=norm"]
+    whole = run(tiny, tmp_path / "lora", *lora_keys)
+    run(tiny, tmp_path / "half", *lora_keys, "--max_steps=4", "--schedule=constant")
+    half = run(tiny, tmp_path / "half", *lora_keys, "--schedule=constant", "--resume=True")
+    constant = run(tiny, tmp_path / "constant", *lora_keys, "--schedule=constant")
+    assert half == constant and whole != constant
+    assert os.path.exists(tmp_path / "half" / "step8" / "adapter_model.safetensors")
+
+
+def test_data_order_is_what_the_run_sees(tiny, toy_tokens, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tiny, tmp_path, "--dump_data_order=True")
+    ids = np.load(tmp_path / "data_order_input_ids.npy")
+    steps = np.load(tmp_path / "data_order_step.npy")
+    assert steps.tolist() == [step for step in range(8) for _ in range(12)]
+    tokens = open_tokens(toy_tokens, "train")
+    s = dict(objective="clm", max_seq_len=64, seed=1337, n_rows=len(tokens.tokens) // 64,
+             rank=0, world_size=1, rows_per_step=12, rows_per_batch=4)  # fmt: skip
+    for step, batches in enumerate(pretrain_mlm.train_batches(tokens, 0, 8, s)):
+        seen = torch.cat([inputs for inputs, *_ in batches]).view(12, 64)
+        assert (ids[steps == step] == seen.numpy()).all()
+
+
+def test_show_batch_and_dry_run(tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tiny, tmp_path, "--show_batch=True")
+    shown = capsys.readouterr().out
+    assert "--- document 0:" in shown and "[MASK]" in shown
+    sys.argv, old = arguments(tiny, tmp_path / "dry", "--dry_run=True"), sys.argv
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.argv = old
+    out = capsys.readouterr().out
+    assert re.search(r"dry run: [\d.]+ s/step, [\d,]+ tok/s, peak memory [\d.]+ GB", out)
+    assert not os.path.exists(tmp_path / "dry" / "step8")
+
+
+def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="4th such step"):
+        run(tiny, tmp_path, "--learning_rate=1e30", "--schedule=constant", "--save_interval=1")
+    out = capsys.readouterr().out
+    assert "step 2: loss nan" in out and "Rows of" in out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--batch_size=700"], "batch_size=700 must be k x device_batch_size=256"),
+        (["--device_batch_size=100"], "device_batch_size=100 must be a multiple of max_seq_len=64"),
+        (["--vocab_size=100"], "100"),
+        (["--model_size=bert"], "model_size='bert'"),
+        (["--data_dir=nowhere"], "nowhere"),
+        (["--objective=rtd"], "objective"),
+        (["--schedule=cosin"], "schedule"),
+        (["--init_from=nowhere/at/all"], "no such folder"),
+    ],
+)
+def test_bad_settings_say_what_is_expected(tiny, tmp_path, more, message):
+    with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as error:
+        run(tiny, tmp_path, *more)
+    assert message in str(error.value)
+
+
+def test_a_run_is_not_overwritten(tiny, unbroken):
+    with pytest.raises(SystemExit, match="--resume=True"):
+        run(tiny, unbroken)

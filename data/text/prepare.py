@@ -9,16 +9,18 @@ Token files from any text: local .txt, .jsonl and .parquet files, or a data set 
 Three passes. (1) The input is planned as parts of about 32 MB, or 50,000 rows. (2) Workers tokenize
 parts, each into a shard of its own; a shard that is there is not made again, so a run that was
 killed goes on when it is started again. (3) Documents are gathered from the shards in one seeded
-permutation. Neither the result nor its order depends on the number of workers. Memory: one part's
-documents in a worker; in pass 3 about 64M tokens at a time. Disk: the tokens twice, until the end.
-Pass 3 reads at random: fast on an SSD or where the shards fit the page cache.
+permutation. Neither the result nor its order depends on the number of workers. Memory: about 1 MB
+of text in a worker, about 64M tokens in pass 3. Disk: the tokens twice, until the end. Pass 3 reads
+at random: fast on an SSD, or where the shards fit the page cache.
 """
 
 import argparse
 import glob
 import hashlib
 import json
+import multiprocessing
 import os
+import shutil
 import sys
 import threading
 import time
@@ -35,7 +37,6 @@ from data import (  # noqa: E402
     permuted,
     read_jsonl,
     require,
-    token_dtype,
     vocab_size_of,
     write_meta,
     write_tokens,
@@ -59,10 +60,9 @@ def plan_of_files(patterns: list[str], txt: str) -> list[dict]:
                 raise FileNotFoundError(f"--input {pattern}: there is no such file")
             kind = os.path.splitext(path)[1][1:]
             if kind == "parquet":
-                import pyarrow.parquet as parquet
+                from pyarrow.parquet import ParquetFile
 
-                groups = parquet.ParquetFile(path).metadata.num_row_groups
-                borders = range(groups + 1)
+                borders = range(ParquetFile(path).num_row_groups + 1)
             elif kind in ("txt", "jsonl"):
                 borders = cuts_of(path, blank_line=kind == "txt" and txt == "blank")
             else:
@@ -116,7 +116,7 @@ def plan_of_dataset(args) -> list[dict]:
             borders = [*range(0, len(dataset), PART_ROWS), len(dataset)]
         for start, end in zip(borders[:-1], borders[1:], strict=True):
             of = {"kind": "hub", "hub_split": name, "start": start, "end": end}
-            parts.append({"split": split, **of, "shards": borders[-1]})
+            parts.append({"split": split, **of, "of": borders[-1]})
     return parts
 
 
@@ -124,64 +124,73 @@ def plan_of_dataset(args) -> list[dict]:
 
 
 def texts_of(part: dict, args):
-    """Yield the texts of a part. ValueError names the file and line of what is not one."""
+    """Yield the texts of a part. ValueError says where something else is."""
     if part["kind"] == "hub":
         dataset = hub_dataset(args, part["hub_split"])
         if args.streaming:
-            dataset = dataset.shard(part["shards"], part["start"])
+            dataset = dataset.shard(part["of"], part["start"])
         else:
             dataset = dataset.select(range(part["start"], part["end"]))
-        for row in dataset:
-            yield require(row, args.field, str, f"{args.dataset} {part['hub_split']}", part["start"])
+        for batch in dataset.iter(1024):
+            yield from column(batch, args.field, f"{args.dataset}, split {part['hub_split']}")
     elif part["kind"] == "parquet":
-        import pyarrow.parquet as parquet
+        from pyarrow.parquet import ParquetFile
 
-        file = parquet.ParquetFile(part["path"])
-        if args.field not in file.schema_arrow.names:
-            names = ", ".join(file.schema_arrow.names)
-            raise ValueError(f"{part['path']}: no column '{args.field}', it has {names}")
-        for batch in file.iter_batches(1024, [part["start"]], [args.field]):
-            for i, text in enumerate(batch.column(0).to_pylist()):
-                if not isinstance(text, str):
-                    where = f"row {i} of a batch in row group {part['start']}"
-                    raise ValueError(f"{part['path']}, {where}: {text!r:.60} is not a text")
-                yield text
+        file = ParquetFile(part["path"])
+        columns = [args.field] if args.field in file.schema_arrow.names else None
+        for batch in file.iter_batches(1024, [part["start"]], columns):
+            yield from column(batch.to_pydict(), args.field, part["path"])
     else:
+        lines, at = [], part["start"]
         with open(part["path"], "rb") as f:
-            f.seek(part["start"])
-            blank = part["kind"] == "txt" and args.txt == "blank"
-            text = b""
-            while f.tell() < part["end"]:
+            f.seek(at)
+            while at < part["end"]:
                 line = f.readline()
-                if blank and line.strip():
-                    text += line
-                    continue
-                yield decoded(text if blank else line, part, args)
-                text = b""
-            if text:
-                yield decoded(text, part, args)
+                at += len(line)
+                if part["kind"] == "jsonl":
+                    yield text_of_json(line, part["path"], args.field)
+                elif args.txt == "line":
+                    yield text_of_txt(line, part["path"])
+                elif line.strip():
+                    lines.append(line)
+                elif lines:
+                    yield text_of_txt(b"".join(lines), part["path"])
+                    lines = []
+        if lines:
+            yield text_of_txt(b"".join(lines), part["path"])
 
 
-def decoded(line: bytes, part: dict, args) -> str:
-    if part["kind"] == "txt":
-        try:
-            return line.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{part['path']}: not UTF-8: {error}, in {line[:60]!r}") from None
+def column(batch: dict, field: str, where: str):
+    if field not in batch:
+        raise ValueError(f"{where}: no column '{field}' (--field), it has {', '.join(batch)}")
+    for text in batch[field]:
+        if not isinstance(text, str | None):
+            raise ValueError(f"{where}: column '{field}' has {text!r:.60}, expected a text")
+        yield text or ""  # a missing text is an empty one
+
+
+def text_of_txt(text: bytes, path: str) -> str:
+    try:
+        return text.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {error}, in {text[:60]!r}") from None
+
+
+def text_of_json(line: bytes, path: str, field: str) -> str:
     if not line.strip():
         return ""
     try:
-        return require(json.loads(line), args.field, str, "", 0)
-    except (ValueError, TypeError) as error:
-        # A part does not know its line numbers: find the broken line from the top of the file.
-        for number, record in read_jsonl(part["path"]):
-            require(record, args.field, str, part["path"], number)
-        raise error
+        return require(json.loads(line), field, str, path, 0)
+    except (ValueError, TypeError):
+        # A part does not know its line numbers: find the line again from the top of the file.
+        for number, record in read_jsonl(path):
+            require(record, field, str, path, number)
+        raise
 
 
-def set_up(args, parent: int):
-    """Once a worker: the tokenizer, and a watch on the parent, so that no worker outlives it."""
-    global encode, vocab_size, settings
+def set_up(args, parent: int | None):
+    """Once a process: the tokenizer; in a worker also a watch, so that it ends with `parent`."""
+    global encode, vocab_size
 
     def watch():
         while os.getppid() == parent:
@@ -189,20 +198,21 @@ def set_up(args, parent: int):
         os._exit(1)
 
     if parent:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core each
         threading.Thread(target=watch, daemon=True).start()
     tokenizer = load_tokenizer(args.tokenizer, args.revision)
-    encode, vocab_size, settings = fast_encode(tokenizer, verbose=False), vocab_size_of(tokenizer), args
+    encode = fast_encode(tokenizer, verbose=parent is None)
+    vocab_size = vocab_size_of(tokenizer)
+    return tokenizer
 
 
-def make_shard(folder: str, number: int, part: dict):
-    """Tokenize a part into shard files; the .json with its counts comes last and says it is whole."""
+def make_shard(folder: str, number: int, part: dict, args):
+    """Tokenize a part. The .json with its counts comes last: it says that the shard is whole."""
     empty = 0
 
     def docs():
         nonlocal empty
         texts, size = [], 0
-        for text in texts_of(part, settings):
+        for text in texts_of(part, args):
             if not text.strip():
                 empty += 1
                 continue
@@ -224,55 +234,123 @@ def make_shard(folder: str, number: int, part: dict):
 
 
 def gathered(folder: str, shards: list[tuple[int, dict]], first: int, last: int, seed: int):
-    """Yield documents first..last-1 of a permutation of all documents in `shards` [(number, counts)]."""
+    """Yield the ids of documents first..last-1 of a permutation of the documents in `shards`, which
+    are (number, counts)."""
     ends = np.cumsum([counts["docs"] for _, counts in shards])
-    n_docs, n_tokens = int(ends[-1]), sum(counts["tokens"] for _, counts in shards)
-    block = max(1, GATHER_TOKENS * n_docs // n_tokens)  # documents
+    tokens_a_doc = sum(counts["tokens"] for _, counts in shards) / ends[-1]
+    block = max(1, int(GATHER_TOKENS / tokens_a_doc))  # documents
     for start in range(first, last, block):
-        doc = permuted(np.arange(start, min(start + block, last)), n_docs, seed, 0)
-        order = np.argsort(doc)  # read in the order of the shards, give in the order of the permutation
+        doc = permuted(np.arange(start, min(start + block, last)), int(ends[-1]), seed, 0)
+        order = np.argsort(doc)  # they are read in the order of the files
         shard = np.searchsorted(ends, doc[order], side="right")
         out = [None] * len(doc)
         for s in np.unique(shard):
-            name = os.path.join(folder, f"{shards[s][0]:06d}")
-            tokens = np.memmap(name + ".bin", token_dtype(vocab_size), "r")
-            starts = np.memmap(name + ".idx", "int64", "r")
-            base = ends[s] - shards[s][1]["docs"]
+            number, counts = shards[s]
+            path = os.path.join(folder, f"{number:06d}")
+            tokens = np.memmap(path + ".bin", "<u2" if vocab_size <= 65536 else "<u4", "r")
+            starts = np.memmap(path + ".idx", "<i8", "r")
             for place in order[shard == s]:
-                i = doc[place] - base
+                i = doc[place] - (ends[s] - counts["docs"])
                 out[place] = np.array(tokens[starts[i] : starts[i + 1]])
         yield from out
 
 
-# ----
+# ---- all three ----
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", help="files or patterns (** too): .txt, .jsonl, .parquet")
+    add("--txt", choices=["blank", "line"], default="blank", help="what ends a document in a .txt")
+    add("--dataset", help="name on the hub, or a local folder that `datasets` can read")
+    add("--config", help="of the data set")
+    add("--split", default="train", help='of the data set; "train[:1%%]" works')
+    add("--streaming", action="store_true", help="read the data set without storing it")
+    add("--field", default="text", help="where the text is in JSON, in columns")
+    add("--tokenizer", required=True, help="folder or name on the hub")
+    add("--revision", help="of the tokenizer")
+    add("--out", required=True, help="folder for train.bin and so on")
+    add("--val_docs", type=int, default=1000, help="documents for val.bin; 0: none")
+    add("--workers", type=int, default=os.cpu_count(), help="processes")
+    add("--seed", type=int, default=0, help="of the order of documents")
+    return parser.parse_args(argv)
 
 
 def main(args):
     if (args.input is None) == (args.dataset is None):
         raise SystemExit("give one of --input and --dataset")
-    tokenizer = load_tokenizer(args.tokenizer, args.revision)
-    fast_encode(tokenizer)  # says which way it goes
+    if args.workers > 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core for each worker
+    tokenizer = set_up(args, None)
     parts = plan_of_dataset(args) if args.dataset else plan_of_files(args.input, args.txt)
 
-    # The shards of an earlier run are good where it had the same plan.
+    # shards that an earlier run has left are good if it had the same plan
     folder = os.path.join(args.out, "shards")
     os.makedirs(folder, exist_ok=True)
-    text = json.dumps({"vocab": tokenizer.backend_tokenizer.to_str(), "field": args.field, "txt": args.txt,
-                       "dataset": [args.dataset, args.config], "parts": parts}, sort_keys=True)
-    plan, path = hashlib.sha256(text.encode()).hexdigest(), os.path.join(folder, "plan")
-    if os.path.exists(path) and open(path).read() != plan:
-        raise SystemExit(f"{folder} is of a run with other input or settings: remove it, or take another --out")
-    with open(path, "w") as f:
+    settings = [args.field, args.txt, args.dataset, args.config, args.streaming]
+    plan = json.dumps([tokenizer.backend_tokenizer.to_str(), settings, parts])
+    plan = hashlib.sha256(plan.encode()).hexdigest()
+    plan_path = os.path.join(folder, "plan.txt")
+    if os.path.exists(plan_path):
+        with open(plan_path) as f:
+            if f.read() != plan:
+                raise SystemExit(f"{folder} is of a run with other input or settings: remove it")
+    with open(plan_path, "w") as f:
         f.write(plan)
-    names = [os.path.join(folder, f"{i:06d}.json") for i in range(len(parts))]
-    todo = [i for i, name in enumerate(names) if not os.path.exists(name)]
+    paths = [os.path.join(folder, f"{i:06d}.json") for i in range(len(parts))]
+    todo = [i for i in range(len(parts)) if not os.path.exists(paths[i])]
     if len(todo) < len(parts):
         print(f"{len(parts) - len(todo)} of {len(parts)} shards are there already")
 
-    bar = tqdm(total=len(parts), initial=len(parts) - len(todo), desc="tokenizing", unit="shard")
-    if args.workers == 1:
-        set_up(args, 0)
-        for i in todo:
-            make_shard(folder, i, parts[i])
-            bar.update()
-    bar.close()
+    with tqdm(total=len(parts), initial=len(parts) - len(todo), unit="shard") as bar:
+        if args.workers == 1:
+            for i in todo:
+                make_shard(folder, i, parts[i], args)
+                bar.update()
+        else:
+            # spawn: threads of the libraries in this process do not survive a fork
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(args.workers, context, set_up, (args, os.getpid()))
+            try:
+                made = [pool.submit(make_shard, folder, i, parts[i], args) for i in todo]
+                for future in as_completed(made):
+                    future.result()
+                    bar.update()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    shards = {"train": [], "val": []}
+    empty = 0
+    for i, path in enumerate(paths):
+        with open(path) as f:
+            counts = json.load(f)
+        shards[parts[i]["split"]].append((i, counts))
+        empty += counts["empty"]
+    n_docs = {split: sum(c["docs"] for _, c in shards[split]) for split in shards}
+    if shards["val"]:
+        plans = {"train": ("train", 0, n_docs["train"])}
+        plans["val"] = ("val", 0, min(args.val_docs, n_docs["val"]))
+    else:  # the first documents of the permutation are kept from training
+        plans = {"train": ("train", args.val_docs, n_docs["train"])}
+        plans["val"] = ("train", 0, args.val_docs)
+    if n_docs["train"] <= plans["train"][1]:
+        counts = f"{n_docs['train']} documents, {args.val_docs} of them for val"
+        raise SystemExit(f"{counts}: none is left for training")
+    splits = {}
+    for split, (source, first, last) in plans.items():
+        if last > first:
+            docs = gathered(folder, shards[source], first, last, args.seed)
+            docs = tqdm(docs, f"writing {split}", last - first, unit="doc")
+            splits[split] = write_tokens(args.out, split, docs, vocab_size)
+    write_meta(args.out, tokenizer, args.tokenizer, splits)
+    shutil.rmtree(folder)
+    for split, counts in splits.items():
+        print(f"{split}: {counts['docs']:,} documents, {counts['tokens']:,} tokens")
+    print(f"{empty:,} empty documents were left out")
+
+
+if __name__ == "__main__":
+    main(arguments())

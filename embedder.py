@@ -1,0 +1,645 @@
+"""
+Texts to embeddings: one path for training, evaluation and use.
+
+    embedder = Embedder.load("any/model")
+    vectors = embedder.encode(["my text"])                        # float32 [1, C]
+
+    tokenize    texts -> ids and the range that is pooled: the one place where ids are made
+    pack, pool  lists of ids -> one packed row; hidden states of a packed row -> vectors
+    Embedder    a model with its tokenizer, template, pooling and prompts; embed, encode, save, load
+
+`save` writes a sentence-transformers folder: prefix + instruction become its prompts, the suffix
+its tokenizer's post-processor. Where that cannot give equal embeddings, `save` says why.
+
+Shapes: B texts, T tokens of the packed row, P pooled tokens, C n_embd, V vocabulary, N all texts.
+"""
+
+import copy
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, processors
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from common import dtype_of, print0
+from data import check_tokenizer, load_tokenizer, make_seqs, prefetch
+from lora import load_adapter, lora_layers, merge
+from model import choose_backend, config_to_hf, from_pretrained, resolve_folder, to_compute
+
+# ---- ids ----
+
+
+@dataclass(frozen=True)
+class Template:
+    """What stands around every text: prefix + instruction + text + suffix. Saved with the model,
+    never guessed from its name. The tokenizer's own BOS, CLS, EOS, SEP come on top."""
+
+    prefix: str = ""
+    suffix: str = ""
+
+
+TEMPLATES = {  # chat wraps, chosen by name in a config
+    "none": Template(),
+    "llama3": Template("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+    "llama2": Template("[INST] ", " [/INST]"),
+    "mistral": Template("[INST] ", " [/INST]"),
+    "qwen": Template("<|im_start|>user\n", "<|im_end|>"),
+}
+
+
+def tokenize(tokenizer, texts, instruction, template, max_length, pool_instruction=True):
+    """-> [(ids, (start, end)), ...], end exclusive: the tokens of each text and which are pooled.
+
+    prefix + instruction + text + suffix are joined and tokenized once, as transformers does it: a
+    special token spelled out in a text is that token. `instruction`: one for all, or a list. When
+    there are more than `max_length` tokens, the text loses its last ones; the instruction, the
+    suffix and the tokenizer's own EOS or SEP stay.
+    Pooled are all tokens, or with pool_instruction=False those from the first that has a character
+    of the text to the end, suffix and EOS included (as LLM2Vec and sentence-transformers do; like
+    the latter, all tokens where there is neither prefix nor instruction). An empty text may leave
+    nothing to pool: it gets the zero vector.
+    Raises ValueError where prefix, instruction and suffix leave no room for the text.
+    """
+    instructions = [instruction] * len(texts) if isinstance(instruction, str) else instruction
+    heads = [template.prefix + i for i in instructions]
+    joined = [h + t + template.suffix for h, t in zip(heads, texts, strict=True)]
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    out = []
+    for head, text, e in zip(heads, texts, backend.encode_batch(joined), strict=True):
+        ids, start = e.ids, 0
+        skip = head and not pool_instruction
+        if skip or len(ids) > max_length:
+            # by the last character of each token: one that has both the instruction's last space
+            # and the text's first letters belongs to the text. Added specials end at 0.
+            ends = [end for _, end in e.offsets]
+            body = len(ids)  # without the EOS or SEP that the tokenizer adds
+            while body and e.special_tokens_mask[body - 1]:
+                body -= 1
+            first = next((i for i, end in enumerate(ends) if end > len(head)), body)
+            tail = next((i for i, end in enumerate(ends) if end > len(head) + len(text)), body)
+            if len(ids) > max_length:
+                room = max_length - (len(ids) - tail)
+                if room <= first:
+                    raise ValueError(
+                        f"max_length {max_length} leaves no room for the text: "
+                        f"{first} tokens stand in front of it, {len(ids) - tail} behind"
+                    )
+                ids = ids[:room] + ids[tail:]
+            start = first if skip else 0
+        out.append((ids or [0], (start, len(ids))))  # a row needs a token: it is not pooled
+    return out
+
+
+# ---- packed rows ----
+
+
+@dataclass
+class Pool:
+    """Which tokens of a packed row make which vector."""
+
+    text: torch.Tensor  # [T] int64, the text of each token
+    place: torch.Tensor  # [T] int64, 1.. within what is pooled of that text, 0 for what is not
+    rows: torch.Tensor  # [P] int64, the pooled tokens
+    first: torch.Tensor  # [B] int64, the first pooled token of each text
+    last: torch.Tensor  # [B] int64
+    count: torch.Tensor  # [B] int64, pooled tokens of each text; 0 gives the zero vector
+    lengths: list[int]  # the same on the host
+
+
+def pack(encoded, device):
+    """What `tokenize` returned -> (tokens [T] int64, seqs, pool): built on the CPU, moved once."""
+    lengths = [len(ids) for ids, _ in encoded]
+    starts = np.cumsum([0, *lengths[:-1]])  # [B]
+    low, high = (starts + [span[i] for _, span in encoded] for i in (0, 1))
+    count = high - low
+    text = np.repeat(np.arange(len(encoded)), lengths)  # [T]
+    at = np.arange(len(text))
+    place = np.where((at >= low[text]) & (at < high[text]), at - low[text] + 1, 0)
+    ends = starts + lengths - 1  # where nothing is pooled, any token of the text: it counts 0
+    arrays = [text, place, np.flatnonzero(place), np.minimum(low, ends), np.maximum(high - 1, 0)]
+    moved = [torch.from_numpy(a).to(device, non_blocking=True) for a in (*arrays, count)]
+    tokens = torch.from_numpy(np.concatenate([ids for ids, _ in encoded]).astype(np.int64))
+    tokens = tokens.to(device, non_blocking=True)
+    return tokens, make_seqs(lengths, device), Pool(*moved, lengths=count.tolist())
+
+
+def pool(hidden, where, pooling):
+    """hidden [T, C] -> [B, C], in fp32 (fp64 if hidden is). pooling: "mean", "weighted_mean"
+    (weights 1, 2, 3, .. over the pooled tokens), "last" or "cls", which is the first."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if pooling in ("cls", "last"):
+        rows = where.first if pooling == "cls" else where.last
+        return hidden[rows].to(wide) * (where.count > 0).to(wide)[:, None]
+    weights = where.place.clamp(max=1) if pooling == "mean" else where.place
+    weights, n = weights.to(wide), len(where.lengths)
+    sums = hidden.new_zeros(n, hidden.size(1), dtype=wide)
+    sums = sums.index_add(0, where.text, hidden.to(wide) * weights[:, None])
+    total = weights.new_zeros(n).index_add(0, where.text, weights)
+    return sums / total.clamp(min=1)[:, None]
+
+
+def splade(model, hidden, where):
+    """hidden [T, C] -> [B, V] fp32: max over a text's tokens of log(1 + relu(logit)).
+
+    SPLADE v2 (Formal et al. 2021, arXiv 2109.10086, eq. 6). log(1 + relu) only grows, so the max
+    is taken first. The logits exist for a few texts at a time, in the backward pass again.
+    """
+
+    def largest(x, counts):  # x [n, C] of whole texts, counts [b] -> [b, V]
+        if model.head is not None:
+            x = model.head(to_compute(x))
+        logits = model.lm_head(x.to(model.lm_head.weight.dtype))
+        return torch.segment_reduce(logits, "max", lengths=counts, unsafe=True, initial=0)
+
+    limit = 2 ** (25 if hidden.device.type == "cpu" else 28) // model.config.vocab_size
+    texts = groups(where.lengths, limit)
+    rows = where.rows.split([sum(where.lengths[i] for i in group) for group in texts])
+    counts = where.count.split([len(group) for group in texts])
+    out = []
+    for r, n in zip(rows, counts, strict=True):
+        if torch.is_grad_enabled():
+            out.append(checkpoint(largest, hidden[r], n, use_reentrant=False))
+        else:
+            out.append(largest(hidden[r], n))
+    out = torch.cat(out)
+    return out.to(torch.promote_types(out.dtype, torch.float32)).relu().log1p()
+
+
+def groups(lengths, limit):
+    """Neighbouring indices in lists of at most `limit` tokens together, at least one in each."""
+    out, total = [], limit
+    for i, n in enumerate(lengths):
+        if total + n > limit:
+            out.append([])
+            total = 0
+        out[-1].append(i)
+        total += n
+    return out
+
+
+# ---- the embedder ----
+
+POOLINGS = ("mean", "weighted_mean", "last", "cls", "splade", "tokens")
+
+
+class Embedder(nn.Module):
+    """A model and all that makes its embeddings what they are.
+
+    pooling: "mean", "weighted_mean", "last" or "cls" give [C] a text; "splade" a weight for each
+    entry of the vocabulary [V]; "tokens" a vector for each token (late interaction), through
+    `projection`, an nn.Linear without bias or None.
+    prompts: {"query": instruction, "document": instruction, ...}, for those who evaluate and for
+    sentence-transformers; `encode` takes the instruction itself. normalize: to length 1; splade
+    never is. dtype: what `encode` computes in (autocast), fp32 or bf16.
+
+    It is a module so that all that has parameters runs in one forward call: DDP(embedder)(*packed).
+    """
+
+    def __init__(
+        self, model, tokenizer, pooling="mean", template=TEMPLATES["none"], prompts=None,
+        normalize=True, max_length=512, pool_instruction=True, projection=None,
+        dtype=torch.float32,
+    ):  # fmt: skip
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling {pooling!r}: expected one of {', '.join(POOLINGS)}")
+        if pooling == "splade" and model.config.head == "none":
+            raise ValueError("pooling 'splade' needs a language modelling head, the model has none")
+        if projection is not None and (pooling != "tokens" or projection.bias is not None):
+            raise ValueError("a projection goes with pooling 'tokens', and has no bias")
+        check_tokenizer(tokenizer, model.config.vocab_size)
+        self.model, self.tokenizer, self.projection = model, tokenizer, projection
+        self.pooling, self.template = pooling, template
+        self.prompts = prompts or {"query": "", "document": ""}
+        self.normalize = normalize and pooling != "splade"
+        self.max_length, self.dtype = max_length, dtype
+        self.pool_instruction = pool_instruction or pooling == "last"  # the same there
+
+    @property
+    def dim(self):
+        c = self.model.config
+        size = c.n_embd if self.projection is None else self.projection.out_features
+        return c.vocab_size if self.pooling == "splade" else size
+
+    def tokenize(self, texts, instruction=""):
+        """`tokenize` with this embedder's template, length and pooled range."""
+        return tokenize(self.tokenizer, texts, instruction, self.template, self.max_length,
+                        self.pool_instruction)  # fmt: skip
+
+    def forward(self, tokens, seqs, where, model=None):
+        """A packed row -> fp32 [B, dim], with gradients; for "tokens" (vectors [P, dim], lengths).
+
+        model: what to call in place of the model itself, such as its DDP wrapper."""
+        hidden = (model or self.model)(tokens, seqs)  # [T, C]
+        if self.pooling == "splade":
+            return splade(self.model, hidden, where)
+        with torch.autocast(hidden.device.type, enabled=False):
+            if self.pooling == "tokens":
+                x = hidden[where.rows]  # [P, C]
+                x = x.to(torch.promote_types(x.dtype, torch.float32))
+                if self.projection is not None:
+                    x = F.linear(x, self.projection.weight.to(x.dtype))
+            else:
+                x = pool(hidden, where, self.pooling)
+            x = F.normalize(x, dim=-1) if self.normalize else x
+        return (x, where.lengths) if self.pooling == "tokens" else x
+
+    def embed(self, packed, model=None):
+        """What `pack` or `tokenize` returned -> see forward."""
+        if isinstance(packed, list):
+            packed = pack(packed, self.model.embed.weight.device)
+        return self(*packed, model=model)
+
+    def encode(self, texts, instruction="", batch_tokens=16384, progress=False, out=None):
+        """-> float32 array [N, dim] in the order of `texts`; for "tokens" a list of N arrays.
+
+        texts: any sequence. Batches of up to `batch_tokens` tokens, of similar lengths. Under
+        torchrun all ranks call it together: each embeds its share and all get the whole.
+        out: path of a .npy that is written part by part; then memory does not grow with N, and the
+        result is that file, mapped (every rank must see it). Equal texts are embedded each time.
+        """
+        if isinstance(texts, str):
+            raise TypeError("encode takes a list of texts, not one string")
+        if out is not None and self.pooling == "tokens":
+            raise ValueError("out= holds one vector a text, pooling 'tokens' gives several")
+        grouped = dist.is_initialized()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+        n, device = len(texts), self.model.embed.weight.device
+        size = max(256, min(8192, 2**26 // self.dim)) * world  # texts a part, 256 MB a rank
+        result = [None] * n
+        if self.pooling != "tokens" and out is None:
+            result = np.empty((n, self.dim), np.float32)
+        elif out is not None and rank == 0:
+            shape = (n, self.dim)
+            result = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=shape)
+
+        def parts():  # the next one is tokenized while the model runs
+            for begin in range(0, n, size):
+                mine = [texts[i] for i in range(begin + rank, min(begin + size, n), world)]
+                yield begin, self.tokenize(mine, instruction)
+
+        was_training = self.training
+        self.eval()
+        bar = tqdm(total=n, desc="encode", unit=" texts", disable=not progress or rank > 0)
+        for begin, encoded in prefetch(parts(), 1):
+            order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
+            many = self.pooling == "tokens"
+            vectors = [None] * len(encoded) if many else np.empty((len(encoded), self.dim), "f4")
+            for group in groups([len(encoded[i][0]) for i in order], batch_tokens):
+                group = [order[i] for i in group]
+                # not inference_mode: masks that the model keeps must serve training, too
+                with torch.no_grad(), torch.autocast(
+                    device.type, self.dtype, enabled=self.dtype != torch.float32
+                ):
+                    x = self.embed(pack([encoded[i] for i in group], device))
+                if self.pooling == "tokens":
+                    x = [one.numpy() for one in x[0].float().cpu().split(x[1])]
+                else:
+                    x = x.float().cpu().numpy()
+                for i, one in zip(group, x, strict=True):
+                    vectors[i] = one
+                bar.update(len(group) * world)
+            shares = [vectors]
+            if world > 1:
+                shares = [None] * world
+                dist.all_gather_object(shares, vectors)
+            if out is None or rank == 0:
+                for r, share in enumerate(shares):
+                    result[begin + r : begin + size : world] = share
+        bar.close()
+        self.train(was_training)
+        if out is None:
+            return result
+        if rank == 0:
+            result.flush()
+        if grouped:
+            dist.barrier()
+        return np.load(out, mmap_mode="r")
+
+    # ---- files ----
+
+    def st_problem(self):
+        """Why sentence-transformers could not give equal embeddings from a saved folder, or None.
+
+        Texts that tokenizers treat in their own ways are tokenized as it would do that, from files,
+        and compared. It takes a second or two and no forward pass: ask before training.
+        """
+        family = self.model.config.family
+        if family == "neobert":
+            return "transformers has no NeoBERT"
+        if self.pooling == "splade" and family != "modernbert":
+            return f"its sparse models are masked language models, and {family} has no such class"
+        if self.pooling in ("splade", "tokens") and not self.pool_instruction:
+            return f"there, pooling {self.pooling!r} takes in the instruction"
+        if self.pooling == "weighted_mean" and not self.pool_instruction:
+            return "there, the weights of a weighted mean count the instruction's tokens, too"
+        with tempfile.TemporaryDirectory() as folder:
+            _write_json(config_to_hf(self.model.config), folder, "config.json")
+            self._save_st_tokenizer(folder)
+            theirs = load_tokenizer(folder)
+        probes = [*PROBES, "".join(theirs.all_special_tokens), "too long " * self.max_length]
+        call = dict(truncation=True, max_length=self.max_length)
+        for name, instruction in self.prompts.items():
+            prompt, length = self.template.prefix + instruction, 0
+            if prompt and not self.pool_instruction:  # their way to measure the prompt
+                ids = theirs(prompt, **call)["input_ids"]
+                length = len(ids) - (ids[-1] in theirs.all_special_ids)
+            ours = self.tokenize(probes, instruction)
+            for text, (ids, (start, _)) in zip(probes, ours, strict=True):
+                shown = f"prompt {name!r}, {prompt!r}, with the text {text[:20]!r}"
+                there = theirs(prompt + text, **call)["input_ids"] or [0]
+                if ids != there:
+                    return f"{shown}: ids {ids[:20]} here, {there[:20]} there"
+                if not self.pool_instruction and start != length:
+                    return (
+                        f"{shown}: it would leave {length} tokens out of the pool, not {start}. An "
+                        "instruction must not end in a space that becomes part of the text's first "
+                        "token, and a suffix may be one special token at most"
+                    )
+        return None
+
+    def _save_st_tokenizer(self, folder):
+        """The tokenizer as sentence-transformers needs it: the suffix in its post-processor."""
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.model_max_length, tokenizer.truncation_side = self.max_length, "right"
+        if tokenizer.pad_token is None:  # any will do: it is masked
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        if not self.template.suffix:
+            tokenizer.save_pretrained(folder)
+            return
+        plain = tokenizer.backend_tokenizer.encode(self.template.prefix + "a")
+        added = plain.special_tokens_mask  # 1 for the tokenizer's own BOS, EOS, ...
+        n_front, n_back = added.index(0), added[::-1].index(0)
+        ids = self.tokenize(["a"])[0][0]
+        parts = {"front": plain.ids[:n_front], "back": ids[len(plain.ids) - n_back :]}
+        parts = {name: part for name, part in parts.items() if part}
+        single = [name for name in ("front", "$A", "back") if name == "$A" or name in parts]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, pair=[*single, "$B"],
+            special_tokens=[
+                {"id": name, "ids": part, "tokens": tokenizer.convert_ids_to_tokens(part)}
+                for name, part in parts.items()
+            ],
+        )  # fmt: skip
+        tokenizer.save_pretrained(folder)
+        config = _read_json(folder, "tokenizer_config.json")
+        for key in ("add_bos_token", "add_eos_token"):  # transformers would build its own instead
+            config.pop(key, None)
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        _write_json(config, folder, "tokenizer_config.json")
+
+    def save(self, folder, sentence_transformers=True, state_dict=None):
+        """Writes a sentence-transformers folder: dense, a SparseEncoder for "splade", a
+        MultiVectorEncoder for "tokens". LoRA is merged in the files, not in the model.
+
+        Raises ValueError, before anything is written, where embeddings there would differ: see
+        st_problem. With sentence_transformers=False the folder is for Embedder.load alone.
+        state_dict: full weights of the model, gathered elsewhere (FSDP).
+        """
+        if sentence_transformers and (problem := self.st_problem()):
+            raise ValueError(
+                f"{folder}: sentence-transformers would give other embeddings: {problem}. "
+                "sentence_transformers=False saves the model for nanoembed alone"
+            )
+        self.model.save_pretrained(folder, merged_state(self.model, state_dict))
+        own = dict(
+            pooling=self.pooling, template=asdict(self.template), prompts=self.prompts,
+            normalize=self.normalize, max_length=self.max_length,
+            pool_instruction=self.pool_instruction,
+            post_processor=json.loads(self.tokenizer.backend_tokenizer.to_str())["post_processor"],
+        )  # fmt: skip
+        _write_json(own, folder, "nanoembed.json")
+        if self.projection is not None:
+            weight = self.projection.weight.detach().contiguous().cpu()
+            os.makedirs(os.path.join(folder, "1_Dense"), exist_ok=True)
+            save_file({"linear.weight": weight}, os.path.join(folder, "1_Dense/model.safetensors"))
+        if sentence_transformers:
+            self._save_st_tokenizer(folder)
+            self._save_st_modules(folder)
+        else:
+            self.tokenizer.save_pretrained(folder)
+
+    def _save_st_modules(self, folder):
+        kind, task, similarity = "SentenceTransformer", "feature-extraction", "cosine"
+        width, last = self.model.config.n_embd, []
+        if self.pooling == "splade":
+            kind, task, similarity = "SparseEncoder", "fill-mask", "dot"
+            config = {"pooling_strategy": "max", "activation_function": "relu"}
+            modules = [(f"{ST}.sparse_encoder.modules.SpladePooling", config)]
+        elif self.pooling == "tokens":
+            kind, similarity = "MultiVectorEncoder", "maxsim"
+            modules, at = [], {"module_input_name": "token_embeddings"}
+            if self.projection is not None:
+                config = dict(in_features=width, out_features=self.dim, bias=False, **at)
+                config["activation_function"] = "torch.nn.modules.linear.Identity"
+                modules = [(f"{ST}.base.modules.Dense", config)]
+            modules.append((f"{ST}.multi_vector_encoder.modules.MultiVectorMask", {}))
+            last = [(f"{ST}.base.modules.Normalize", at)]
+        else:  # in words that its older versions know, too
+            config = {"word_embedding_dimension": width, "include_prompt": self.pool_instruction}
+            config |= {f"pooling_mode_{k}": v == self.pooling for k, v in ST_POOLINGS.items()}
+            modules, last = [(f"{ST}.models.Pooling", config)], [(f"{ST}.models.Normalize", {})]
+            similarity = "cosine" if self.normalize else "dot"
+        modules = [(f"{ST}.models.Transformer", None), *modules, *(last if self.normalize else [])]
+        listed = []
+        for i, (name, config) in enumerate(modules):
+            path = f"{i}_{name.rpartition('.')[2]}" if i else ""
+            listed.append({"idx": i, "name": str(i), "path": path, "type": name})
+            if i:
+                _write_json(config, folder, path, "config.json")
+        _write_json(listed, folder, "modules.json")
+        config = {"max_seq_length": self.max_length, "do_lower_case": False}
+        if task != "feature-extraction":
+            config["transformer_task"] = task
+        _write_json(config, folder, "sentence_bert_config.json")
+        prefix = self.template.prefix
+        config = dict(
+            model_type=kind, similarity_fn_name=similarity,
+            prompts={name: prefix + text for name, text in self.prompts.items()},
+            # who names no prompt gets the chat wrap all the same
+            default_prompt_name="document" if prefix and "document" in self.prompts else None,
+        )  # fmt: skip
+        _write_json(config, folder, "config_sentence_transformers.json")
+
+    @classmethod
+    def load(
+        cls, name, adapters=(), device=None, dtype="auto", attention=None,
+        attention_backend="auto", pooling=None, template=None, prompts=None, normalize=None,
+        max_length=None, pool_instruction=None,
+    ):  # fmt: skip
+        """An Embedder, ready to encode, from a folder or a hub id `owner/name[@revision]`.
+
+        name: a folder of `save`, a sentence-transformers folder, a plain Hugging Face model, or a
+        PEFT adapter, whose base is loaded first. adapters: more of them, merged in this order
+        (LLM2Vec: base, MNTP, SimCSE or supervised). attention: "causal" or "bidirectional" where
+        config.json does not say it: LLM2Vec's adapters want "bidirectional".
+        The remaining arguments take the place of what the folder says, and are needed where it says
+        nothing: a plain model gets the mean over all tokens. dtype: of the weights.
+        Raises ValueError for a sentence-transformers folder with a part that we do not do.
+        """
+        if device is None:
+            mps = torch.backends.mps.is_available()
+            device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        device = torch.device(device)
+        folders = [resolve_folder(name)]
+        while os.path.exists(os.path.join(folders[0], "adapter_config.json")):
+            config = _read_json(folders[0], "adapter_config.json")
+            base, revision = config["base_model_name_or_path"], config.get("revision")
+            folders.insert(0, resolve_folder(f"{base}@{revision}" if revision else base))
+        folders += [resolve_folder(adapter) for adapter in adapters]
+        said = {}
+        for folder in folders:
+            said |= read_settings(folder)
+        given = dict(pooling=pooling, template=template, prompts=prompts, normalize=normalize,
+                     max_length=max_length, pool_instruction=pool_instruction)  # fmt: skip
+        said |= {key: value for key, value in given.items() if value is not None}
+
+        dtype = dtype_of(dtype, device)
+        model = from_pretrained(os.path.join(folders[0], said.pop("path", "")), attention, dtype=dtype)
+        for folder in folders[1:]:
+            load_adapter(model, folder)
+            merge(model)
+        c = model.config
+        model.backend = choose_backend(attention_backend, device, dtype, gqa=c.n_kv_head != c.n_head)
+        has = [f for f in folders if os.path.exists(os.path.join(f, "tokenizer_config.json"))]
+        tokenizer = load_tokenizer((has or folders)[-1])
+        if post_processor := said.pop("post_processor", None):  # as it was before `save`
+            blank = Tokenizer(models.BPE()).to_str()
+            spec = json.loads(blank) | {"post_processor": post_processor}
+            blank = Tokenizer.from_str(json.dumps(spec))
+            tokenizer.backend_tokenizer.post_processor = blank.post_processor
+        if weight := said.pop("projection", None):
+            weight = load_file(weight)["linear.weight"].float()
+            said["projection"] = nn.Linear(weight.size(1), weight.size(0), bias=False)
+            said["projection"].weight.data = weight
+        said.setdefault("max_length", min(512, c.max_seq_len))
+        if "pooling" not in said:
+            print0(f"{name} does not say how it pools: mean over all tokens")
+        embedder = cls(model, tokenizer, **said, dtype=dtype).to(device).eval()
+        print0(f"{name}: {c.family}, {embedder.pooling} -> {embedder.dim}, up to "
+               f"{embedder.max_length} tokens, {dtype} on {device}, {model.backend}")  # fmt: skip
+        return embedder
+
+
+# ---- folders ----
+
+ST = "sentence_transformers"
+ST_POOLINGS = {  # its newer versions write "cls", "mean", "weightedmean"
+    "cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last",
+    "weightedmean_tokens": "weighted_mean",
+}  # fmt: skip
+
+# Texts whose tokens depend on what stands next to them, or which tokenizers clean
+PROBES = [
+    *("", "a", " ", "\n", "Hello, world!", " space before", "space behind ", "\n\nlines\n", "1234 5.6"),
+    *("na\xefve cafe\u0301 \u4f60\u597d \U0001f642", "(brackets)", "[x]", "'s", "...", "#_/:", "\t x", "A: b?"),
+]
+
+
+def merged_state(model, state=None):
+    """The model's state_dict (or full tensors of it) with LoRA added into the weights."""
+    state = dict(model.state_dict() if state is None else state)
+    for name, layer in lora_layers(model).items():
+        a, b = state.pop(f"{name}.lora_A"), state.pop(f"{name}.lora_B")
+        w = state.pop(f"{name}.base.weight")
+        state[f"{name}.weight"] = (w.float() + layer.scale * (b @ a)).to(w.dtype)
+        if f"{name}.base.bias" in state:
+            state[f"{name}.bias"] = state.pop(f"{name}.base.bias")
+    return state
+
+
+def read_settings(folder):
+    """What a folder says about embedding, as arguments of Embedder: our own file, or
+    sentence-transformers', or LLM2Vec's; {} for a plain model."""
+    has = {name for name in os.listdir(folder)}
+    if "nanoembed.json" in has:
+        said = _read_json(folder, "nanoembed.json")
+        said["template"] = Template(**said["template"])
+        weight = os.path.join(folder, "1_Dense", "model.safetensors")
+        return said | ({"projection": weight} if os.path.exists(weight) else {})
+    if "llm2vec_config.json" in has:
+        theirs = _read_json(folder, "llm2vec_config.json")
+        mode = theirs["pooling_mode"]
+        return dict(
+            pooling={"eos_token": "last", "bos_token": "cls"}.get(mode, mode),
+            max_length=theirs["max_length"], pool_instruction=not theirs["skip_instruction"],
+        )  # fmt: skip
+    if "modules.json" not in has:
+        return {}
+
+    said = {"normalize": False}
+    top = _read_json(folder, "config_sentence_transformers.json")
+    if top.get("prompts"):
+        said["prompts"] = {name: text or "" for name, text in top["prompts"].items()}
+    if default := top.get("default_prompt_name"):
+        print0(f"{folder}: sentence-transformers puts prompt {default!r} before texts that have "
+               "none; here, give encode the instruction")  # fmt: skip
+    for module in _read_json(folder, "modules.json"):
+        kind, path = module["type"].rpartition(".")[2], module["path"]
+        config, bad = _read_json(folder, path, "config.json"), None
+        if kind in ("Transformer", "MLMTransformer"):
+            said["path"] = path
+            config = _read_json(folder, path, "sentence_bert_config.json")
+            keys = ("do_lower_case", "query_expansion", "query_length", "document_length")
+            bad = [key for key in keys if config.get(key)]
+            length = _read_json(folder, path, "tokenizer_config.json").get("model_max_length", 1e30)
+            length = config.get("max_seq_length") or length
+            if length < 1e9:  # transformers' word for no limit is 1e30
+                said["max_length"] = length
+        elif kind == "Pooling":
+            modes = config.get("pooling_mode") or [
+                key.removeprefix("pooling_mode_") for key, value in config.items()
+                if key.startswith("pooling_mode_") and value
+            ]  # fmt: skip
+            modes = [modes] if isinstance(modes, str) else modes
+            ours = [ours for k, ours in ST_POOLINGS.items() if k.startswith(modes[0])]
+            said["pooling"] = ours[0] if ours else None
+            said["pool_instruction"] = config.get("include_prompt", True)
+            bad = modes if len(modes) > 1 or said["pooling"] is None else None
+        elif kind == "SpladePooling":
+            said["pooling"] = "splade"
+            how = config.get("pooling_strategy", "max"), config.get("activation_function", "relu")
+            bad = how if how != ("max", "relu") else None
+        elif kind == "MultiVectorMask":
+            said["pooling"] = "tokens"
+            bad = [key for key in ("skiplist_words", "keep_only_token_ids") if config.get(key)]
+        elif kind == "Dense":
+            said["projection"] = os.path.join(folder, path, "model.safetensors")
+            plain = config.get("module_input_name") == "token_embeddings" and not config["bias"]
+            bad = None if plain and config["activation_function"].endswith("Identity") else config
+        elif kind == "Normalize":
+            said["normalize"] = True
+        else:
+            bad = "the whole module"
+        if bad:
+            raise ValueError(f"{folder}: {module['type']}: not supported: {bad}")
+    return said
+
+
+def _read_json(*path):
+    """{} where there is no such file."""
+    path = os.path.join(*path)
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def _write_json(value, *path):
+    path = os.path.join(*path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=2)

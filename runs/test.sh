@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Lint and tests in .venv, made if there is none:  bash runs/test.sh [--slow] [pytest's arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ -x .venv/bin/python ] || python3 -m venv .venv
+# torch first and alone, so that no other package chooses its version
+.venv/bin/pip install -q --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
+.venv/bin/pip install -q --disable-pip-version-check -r requirements-dev.txt
+.venv/bin/ruff check .
+.venv/bin/python -m pytest -q "$@"

@@ -1,0 +1,652 @@
+"""data.py, data/pydocs and data/text. Run: python -m pytest tests/test_data.py"""
+
+import importlib.util
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import data
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def script(name):
+    """data/<name>/prepare.py as a module."""
+    path = os.path.join(ROOT, "data", name, "prepare.py")
+    spec = importlib.util.spec_from_file_location(f"{name}_prepare", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+pydocs, text = script("pydocs"), script("text")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    lines = [doc["body"] for doc in pydocs.topics()[:20]]
+    return pydocs.train_tokenizer(lines)
+
+
+# ---- packed rows, order ----
+
+
+def test_make_seqs():
+    seqs = data.make_seqs([3, 1, 4])
+    assert seqs.cu_seqlens.tolist() == [0, 3, 4, 8] and seqs.cu_seqlens.dtype == torch.int32
+    assert seqs.positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
+    assert seqs.positions.dtype == torch.int64
+    assert seqs.lengths == [3, 1, 4] and seqs.max_seqlen == 4
+    with pytest.raises(ValueError, match=r"at least 1 token.*\[2, 0\]"):
+        data.make_seqs([2, 0])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000])
+def test_permutation_is_a_bijection(n):
+    orders = set()
+    for seed, epoch in itertools.product(range(3), range(3)):
+        order = data.permuted(np.arange(n), n, seed, epoch)
+        assert sorted(order.tolist()) == list(range(n))
+        orders.add(tuple(order.tolist()))
+    assert len(orders) == 9 if n > 60 else len(orders) > 1 or n == 1
+
+
+def test_permutation_is_even():
+    n, epochs = 7, 4000
+    places = np.zeros((n, n))
+    for epoch in range(epochs):
+        places[np.arange(n), data.permuted(np.arange(n), n, 5, epoch)] += 1
+    # 36 degrees of freedom: chi-square is 36 on average and above 80 once in 30,000 times
+    assert ((places - epochs / n) ** 2 / (epochs / n)).sum() < 80
+
+
+def test_permutation_of_many_rows_in_parts():
+    n = 1_700_000_000
+    index = np.array([n - 1, 0, 12345])
+    whole = data.permuted(index, n, 0, 0)
+    assert ((0 <= whole) & (whole < n)).all()
+    assert [data.permuted(index[i : i + 1], n, 0, 0)[0] for i in range(3)] == whole.tolist()
+    with pytest.raises(ValueError, match="not all in 0..6"):
+        data.permuted(np.array([7]), 7, 0, 0)
+
+
+def test_order_is_endless_without_replacement_and_the_same_for_any_batch():
+    n_rows, total = 10, 60
+    sequences = []
+    for rows_per_step in (1, 4, 6, 20, 60):
+        steps = range(total // rows_per_step)
+        steps = [np.stack(data.rows_of_step(s, rows_per_step, n_rows, 3)) for s in steps]
+        sequences.append(np.concatenate(steps, axis=1).tolist())
+    assert all(sequence == sequences[0] for sequence in sequences)
+    epoch, row = sequences[0]
+    assert epoch == [e for e in range(6) for _ in range(n_rows)]
+    epochs = [tuple(row[i : i + n_rows]) for i in range(0, total, n_rows)]
+    assert all(sorted(e) == list(range(n_rows)) for e in epochs)
+    assert len(set(epochs)) == 6
+    with pytest.raises(ValueError, match="not one whole row"):
+        data.rows_of_step(0, 4, 0, 3)
+
+
+# ---- token files ----
+
+
+def write_folder(folder, docs, vocab_size=100, split="train"):
+    counts = data.write_tokens(str(folder), split, docs, vocab_size)
+    meta = {"dtype": data.token_dtype(vocab_size), "vocab_size": vocab_size}
+    (folder / "meta.json").write_text(json.dumps({**meta, "splits": {split: counts}}))
+
+
+def test_read_row_equals_a_walk_over_documents(tmp_path):
+    rng = random.Random(0)
+    lengths = [1, 1, 8, 30, 7, 1, 16, *(rng.randint(1, 20) for _ in range(200))]
+    docs = [[rng.randrange(100) for _ in range(n)] for n in lengths]
+    write_folder(tmp_path, docs)
+    file = data.open_tokens(str(tmp_path), "train")
+    for row_size in (1, 8, 13, 100):
+        rows, row, pieces = [], [], []
+        for doc in docs:
+            fresh = True  # does the next token begin a piece?
+            for token in doc:
+                if fresh or not row:
+                    pieces.append(0)
+                fresh = False
+                row.append(token)
+                pieces[-1] += 1
+                if len(row) == row_size:
+                    rows.append((row, pieces))
+                    row, pieces = [], []
+        for i, (ids, lengths) in enumerate(rows):
+            got_ids, got_lengths = data.read_row(file, i, row_size)
+            assert got_ids.dtype == np.int64
+            assert (got_ids.tolist(), got_lengths) == (ids, lengths)
+        with pytest.raises(IndexError, match="train.bin"):
+            data.read_row(file, len(rows), row_size)
+
+
+@pytest.mark.parametrize("vocab_size, bytes_each", [(65536, 2), (65537, 4)])
+def test_ids_use_all_of_their_type(tmp_path, vocab_size, bytes_each):
+    write_folder(tmp_path, [[0, vocab_size - 1], [5]], vocab_size)
+    assert (tmp_path / "train.bin").stat().st_size == 3 * bytes_each
+    file = data.open_tokens(str(tmp_path), "train")
+    assert file.tokens.tolist() == [0, vocab_size - 1, 5] and file.starts.tolist() == [0, 2, 3]
+
+
+def test_writing_refuses_bad_documents(tmp_path):
+    for bad, told in ([], "no tokens"), ([3, 100], "3..100"), ([-1], "-1..-1"):
+        with pytest.raises(ValueError, match=rf"train.bin: document 1 has .*{told}.*0..99"):
+            data.write_tokens(str(tmp_path), "train", [[1], bad], 100)
+    assert not (tmp_path / "train.bin").exists()
+
+
+def spoil(folder, what):
+    def edit(name, change):
+        (folder / name).write_bytes(bytes(change((folder / name).read_bytes())))
+
+    def meta(**changes):
+        old = json.loads((folder / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps(old | changes))
+
+    if what == "half a token":
+        edit("train.bin", lambda b: b[:-1])
+    elif what == "short bin":
+        edit("train.bin", lambda b: b[:-2])
+    elif what == "short idx":
+        edit("train.idx", lambda b: b[:-8])
+    elif what == "last start":
+        edit("train.idx", lambda b: b[:-8] + (7).to_bytes(8, "little"))
+    elif what == "falling starts":
+        edit("train.idx", lambda b: b[:8] + b[16:24] + b[8:16] + b[24:])
+    elif what == "dtype":
+        meta(dtype="float16")
+    elif what == "no bin":
+        os.remove(folder / "train.bin")
+    elif what == "no meta":
+        os.remove(folder / "meta.json")
+    elif what == "big id":
+        meta(vocab_size=9)
+
+
+@pytest.mark.parametrize(
+    "what, told",
+    [
+        ("half a token", r"train\.bin has 19 bytes.*10 x 2 = 20"),
+        ("short bin", r"train\.bin has 18 bytes.*10 x 2 = 20"),
+        ("short idx", r"train\.idx has 32 bytes.*5 x 8 = 40"),
+        ("last start", r"train\.idx: starts run 0\.\.7, expected 0\.\.10"),
+        ("falling starts", r"train\.idx: entries 1, 2 are 5, 2, expected increasing"),
+        ("dtype", r"meta\.json: dtype 'float16', expected 'uint16' or 'uint32'"),
+        ("no bin", r"train\.bin"),
+        ("no meta", r"meta\.json is missing.*prepare\.py"),
+        ("big id", r"train\.bin: token 9 is 9, expected less than 9"),
+    ],
+)
+def test_spoiled_files_are_named(tmp_path, what, told):
+    write_folder(tmp_path, [[0, 1], [2, 3, 4], [5, 6], [7, 8, 9]])
+    data.read_row(data.open_tokens(str(tmp_path), "train"), 0, 10)
+    spoil(tmp_path, what)
+    with pytest.raises((ValueError, FileNotFoundError), match=told):
+        data.read_row(data.open_tokens(str(tmp_path), "train"), 0, 10)
+
+
+def test_unknown_split_and_unprepared_folder(tmp_path):
+    write_folder(tmp_path, [[1]])
+    with pytest.raises(ValueError, match="no split 'val', it has train"):
+        data.open_tokens(str(tmp_path), "val")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "prepare.py").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"run: python .*new.prepare\.py"):
+        data.open_tokens(str(tmp_path / "new"), "train")
+
+
+# ---- tokenizers ----
+
+AWKWARD = [
+    "",
+    "plain words, and it's 12345 of them:\n\n\tdef f(x): return x**2  # don't   ",
+    "\xa0caf\xe9 cafe\u0301 \U0001f468\u200d\U0001f469 \u4f60\u597d \u0e01\u0e34\r\n\x85\x1c\x00",
+    "say [MASK] or[SEP] twice [CLS] <|endoftext|> [mask]",
+    " " * 5000 + "x" + "\n" * 2000,
+    "ab" * 4000,
+]
+
+
+LLAMA = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def random_texts():
+    rng = random.Random(1)
+    ranges = [(32, 127), (0, 0x250), (0x370, 0x3000), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF)]
+    for _ in range(300):
+        text = "".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(1, 60)))
+        yield rng.choice(["", " ", "the ", "\n\n"]).join(text)
+
+
+def byte_bpe(merges, ids_in_order=True, nfc=False, pattern=None):
+    """A byte-level BPE of the 256 bytes and the results of `merges`; with a pattern, as Llama 3."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = ["".join(m) for m in merges]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(made if ids_in_order else made[::-1])]
+    vocab = {t: i for i, t in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pattern is not None))
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)]
+    if pattern:
+        steps = [pre_tokenizers.Split(Regex(pattern), "isolated"), *steps]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if pattern else steps[0]
+    if nfc:
+        backend.normalizer = normalizers.NFC()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_tiktoken_gives_the_ids_of_the_tokenizer(tokenizer, capsys):
+    pytest.importorskip("tiktoken")
+    texts = [*AWKWARD, *random_texts(), *(doc["body"] for doc in pydocs.topics()[:30])]
+    merges = [("t", "h"), ("th", "e"), ("\u0120", "the"), ("\u00c3", "\u00a9"), ("1", "2")]
+    gpt2, llama = byte_bpe(merges, nfc=True), byte_bpe(merges, pattern=LLAMA)
+    gpt2.add_tokens(["   "])  # ModernBERT has runs of space as added tokens
+    for each in (tokenizer, gpt2, llama):
+        encode = data.fast_encode(each)
+        assert capsys.readouterr().out == "tokenizing with tiktoken\n"
+        assert encode(texts) == each(texts)["input_ids"]
+    assert tokenizer("a")["input_ids"][0] == tokenizer.cls_token_id  # specials were compared too
+
+
+@pytest.mark.parametrize(
+    "merges, in_order",
+    [
+        ([("b", "c"), ("a", "b")], False),  # abc is a bc; by the order of ids ab c
+        ([("b", "c"), ("a", "b"), ("ab", "c")], True),  # abc is a bc: abc is never reached
+    ],
+)
+def test_tiktoken_is_refused_where_its_ids_would_differ(merges, in_order, capsys):
+    tokenizer = byte_bpe(merges, in_order)
+    assert data.tiktoken_for(tokenizer) is None
+    encode = data.fast_encode(tokenizer)
+    assert "the tokenizer itself" in capsys.readouterr().out
+    ids = encode(["abc abc"])
+    assert ids == tokenizer(["abc abc"])["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids[0]) == ["a", "bc", "\u0120", "a", "bc"]
+
+
+def test_other_tokenizers_run_themselves():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 7, "?": 1}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert data.fast_encode(tokenizer)(["a b", "c"]) == [[0, 7], [1]]
+    assert data.fast_encode(tokenizer)([]) == []
+    data.check_tokenizer(tokenizer, 8)  # the largest id counts, not the 3 tokens
+    with pytest.raises(ValueError, match="ids up to 7.*vocab_size is 7"):
+        data.check_tokenizer(tokenizer, 7)
+    with pytest.raises(ValueError, match="ids up to 99.*vocab_size is 50"):
+        data.check_tokenizer({"vocab_size": 100}, 50)
+
+
+def test_tokenizer_survives_saving(tokenizer, tmp_path):
+    docs = data.fast_encode(tokenizer)(["a text"])
+    counts = data.write_tokens(str(tmp_path), "train", docs, 8192)
+    data.write_meta(str(tmp_path), tokenizer, "here", {"train": counts})
+    again = data.load_tokenizer(str(tmp_path / "tokenizer"))
+    ids = again("a text")["input_ids"]
+    assert ids == data.open_tokens(str(tmp_path), "train").tokens.tolist()
+    assert again.convert_ids_to_tokens(ids)[:: len(ids) - 1] == ["[CLS]", "[SEP]"]
+    assert (again.bos_token, again.eos_token) == ("[CLS]", "[SEP]")
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["mask_id"] == again.mask_token_id and meta["special_ids"] == [0, 1, 2, 3]
+    assert meta["vocab_size"] == len(again)
+    with pytest.raises(FileNotFoundError, match="data/nowhere/tokenizer: no such folder"):
+        data.load_tokenizer("data/nowhere/tokenizer")
+
+
+# ---- JSONL, reading ahead ----
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        (b'{"query": "x"', r"line 3: not JSON: Expecting ',' delimiter"),
+        (b'{"query": "\xff"}', r"line 3: not JSON: 'utf-8' codec"),
+        (b'["query"]', r"line 3: a list, expected an object"),
+    ],
+)
+def test_broken_lines_are_named(tmp_path, line, told):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b'{"query": "a"}\n\n' + line + b"\n")
+    lines = data.read_jsonl(str(path))
+    assert next(lines) == (1, {"query": "a"})
+    with pytest.raises(ValueError, match=rf"pairs\.jsonl {told}"):
+        next(lines)
+
+
+def test_require():
+    record = {"s": "x", "i": 3, "f": 0.5, "b": True, "l": ["x", "y"], "m": ["x", 1]}
+    good = [("s", str), ("i", int), ("i", float), ("f", float), ("b", bool), ("l", [str])]
+    for field, kind in good:
+        assert data.require(record, field, kind, "p.jsonl", 17) == record[field]
+    with pytest.raises(ValueError) as error:
+        data.require(record, "query", str, "p.jsonl", 17)
+    assert str(error.value) == "p.jsonl line 17: field 'query' is missing (expected str)"
+    for field, kind, told in [
+        ("s", int, "is 'x' .expected int"),
+        ("b", int, "is True .expected int"),
+        ("f", int, "is 0.5 .expected int"),
+        ("s", [str], "is 'x' .expected list of str"),
+        ("m", [str], r"is \['x', 1\] .expected list of str"),
+    ]:
+        with pytest.raises(ValueError, match=f"p.jsonl line 17: field '{field}' {told}"):
+            data.require(record, field, kind, "p.jsonl", 17)
+
+
+def test_prefetch():
+    assert list(data.prefetch(range(100))) == list(range(100))
+
+    def breaks():
+        yield 1
+        raise KeyError("broken")
+
+    items = data.prefetch(breaks())
+    assert next(items) == 1
+    with pytest.raises(KeyError, match="broken"):
+        next(items)
+
+    taken = []
+    before = threading.active_count()
+    items = data.prefetch((taken.append(i) or i for i in itertools.count()), depth=2)
+    assert next(items) == 0
+    deadline = time.time() + 5
+    while len(taken) < 3 and time.time() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert taken == [0, 1, 2]  # one was used, two are ready
+    items.close()
+    assert threading.active_count() == before
+
+
+# ---- data/text/prepare.py ----
+
+WORDS = "the a model text token of in is row and packs reads every long short\n".split(" ")
+
+
+def make_corpus(folder, files, docs_a_file):
+    """.txt, .jsonl and .parquet files by turns; returns their texts."""
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    rng = random.Random(0)
+    texts = []
+    for i in range(files):
+        words = [" ".join(rng.choices(WORDS, k=40)) for _ in range(docs_a_file)]
+        docs = [f"{i}.{j} {each}".strip() for j, each in enumerate(words)]
+        texts += docs
+        path = str(folder / f"{i:03d}")
+        if i % 3 == 0:
+            with open(path + ".txt", "w") as f:
+                f.write("\n\n \n".join(docs))
+        elif i % 3 == 1:
+            with open(path + ".jsonl", "w") as f:
+                f.writelines(json.dumps({"text": doc, "id": i}) + "\n" for doc in [*docs, " "])
+        else:
+            table = pyarrow.table({"id": range(docs_a_file + 1), "text": [*docs, None]})
+            write_table(table, path + ".parquet", row_group_size=docs_a_file // 2)
+    return texts
+
+
+def prepare_text(out, *args):
+    command = [sys.executable, os.path.join(ROOT, "data", "text", "prepare.py"), "--out", str(out)]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(out) + ".hf"}
+    output = subprocess.PIPE
+    return subprocess.Popen([*command, *args], env=env, stdout=output, stderr=output, text=True)
+
+
+def finished(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+def documents(folder, split, tokenizer):
+    file = data.open_tokens(str(folder), split)
+    ends = zip(file.starts[:-1], file.starts[1:], strict=True)
+    return [tokenizer.decode(file.tokens[a:b], skip_special_tokens=True) for a, b in ends]
+
+
+def test_text_killed_and_resumed_is_text_unbroken(tmp_path, tokenizer, capsys):
+    (tmp_path / "in").mkdir()
+    texts = make_corpus(tmp_path / "in", files=60, docs_a_file=100)
+    tokenizer.save_pretrained(str(tmp_path / "tok"))
+    args = ["--tokenizer", str(tmp_path / "tok"), "--val_docs", "50", "--input"]
+    args += [str(tmp_path / "in" / f"*.{kind}") for kind in ("txt", "jsonl", "parquet")]
+
+    killed = prepare_text(tmp_path / "b", *args, "--workers", "1")
+    shards = tmp_path / "b" / "shards"
+    while not list(shards.glob("00000[2-9].json")):
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    done = len(list(shards.glob("*.json")))
+    n_parts = 20 + 20 + 20 * 3  # a .parquet here has 3 row groups
+    assert 3 <= done < n_parts
+
+    resumed = prepare_text(tmp_path / "b", *args, "--workers", "2")
+    text.main(text.arguments([*args, "--out", str(tmp_path / "a"), "--workers", "1"]))
+    assert "40 empty documents were left out" in capsys.readouterr().out
+    assert f"{done} of {n_parts} shards are there already" in finished(resumed)
+    for name in ("train.bin", "train.idx", "val.bin", "val.idx", "meta.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert not shards.exists()
+
+    train, val = (documents(tmp_path / "a", split, tokenizer) for split in ("train", "val"))
+    assert len(val) == 50 and sorted(train + val) == sorted(texts)
+    places = [texts.index(doc) for doc in val]
+    assert places != sorted(places) and max(places) - min(places) > len(texts) / 2  # shuffled
+
+
+def test_text_from_a_dataset_takes_its_own_validation(tmp_path, tokenizer):
+    (tmp_path / "in").mkdir()
+    for split, n in ("train", 30), ("test", 10):
+        lines = [json.dumps({"body": f"{split} document {i}"}) for i in range(n)]
+        (tmp_path / "in" / f"{split}.jsonl").write_text("\n".join(lines))
+    tokenizer.save_pretrained(str(tmp_path / "tok"))
+    args = ["--tokenizer", str(tmp_path / "tok"), "--dataset", str(tmp_path / "in"), "--streaming"]
+    process = prepare_text(
+        tmp_path / "out", *args, "--field", "body", "--val_docs", "4", "--workers", "1"
+    )
+    assert "own split 'test'" in finished(process)
+    train, val = (documents(tmp_path / "out", split, tokenizer) for split in ("train", "val"))
+    assert sorted(train) == sorted(f"train document {i}" for i in range(30))
+    assert len(set(val)) == 4 and all(doc.startswith("test document") for doc in val)
+
+
+class Args:
+    field, txt, streaming = "text", "blank", False
+
+
+@pytest.mark.parametrize("kind, txt", [("txt", "blank"), ("txt", "line"), ("jsonl", "blank")])
+def test_parts_of_a_file_are_the_file(tmp_path, monkeypatch, kind, txt):
+    rng = random.Random(0)
+    docs = ["\n".join(["caf\u00e9 " * rng.randint(1, 30)] * rng.randint(1, 3)) for _ in range(100)]
+    docs = [f"{i} {doc.strip()}" for i, doc in enumerate(docs)]
+    if kind == "jsonl":
+        written = "\n".join(json.dumps({"text": doc}) for doc in docs)
+    else:
+        written = "\n\n".join(docs)
+    path = tmp_path / f"a.{kind}"
+    path.write_text(written, encoding="utf-8")
+    if txt == "line":
+        docs = [line.strip() for line in written.split("\n") if line]
+    args = Args()
+    args.txt = txt
+    for size in (1 << 20, 1000, 50, 7):
+        monkeypatch.setattr(text, "PART_BYTES", size)
+        parts = text.plan_of_files([str(path)], txt)
+        assert len(parts) > 5 or size > 1000
+        assert [t for part in parts for t in text.texts_of(part, args) if t] == docs
+
+
+def test_text_names_the_line_in_a_later_part(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"document {i}"}) for i in range(50)]
+    lines[40] = '{"txt": 1}'
+    path.write_text("\n".join(lines))
+    monkeypatch.setattr(text, "PART_BYTES", 100)
+    parts = text.plan_of_files([str(path)], "blank")
+    with pytest.raises(ValueError, match=r"a\.jsonl line 41: field 'text' is missing"):
+        [t for part in parts[1:] for t in text.texts_of(part, Args())]
+    with pytest.raises(FileNotFoundError, match="nothing.txt: there is no such file"):
+        text.plan_of_files([str(tmp_path / "nothing.txt")], "blank")
+    with pytest.raises(ValueError, match="no column 'text' .*it has body"):
+        list(text.column({"body": ["x"]}, "text", "corpus"))
+
+
+# ---- data/pydocs/prepare.py ----
+
+SOURCE = '''
+"""The module for tests of prepare, which says in enough words what it is and why it is there for
+all to read.
+
+Its body has more than one sentence. There are words in it, so that it is long enough for a pair.
+"""
+
+class Box:
+    """A box that holds things of one kind. It is not a list, as what is in it has no order.
+
+    Parameters
+    ----------
+    size : int
+        How many things there are in the box, at most; with ``size=0`` it is :class:`~mod.Empty`.
+
+    Examples
+    --------
+    >>> Box(3)
+    Box(size=3)
+    """
+
+    def __init__(self, size: int, kind=None, *, names=("a very long default", "of two strings")):
+        """Short."""
+
+    @staticmethod
+    def of(thing: object):
+        """Make a box of a thing.
+
+        .. math::
+            x = \\\\frac{a}{b}
+
+        The box that is returned has the thing in it, and it can be used as any other of its size
+        that was made by hand::
+
+            box = Box(1)
+            box.put(thing)
+
+        .. note:: It is *not* copied, so that a change of the thing is seen in `box` as well.
+        """
+
+args = parse_kwargs("""
+    input (Tensor): the input tensor
+        of any shape.
+    out (Tensor, optional): the output tensor.
+""")
+add_docstr(torch.fill, r"""
+fill(input, value, *, out=None) -> Tensor
+
+Fills a tensor with a value that is given, so that all of its elements are the same.
+
+Args:
+    {input}
+    value (float): what is to be written to each of the elements of the tensor in {{brackets}}
+""".format(**args))
+'''
+
+
+def test_docstrings_become_english(tmp_path):
+    (tmp_path / "pkg" / "tests").mkdir(parents=True)
+    (tmp_path / "pkg" / "mod.py").write_text(SOURCE)
+    (tmp_path / "pkg" / "tests" / "other.py").write_text(SOURCE)
+    (tmp_path / "pkg" / "test_mod.py").write_text(SOURCE)
+    (tmp_path / "pkg" / "__init__.py").write_text("broken (")
+    files = pydocs.source_files(str(tmp_path / "pkg"), "pkg")
+    assert [module for module, _ in files] == ["pkg", "pkg.mod"]
+    assert pydocs.docs_of_file(files[0]) == []
+    module, box, of, fill = pydocs.docs_of_file(files[1])
+
+    assert module["name"] == "pkg.mod"
+    assert module["summary"].endswith("there for all to read.")
+    assert box["signature"] == "Box(size, kind=None, *, names=...)"
+    assert box["summary"] == "A box that holds things of one kind."
+    assert box["body"].split("\n") == [
+        "It is not a list, as what is in it has no order.",
+        "Parameters",
+        "size : int",
+        "How many things there are in the box, at most; with size=0 it is Empty.",
+    ]
+    assert of["signature"] == "Box.of(thing)"
+    assert of["body"].split("\n") == [
+        "The box that is returned has the thing in it, and it can be used as any other of its size "
+        "that was made by hand:",
+        "Note: It is not copied, so that a change of the thing is seen in box as well.",
+    ]
+    assert fill["signature"] == "fill(input, value, *, out=None)"
+    assert fill["body"].split("\n") == [
+        "Args:",
+        "input (Tensor): the input tensor of any shape.",
+        "value (float): what is to be written to each of the elements of the tensor in {brackets}",
+    ]
+    pair = pydocs.pair_of(box)
+    assert pair["query"] == f"{box['signature']}: {box['summary']}" and pair["pos"] == [box["body"]]
+    repeats = {**box, "body": f"{box['body']} And again: {box['summary']}"}
+    assert pydocs.pair_of(repeats) is None  # its query would be in its positive
+
+
+def test_splits_share_no_module_and_no_text(tmp_path):
+    root = importlib.util.find_spec("numpy").submodule_search_locations[0]
+    docs = [doc for file in pydocs.source_files(root, "numpy") for doc in pydocs.docs_of_file(file)]
+    copies = [{**doc, "module": f"copied.{i}"} for i, doc in enumerate(docs[::10])]
+    kept = pydocs.without_repeats(docs + copies)
+    counts = pydocs.write_all(kept, str(tmp_path))
+    pairs = {
+        split: [pair for _, pair in data.read_jsonl(str(tmp_path / f"{split}.jsonl"))]
+        for split in ("train", "val", "test")
+    }
+    modules = {s: {".".join(p["module"].split(".")[:3]) for p in pairs[s]} for s in pairs}
+    tokenizer = data.load_tokenizer(str(tmp_path / "tokenizer"))
+    trained = " ".join(documents(tmp_path, "train", tokenizer))
+    for a, b in itertools.combinations(pairs, 2):
+        assert not modules[a] & modules[b]
+        for field in ("query", "pos"):
+            assert not {str(p[field]) for p in pairs[a]} & {str(p[field]) for p in pairs[b]}
+    for split in ("train", "val", "test"):
+        assert len(pairs[split]) == counts[f"{split} pairs"] > 15
+        positives = [p["pos"][0] for p in pairs[split]]
+        assert len(set(positives)) == len(positives)
+        assert {p in trained for p in positives} == {split == "train"}
+
+
+def test_manifest_is_compared():
+    path = os.path.join(ROOT, "data", "pydocs", "manifest.json")
+    with open(path) as f:
+        manifest = json.load(f)
+    assert pydocs.compare(manifest, manifest) == "equal to manifest.json"
+    other = json.loads(json.dumps(manifest))
+    other["versions"]["python"] = "3.99.0"
+    other["counts"]["train pairs"] += 1
+    other["sha256"]["train.bin"] = "0"
+    told = pydocs.compare(other, manifest)
+    assert f"python 3.99.0, in manifest.json {manifest['versions']['python']}" in told
+    assert "train pairs: " in told and "val pairs" not in told
+    assert told.endswith("files that differ: train.bin")

@@ -1,0 +1,480 @@
+"""
+Contrastive training of an embedder: queries near their passages, far from all the others.
+
+    python train_contrastive.py configs/contrastive_pydocs_tiny.py     # one GPU, a Mac or the CPU
+    torchrun --standalone --nproc_per_node=8 train_contrastive.py configs/contrastive_llm2vec.py
+    python train_contrastive.py configs/x.py --resume=True             # go on where it stopped
+
+The batch is as large as you like: texts go through the model in chunks of chunk_tokens, and the
+gradient cache (Gao et al. 2021, arXiv 2101.06983) makes the gradient that of the whole batch.
+LLM2Vec (arXiv 2404.05961), SimCSE (arXiv 2104.08821), Anchor-Embedding, NeoBERT, Ettin, FlagEmbedding.
+"""
+
+import math
+import os
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import common
+import lora
+from data import load_tokenizer, open_pairs, prefetch, read_pair, rows_of_step
+from embedder import Embedder, Template, groups, pack, tokenize
+from model import choose_backend, from_pretrained
+
+# ---- defaults ----
+out_dir = "out/contrastive"
+# model
+init_from = ""  # a Hugging Face or sentence-transformers folder, or a hub id owner/name[@revision]
+adapters: tuple = ()  # PEFT folders or hub ids merged into it first, in order (LLM2Vec's MNTP)
+attention: str | None = None  # causal or bidirectional; None: the model's own
+attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
+max_seq_len: int | None = None  # positions the model is trained for; None: its own
+attn_dropout: float | None = None  # of attention probabilities (SimCSE: 0.3); None: the model's own
+lora_rank = 0  # 0: every weight trains
+lora_alpha = 32.0
+lora_dropout = 0.05
+lora_targets = "all"
+train_also = ""  # trained whole beside LoRA: any of "embed,norm"
+# embedding
+pooling = "mean"  # mean, weighted_mean, last, cls; splade (sparse), tokens (multi-vector)
+projection_dim = 128  # of multi-vector's token embeddings
+prefix = ""  # the template: prefix + instruction + text + suffix, saved with the model
+suffix = ""
+pool_instruction = True  # False: the pool is the text's own tokens, without the instruction
+normalize = True  # embeddings of length 1; False with scale for dot products
+query_max_length = 512
+passage_max_length = 512
+# data: JSONL files, see data.py; one file a batch
+data: tuple = ("data/pydocs/train.jsonl",)
+eval_data = "data/pydocs/val.jsonl"  # "": none
+query_instruction: tuple = ("",)  # one for all files, or one for each; a line's "prompt" goes first
+passage_instruction: tuple = ("",)  # symmetric tasks have the same on both sides
+sampling_alpha = 1.0  # a file is drawn with probability ~ (its lines) ** alpha
+group_size = 2  # passages a query: one positive, the others its negatives, fewer where it has fewer
+no_duplicates = False  # a pair whose text the batch has already gives way to a random one
+# loss
+temperature = 0.05  # InfoNCE's; scale = 1 / temperature
+both_directions = False  # passages choose among queries, too
+false_negative_margin: float | None = None  # drop candidates above the positive's score + margin
+distill_weight = 0.0  # of KL to the teacher's pos_scores, neg_scores, over each query's group
+distill_temperature = 1.0  # of the teacher
+matryoshka_dims: tuple = ()  # e.g. (768, 256, 64): the mean of the losses at these widths
+query_flops = 5e-5  # of splade
+passage_flops = 3e-5
+negatives_cross_device = True  # candidates of all ranks
+# batch
+batch_size = 64  # queries of one step, over all ranks; each with up to group_size passages
+chunk_tokens = 16384  # tokens of one forward on one device; the result does not depend on it
+# length
+max_steps: int | None = None
+num_epochs: float | None = 1.0
+# optimizer
+learning_rate = 2e-5
+min_lr = 0.0
+weight_decay = 0.01
+beta1 = 0.9
+beta2 = 0.999
+adam_eps = 1e-8
+grad_clip = 1.0
+schedule = "linear"  # linear, cosine or constant, after the warmup
+warmup_steps: int | None = None
+warmup_ratio = 0.1
+# evaluation and checkpoints
+eval_interval = 200  # steps; 0: never
+log_interval = 10
+save_interval = 1000  # steps; the last step is always saved
+keep_last = 1
+keep_best = False
+resume = False
+tracker = ""
+# device
+dtype = "auto"  # bf16 (autocast, trained weights in fp32), fp32, or what the device is good at
+compile = False
+gradient_checkpointing = False
+fsdp = False
+deterministic = False
+seed = 1337
+# look, and do not train
+dry_run = False
+show_batch = False
+
+
+# ---- the batch ----
+# Every rank reads the texts of the whole batch, so that all know which candidate is whose; each
+# tokenizes and embeds its own share. Texts are numbered queries first, then passages.
+
+
+def make_batch(files, step, choices, settings):
+    """-> (pairs, which file): batch_size pairs of one file. A file's last batch takes what it lacks
+    from the file's next epoch, so that every batch is full. A function of (seed, step)."""
+    s, which = settings, int(choices[step])
+    nth = int((choices[:step] == which).sum())  # how many batches this file has given
+    order = rows_of_step(nth, s["batch_size"], len(files[which]), s["seed"] + which)
+    pairs = []
+    for epoch, line in zip(*order, strict=True):
+        rng = np.random.default_rng((s["seed"], which, epoch, line))
+        pairs.append(sample_pair(files[which], line, s["group_size"], rng))
+    if s["no_duplicates"]:
+        rng = np.random.default_rng((s["seed"], step))
+        pairs = without_duplicates(pairs, files[which], s["group_size"], rng)
+    return pairs, which
+
+
+def sample_pair(file, line, group_size, rng):
+    """One line with one of its positives and up to group_size - 1 of its negatives, drawn."""
+    pair = read_pair(file, line)
+    positive = rng.integers(len(pair["pos"]))
+    n_neg = min(group_size - 1, len(pair["neg"]))
+    negatives = sorted(rng.choice(len(pair["neg"]), n_neg, replace=False)) if n_neg else []
+    passages = [pair["pos"][positive]] + [pair["neg"][i] for i in negatives]
+    scores = None
+    if pair["pos_scores"] and (pair["neg_scores"] or not n_neg):
+        scores = [pair["pos_scores"][positive]] + [pair["neg_scores"][i] for i in negatives]
+    return {"query": pair["query"], "known": pair["pos"], "passages": passages, "scores": scores,
+            "prompt": pair["prompt"]}  # fmt: skip
+
+
+def without_duplicates(pairs, file, group_size, rng):
+    """Each pair that shares a text with an earlier one gives way to a drawn one (at most 20 tries)."""
+    seen, out = set(), []
+    for pair in pairs:
+        for _ in range(20):
+            texts = {pair["query"], *pair["passages"]}
+            if not texts & seen:
+                break
+            pair = sample_pair(file, rng.integers(len(file)), group_size, rng)
+        seen |= texts
+        out.append(pair)
+    return out
+
+
+def layout(pairs):
+    """Who is whose among B queries and N passages, as numbers:
+
+    positive [B]: the passage of each query; group [B, G]: its passages, -1 where it has fewer;
+    teacher [B, G]: their scores, nan where the line has none; known [K, 2]: (query, passage) that
+    must not count as negatives, because the text is a positive of that query, or of its like.
+    """
+    n_group = max(len(p["passages"]) for p in pairs)
+    group = np.full((len(pairs), n_group), -1)
+    teacher = np.full((len(pairs), n_group), np.nan, dtype=np.float32)
+    where, positives, n = {}, {}, 0
+    for b, pair in enumerate(pairs):
+        positives.setdefault(pair["query"], set()).update(pair["known"])
+        for g, text in enumerate(pair["passages"]):
+            group[b, g] = n
+            where.setdefault(text, []).append(n)
+            n += 1
+        if pair["scores"]:
+            teacher[b, : len(pair["scores"])] = pair["scores"]
+    known = [
+        (b, n)
+        for b, pair in enumerate(pairs)
+        for text in positives[pair["query"]]
+        for n in where.get(text, [])
+        if n != group[b, 0]
+    ]
+    known = np.array(known, dtype=np.int64).reshape(-1, 2)
+    return torch.from_numpy(group), torch.from_numpy(teacher), torch.from_numpy(known)
+
+
+# ---- losses ----
+# queries [b, C] or [b, L, C], candidates [N, C] or [N, L, C] (multi-vector: zero rows are padding);
+# all in fp32, summed over the b queries.
+
+
+def similarity(queries, candidates):
+    """Dot products [b, N]; of multi-vectors MaxSim, sum over i of max over j of q_i . d_j (Khattab
+    and Zaharia 2020, arXiv 2004.12832, equation 3)."""
+    if queries.dim() == 2:
+        return queries @ candidates.t()
+    dots = torch.einsum("bic,njc->bnij", queries, candidates)
+    dots = dots.masked_fill(~candidates.any(-1)[None, :, None, :], -torch.inf)
+    return (dots.amax(-1) * queries.any(-1)[:, None, :]).sum(-1)
+
+
+def info_nce(scores, positive, temperature, known=None, margin=None):
+    """sum over b of -log( exp(s_b+ / tau) / sum over n of exp(s_bn / tau) ), and how often the
+    positive was first (van den Oord et al. 2018, arXiv 1807.03748, equation 4).
+
+    scores [b, N], positive [b]; known [K, 2]: pairs that are no negatives; margin: nor is what
+    scores above the positive + margin.
+    """
+    own = scores.gather(1, positive[:, None])  # [b, 1]
+    if known is not None and len(known):
+        scores = scores.index_put(known.unbind(1), scores.new_tensor(-torch.inf))
+    if margin is not None:
+        scores = scores.masked_fill(scores > own.detach() + margin, -torch.inf)
+        scores = scores.scatter(1, positive[:, None], own)
+    losses = F.cross_entropy(scores / temperature, positive, reduction="sum")
+    return losses, (scores.argmax(1) == positive).sum()
+
+
+def distillation(scores, group, teacher, temperature, teacher_temperature):
+    """sum over b of KL(teacher || student) over the query's own group; 0 for lines without scores.
+
+    scores [b, N], group [b, G] with -1 for none, teacher [b, G] with nan for none.
+    """
+    there = (group >= 0) & ~teacher.isnan().any(1, keepdim=True) | (group == group[:, :1])
+    own = scores.gather(1, group.clamp(min=0)) / temperature  # [b, G]
+    student = own.masked_fill(~there, -1e9).log_softmax(1)
+    wanted = (teacher.nan_to_num() / teacher_temperature).masked_fill(~there, -1e9).log_softmax(1)
+    return (wanted.exp() * (wanted - student)).sum()
+
+
+def flops(x):
+    """FLOPS regulariser: sum over v of (mean over texts of |x_v|)^2 (Paria et al. 2020,
+    arXiv 2004.05665, equation 4). x [n, V]."""
+    return x.abs().mean(0).square().sum()
+
+
+def batch_loss(queries, passages, mine, where, s):
+    """The loss of the queries `mine` of a batch of B queries and N passages -> (loss, hits).
+
+    mine: indices of this rank's queries, a range. Gradients are left in queries.grad and
+    passages.grad, so that scores exist for a few queries at a time. The batch's loss is the sum
+    over ranks.
+    """
+    group, teacher, known = where
+    n_batch, widths = len(queries), s["matryoshka_dims"] or (queries.size(-1),)
+    # scores of 4M pairs at a time; multi-vectors hold a matrix for each pair
+    per_pair = queries[0].numel() * passages[0].numel() // queries.size(-1) ** 2
+    step = max(1, 2**22 // (len(passages) * per_pair))
+    total, hits = 0.0, 0
+    n = torch.arange(len(passages), device=queries.device)
+    elsewhere = (n < group[mine[0], 0]) | (n > group[mine].max())  # other ranks' passages
+    for rows in mine.split(step):
+        here = torch.isin(known[:, 0], rows)
+        pairs = torch.stack((known[here, 0] - rows[0], known[here, 1]), dim=1)
+        loss = 0.0
+        for width in widths:
+            q, d = queries[rows, ..., :width], passages[..., :width]
+            if s["matryoshka_dims"] and s["normalize"]:
+                q, d = F.normalize(q, dim=-1), F.normalize(d, dim=-1)
+            scores = similarity(q, d)
+            if not s["negatives_cross_device"]:
+                scores = scores.masked_fill(elsewhere, -torch.inf)
+            nce, n_hits = info_nce(
+                scores, group[rows, 0], s["temperature"], pairs, s["false_negative_margin"]
+            )
+            if s["both_directions"]:
+                back = similarity(passages[group[rows, 0], ..., :width], queries[..., :width])
+                # (b, n) may not be negatives: then neither are passage n and query b
+                n_of = {n: i for i, n in enumerate(group[rows, 0].tolist())}
+                turned = [(n_of[n], b) for b, n in known.tolist() if n in n_of]
+                turned = torch.tensor(turned, device=rows.device).view(-1, 2).long()
+                nce = (nce + info_nce(back, rows, s["temperature"], turned)[0]) / 2
+            loss = loss + nce / len(widths)
+        hits += n_hits
+        if s["distill_weight"]:
+            kl = distillation(
+                scores, group[rows], teacher[rows], s["temperature"], s["distill_temperature"]
+            )
+            loss = loss + s["distill_weight"] * kl
+        loss = loss / n_batch
+        loss.backward()
+        total += loss.item()
+    if s["pooling"] == "splade":
+        penalty = s["query_flops"] * flops(queries) + s["passage_flops"] * flops(passages)
+        (penalty / s["world_size"]).backward()  # each rank has all of it
+        total += penalty.item() / s["world_size"]
+    return total, int(hits)
+
+
+# ---- embedding a batch, in chunks and over ranks ----
+
+
+def chunks_of(encoded, chunk_tokens):
+    """Indices of texts, longest first, in lists of at most chunk_tokens tokens together."""
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
+    parts = groups([len(encoded[i][0]) for i in order], chunk_tokens)
+    return [[order[i] for i in part] for part in parts]
+
+
+def padded(out):
+    """What the embedder gives -> [n, C], or of multi-vectors [n, L, C] with zero rows as padding."""
+    if torch.is_tensor(out):
+        return out
+    return torch.nn.utils.rnn.pad_sequence(out[0].split(out[1]), batch_first=True)
+
+
+def gather_rows(x, counts):
+    """Rows of all ranks in rank order: x [n, ...] -> [sum of counts, ...]. Not differentiable."""
+    if len(counts) == 1:
+        return x
+    width = x.new_tensor([x.size(1) if x.dim() == 3 else 0])  # multi-vectors: the longest text
+    dist.all_reduce(width, dist.ReduceOp.MAX)
+    shape = (max(counts), *((int(width), x.size(2)) if x.dim() == 3 else x.shape[1:]))
+    mine = x.new_zeros(shape)
+    mine[tuple(slice(n) for n in x.shape)] = x
+    parts = [torch.empty_like(mine) for _ in counts]
+    dist.all_gather(parts, mine)
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+
+
+def embed_all(forward, chunks, n):
+    """Vectors of n texts in their own order from their chunks -> [n, C] or [n, L, C]."""
+    vectors = [None] * n
+    for i, chunk in enumerate(chunks):
+        for text, vector in zip(chunk, forward(i), strict=True):
+            vectors[text] = vector
+    if vectors[0].dim() == 1:
+        return torch.stack(vectors)
+    return torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True)
+
+
+def encode_share(pairs, share, which, tokenizer, settings):
+    """Token ids of this rank's queries and passages -> (encoded, how many of them are queries)."""
+    s, own = settings, [pairs[i] for i in share]
+    ask, answer = (i[which] if len(i) > 1 else i[0] for i in s["instructions"])
+    instructions = [p["prompt"] if p["prompt"] is not None else ask for p in own]
+    how = s["template"], s["query_max_length"], s["pool_instruction"]
+    encoded = tokenize(tokenizer, [p["query"] for p in own], instructions, *how)
+    how = s["template"], s["passage_max_length"], s["pool_instruction"]
+    passages = [text for p in own for text in p["passages"]]
+    return encoded + tokenize(tokenizer, passages, answer, *how), len(own)
+
+
+def train_batches(files, first_step, last_step, choices, tokenizer, settings):
+    """For each step (encoded texts of this rank, number of queries among them, layout of the whole
+    batch, passages of each rank)."""
+    s = settings
+    shares = np.arange(s["batch_size"]).reshape(s["world_size"], -1)  # [W, B / W]
+    for step in range(first_step, last_step):
+        pairs, which = make_batch(files, step, choices, s)
+        counts = [sum(len(pairs[i]["passages"]) for i in share) for share in shares]
+        encoded, n = encode_share(pairs, shares[s["rank"]], which, tokenizer, s)
+        yield encoded, n, layout(pairs), counts
+
+
+def learning_rate_at(step, max_steps, peak, floor, schedule, warmup):
+    """A linear warmup, then linear, cosine or constant from peak to floor at max_steps."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    t = (step - warmup) / max(max_steps - warmup, 1)
+    kept = {"linear": 1 - t, "cosine": (1 + math.cos(math.pi * t)) / 2, "constant": 1.0}[schedule]
+    return floor + (peak - floor) * kept
+
+
+@torch.no_grad()
+def evaluate(embedder, file, settings, max_lines=1000):
+    """Each query of the file among all its passages, up to max_lines lines, every rank its share
+    of the texts -> {"eval_loss", "eval_acc" (accuracy@1), "eval_mrr" (@10), "eval_ndcg" (@10)}."""
+    s = settings
+    pairs = [read_pair(file, i) for i in range(min(len(file), max_lines))]
+    passages = list(dict.fromkeys(text for p in pairs for text in p["pos"] + p["neg"]))
+    number = {text: i for i, text in enumerate(passages)}
+    ask, answer = s["instructions"][0][0], s["instructions"][1][0]
+    asks = [p["prompt"] if p["prompt"] is not None else ask for p in pairs]
+    embedder.eval()
+
+    def embed(texts, instruction, length):
+        mine = np.array_split(np.arange(len(texts)), s["world_size"])
+        own = mine[s["rank"]]
+        if not isinstance(instruction, str):
+            instruction = [instruction[i] for i in own]
+        how = s["template"], length, s["pool_instruction"]
+        encoded = tokenize(embedder.tokenizer, [texts[i] for i in own], instruction, *how)
+        chunks = chunks_of(encoded, s["chunk_tokens"])
+
+        def forward(i):
+            with s["autocast"]():
+                return padded(embedder.embed([encoded[j] for j in chunks[i]]))
+
+        return gather_rows(embed_all(forward, chunks, len(own)), [len(m) for m in mine])
+
+    queries = embed([p["query"] for p in pairs], asks, s["query_max_length"])
+    texts = embed(passages, answer, s["passage_max_length"])
+    embedder.train()
+    loss, first, mrr, ndcg = 0.0, 0, 0.0, 0.0
+    discount = 1 / np.log2(np.arange(2, 12))
+    for b, pair in enumerate(pairs):
+        scores = similarity(queries[b : b + 1], texts)  # [1, N]
+        right = [number[text] for text in pair["pos"]]
+        others = [(0, n) for n in right[1:]]
+        others = torch.tensor(others, device=scores.device).view(-1, 2).long()
+        positive = torch.tensor(right[:1], device=scores.device)
+        loss += info_nce(scores, positive, s["temperature"], others)[0].item()
+        top = scores[0].topk(min(10, len(passages))).indices.tolist()
+        gains = np.array([n in right for n in top], dtype=float)
+        first += gains[0]
+        mrr += 1 / (1 + gains.argmax()) if gains.any() else 0.0
+        ndcg += (gains * discount[: len(gains)]).sum() / discount[: min(len(right), 10)].sum()
+    sums = {"eval_loss": loss, "eval_acc": first, "eval_mrr": mrr, "eval_ndcg": ndcg}
+    return {key: value / len(pairs) for key, value in sums.items()}
+
+
+if __name__ == "__main__":
+    # ---- configure ----
+    config = common.configure(globals())
+    if schedule not in ("linear", "cosine", "constant"):
+        raise SystemExit(f"schedule={schedule!r}: expected linear, cosine or constant")
+
+    # ---- distributed and seed ----
+    rank, world_size, local_rank, device = common.setup_distributed()
+    print0 = common.print0
+    if deterministic:
+        common.set_deterministic()
+    torch.manual_seed(seed)
+    compute_dtype = common.dtype_of(dtype, device)
+
+    def autocast():
+        on = compute_dtype != torch.float32
+        return torch.autocast(device.type, compute_dtype) if on else nullcontext()
+
+    # ---- data ----
+    files = [open_pairs(path) for path in data]
+    eval_file = open_pairs(eval_data) if eval_data and eval_interval else None
+    if batch_size % world_size:
+        raise SystemExit(f"{batch_size=} must be a multiple of {world_size=}")
+    for key in ("query_instruction", "passage_instruction"):
+        if len(config[key]) not in (1, len(files)):
+            raise SystemExit(f"{key}: {len(config[key])} texts for {len(files)} data files")
+    n_lines = sum(len(file) for file in files)
+    if max_steps is None:
+        max_steps = math.ceil(num_epochs * n_lines / batch_size)
+    warmup = warmup_steps if warmup_steps is not None else round(warmup_ratio * max_steps)
+    weights = np.array([len(file) for file in files]) ** sampling_alpha
+    choices = np.random.default_rng(seed).choice(
+        len(files), size=max_steps, p=weights / weights.sum()
+    )  # the file of each step
+    settings = dict(
+        batch_size=batch_size, group_size=group_size, no_duplicates=no_duplicates, seed=seed,
+        rank=rank, world_size=world_size, template=Template(prefix, suffix),
+        query_max_length=query_max_length, passage_max_length=passage_max_length,
+        pool_instruction=pool_instruction, pooling=pooling, normalize=normalize,
+        instructions=(query_instruction, passage_instruction), chunk_tokens=chunk_tokens,
+        temperature=temperature, both_directions=both_directions, autocast=autocast,
+        false_negative_margin=false_negative_margin, matryoshka_dims=matryoshka_dims,
+        negatives_cross_device=negatives_cross_device, distill_weight=distill_weight,
+        distill_temperature=distill_temperature, query_flops=query_flops,
+        passage_flops=passage_flops,
+    )  # fmt: skip
+    for file in files:
+        print0(f"{file.path}: {len(file):,} lines")
+    ranks = world_size if negatives_cross_device else 1
+    n_candidates = batch_size // world_size * ranks * group_size
+    print0(
+        f"a step: {batch_size // world_size} queries x {world_size} ranks = {batch_size} queries, "
+        f"each among N = {n_candidates:,} candidates (fewer where lines have fewer negatives)\n"
+        f"{max_steps:,} steps = {max_steps * batch_size / n_lines:.2f} epochs; "
+        f"warmup {warmup:,} steps"
+    )
+
+    # ---- model (+ LoRA) ----
+    last = common.latest_checkpoint(out_dir, "step")
+    if last and not (resume or dry_run):
+        raise SystemExit(f"{last} exists: --resume=True goes on, or choose another out_dir")
+    last = last if resume else None
+    source = last if last and not lora_rank else init_from
+    model = from_pretrained(
+        source, attention, max_seq_len=max_seq_len, dtype=compute_dtype if lora_rank else torch.float32
+    )
+    tokenizer = load_tokenizer(init_from)
