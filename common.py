@@ -218,12 +218,12 @@ def all_reduce_sum(values):
     return sums.tolist()
 
 
-def seed_step(seed, step, rank):
+def seed_step(seed, step, rank, chunk=0):
     """Seed torch for one step of one rank. Called as every step begins it makes what is random in a
     step a function of (seed, step, rank): nothing to save, and evaluation cannot disturb training.
     """
     x = 0
-    for n in (seed, step, rank):  # splitmix64: torch's CPU generator keeps only the low 32 bits
+    for n in (seed, step, rank, chunk):  # splitmix64: the CPU generator keeps only the low 32 bits
         x = (x + n + 0x9E3779B97F4A7C15) % 2**64
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64

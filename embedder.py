@@ -17,6 +17,7 @@ Shapes: B texts, T tokens of the packed row, P pooled tokens, C n_embd, V vocabu
 import copy
 import json
 import os
+import string
 import tempfile
 from dataclasses import asdict, dataclass
 
@@ -82,23 +83,23 @@ def tokenize(tokenizer, texts, instruction, template, max_length, pool_instructi
         ids, start = e.ids, 0
         skip = head and not pool_instruction
         if skip or len(ids) > max_length:
-            # by the last character of each token: one that has both the instruction's last space
-            # and the text's first letters belongs to the text. Added specials end at 0.
-            ends = [end for _, end in e.offsets]
-            body = len(ids)  # without the EOS or SEP that the tokenizer adds
-            while body and e.special_tokens_mask[body - 1]:
+            # by the last character of each token: one that holds the instruction's last space and
+            # the text's first letters is the text's. What the tokenizer adds itself ends at 0.
+            ends, added = [end for _, end in e.offsets], e.special_tokens_mask
+            body = len(ids)  # without the EOS or SEP that it adds
+            while body and added[body - 1]:
                 body -= 1
             first = next((i for i, end in enumerate(ends) if end > len(head)), body)
-            tail = next((i for i, end in enumerate(ends) if end > len(head) + len(text)), body)
-            if len(ids) > max_length:
-                room = max_length - (len(ids) - tail)
-                if room <= first:
-                    raise ValueError(
-                        f"max_length {max_length} leaves no room for the text: "
-                        f"{first} tokens stand in front of it, {len(ids) - tail} behind"
-                    )
-                ids = ids[:room] + ids[tail:]
             start = first if skip else 0
+        if len(ids) > max_length:
+            tail = next((i for i, end in enumerate(ends) if end > len(head) + len(text)), body)
+            room = max_length - (len(ids) - tail)
+            if room <= first:
+                raise ValueError(
+                    f"max_length {max_length} leaves no room for the text: {first} tokens stand in "
+                    f"front of it, {len(ids) - tail} behind"
+                )
+            ids = ids[:room] + ids[tail:]
         out.append((ids or [0], (start, len(ids))))  # a row needs a token: it is not pooled
     return out
 
@@ -192,6 +193,7 @@ def groups(lengths, limit):
 
 # ---- the embedder ----
 
+PART = 2**26  # numbers that a rank's share of `encode` holds at a time: 256 MB
 POOLINGS = ("mean", "weighted_mean", "last", "cls", "splade", "tokens")
 
 
@@ -278,7 +280,7 @@ class Embedder(nn.Module):
         grouped = dist.is_initialized()
         rank, world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
         n, device = len(texts), self.model.embed.weight.device
-        size = max(256, min(8192, 2**26 // self.dim)) * world  # texts a part, 256 MB a rank
+        size = max(1, min(8192, PART // self.dim)) * world  # texts of a part
         result = [None] * n
         if self.pooling != "tokens" and out is None:
             result = np.empty((n, self.dim), np.float32)
@@ -329,45 +331,45 @@ class Embedder(nn.Module):
             dist.barrier()
         return np.load(out, mmap_mode="r")
 
-    # ---- files ----
+    # ---- folders ----
 
     def st_problem(self):
-        """Why sentence-transformers could not give equal embeddings from a saved folder, or None.
+        """Why sentence-transformers would not give equal embeddings from a saved folder, or None.
 
-        Texts that tokenizers treat in their own ways are tokenized as it would do that, from files,
-        and compared. It takes a second or two and no forward pass: ask before training.
+        Texts that tokenizers treat in ways of their own are tokenized as it would do it, from
+        files, and compared. A second or two, no forward pass: ask before training.
         """
-        family = self.model.config.family
+        family, kept = self.model.config.family, self.pool_instruction
         if family == "neobert":
             return "transformers has no NeoBERT"
         if self.pooling == "splade" and family != "modernbert":
             return f"its sparse models are masked language models, and {family} has no such class"
-        if self.pooling in ("splade", "tokens") and not self.pool_instruction:
-            return f"there, pooling {self.pooling!r} takes in the instruction"
-        if self.pooling == "weighted_mean" and not self.pool_instruction:
-            return "there, the weights of a weighted mean count the instruction's tokens, too"
+        if self.pooling in ("splade", "tokens", "weighted_mean") and not kept:
+            return f"there, pooling {self.pooling!r} counts the instruction's tokens, too"
         with tempfile.TemporaryDirectory() as folder:
             _write_json(config_to_hf(self.model.config), folder, "config.json")
             self._save_st_tokenizer(folder)
             theirs = load_tokenizer(folder)
+
+        def their_ids(texts):
+            return theirs(texts, truncation=True, max_length=self.max_length)["input_ids"]
+
         probes = [*PROBES, "".join(theirs.all_special_tokens), "too long " * self.max_length]
-        call = dict(truncation=True, max_length=self.max_length)
         for name, instruction in self.prompts.items():
             prompt, length = self.template.prefix + instruction, 0
-            if prompt and not self.pool_instruction:  # their way to measure the prompt
-                ids = theirs(prompt, **call)["input_ids"]
+            if prompt and not kept:  # how it measures a prompt
+                (ids,) = their_ids([prompt])
                 length = len(ids) - (ids[-1] in theirs.all_special_ids)
-            ours = self.tokenize(probes, instruction)
-            for text, (ids, (start, _)) in zip(probes, ours, strict=True):
-                shown = f"prompt {name!r}, {prompt!r}, with the text {text[:20]!r}"
-                there = theirs(prompt + text, **call)["input_ids"] or [0]
-                if ids != there:
-                    return f"{shown}: ids {ids[:20]} here, {there[:20]} there"
-                if not self.pool_instruction and start != length:
+            ours, there = self.tokenize(probes, instruction), their_ids([prompt + p for p in probes])
+            for text, (ids, (start, _)), its in zip(probes, ours, there, strict=True):
+                shown = f"prompt {name!r} ({prompt!r}), text {text[:20]!r}"
+                if ids != (its or [0]):
+                    return f"{shown}: its tokens would be {its[:30]}, ours are {ids[:30]}"
+                if not kept and start != length:
                     return (
-                        f"{shown}: it would leave {length} tokens out of the pool, not {start}. An "
-                        "instruction must not end in a space that becomes part of the text's first "
-                        "token, and a suffix may be one special token at most"
+                        f"{shown}: it would leave {length} tokens out of the pool, we {start}. The "
+                        "instruction may not end in a space that the text's first token takes in, "
+                        "and no more than one special token, suffix or EOS, may follow the text"
                     )
         return None
 
@@ -381,46 +383,44 @@ class Embedder(nn.Module):
             tokenizer.save_pretrained(folder)
             return
         plain = tokenizer.backend_tokenizer.encode(self.template.prefix + "a")
-        added = plain.special_tokens_mask  # 1 for the tokenizer's own BOS, EOS, ...
-        n_front, n_back = added.index(0), added[::-1].index(0)
+        added = plain.special_tokens_mask  # 1 for the BOS, EOS, .. that the tokenizer adds
         ids = self.tokenize(["a"])[0][0]
-        parts = {"front": plain.ids[:n_front], "back": ids[len(plain.ids) - n_back :]}
-        parts = {name: part for name, part in parts.items() if part}
-        single = [name for name in ("front", "$A", "back") if name == "$A" or name in parts]
+        parts = {"front": plain.ids[: added.index(0)]}
+        parts["back"] = ids[len(plain.ids) - added[::-1].index(0) :]  # the suffix and those
+        single = ["$A" if name == "text" else name
+                  for name in ("front", "text", "back") if parts.get(name, True)]  # fmt: skip
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single=single, pair=[*single, "$B"],
             special_tokens=[
                 {"id": name, "ids": part, "tokens": tokenizer.convert_ids_to_tokens(part)}
-                for name, part in parts.items()
+                for name, part in parts.items() if part
             ],
         )  # fmt: skip
         tokenizer.save_pretrained(folder)
         config = _read_json(folder, "tokenizer_config.json")
-        for key in ("add_bos_token", "add_eos_token"):  # transformers would build its own instead
+        for key in ("add_bos_token", "add_eos_token"):  # each would bring the old one back
             config.pop(key, None)
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         _write_json(config, folder, "tokenizer_config.json")
 
     def save(self, folder, sentence_transformers=True, state_dict=None):
-        """Writes a sentence-transformers folder: dense, a SparseEncoder for "splade", a
-        MultiVectorEncoder for "tokens". LoRA is merged in the files, not in the model.
+        """Writes a sentence-transformers folder: a dense model, for "splade" a SparseEncoder, for
+        "tokens" a MultiVectorEncoder. LoRA is merged in the files, not in the model.
 
         Raises ValueError, before anything is written, where embeddings there would differ: see
         st_problem. With sentence_transformers=False the folder is for Embedder.load alone.
         state_dict: full weights of the model, gathered elsewhere (FSDP).
         """
-        if sentence_transformers and (problem := self.st_problem()):
+        problem = self.st_problem() if sentence_transformers else None
+        if problem:
             raise ValueError(
                 f"{folder}: sentence-transformers would give other embeddings: {problem}. "
                 "sentence_transformers=False saves the model for nanoembed alone"
             )
         self.model.save_pretrained(folder, merged_state(self.model, state_dict))
-        own = dict(
-            pooling=self.pooling, template=asdict(self.template), prompts=self.prompts,
-            normalize=self.normalize, max_length=self.max_length,
-            pool_instruction=self.pool_instruction,
-            post_processor=json.loads(self.tokenizer.backend_tokenizer.to_str())["post_processor"],
-        )  # fmt: skip
+        own = {key: getattr(self, key) for key in SETTINGS} | {"template": asdict(self.template)}
+        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        own["post_processor"] = backend["post_processor"]
         _write_json(own, folder, "nanoembed.json")
         if self.projection is not None:
             weight = self.projection.weight.detach().contiguous().cpu()
@@ -433,45 +433,39 @@ class Embedder(nn.Module):
             self.tokenizer.save_pretrained(folder)
 
     def _save_st_modules(self, folder):
-        kind, task, similarity = "SentenceTransformer", "feature-extraction", "cosine"
-        width, last = self.model.config.n_embd, []
+        kind, similarity = "SentenceTransformer", "cosine" if self.normalize else "dot"
+        top = {"max_seq_length": self.max_length, "do_lower_case": False}
+        at = {}  # what its Normalize works on, if not on the pooled vector
         if self.pooling == "splade":
-            kind, task, similarity = "SparseEncoder", "fill-mask", "dot"
+            kind, top["transformer_task"] = "SparseEncoder", "fill-mask"
             config = {"pooling_strategy": "max", "activation_function": "relu"}
-            modules = [(f"{ST}.sparse_encoder.modules.SpladePooling", config)]
+            modules = [("sparse_encoder.modules.SpladePooling", config)]
         elif self.pooling == "tokens":
             kind, similarity = "MultiVectorEncoder", "maxsim"
-            modules, at = [], {"module_input_name": "token_embeddings"}
+            at = {"module_input_name": "token_embeddings"}
+            modules = [("multi_vector_encoder.modules.MultiVectorMask", {})]
             if self.projection is not None:
-                config = dict(in_features=width, out_features=self.dim, bias=False, **at)
-                config["activation_function"] = "torch.nn.modules.linear.Identity"
-                modules = [(f"{ST}.base.modules.Dense", config)]
-            modules.append((f"{ST}.multi_vector_encoder.modules.MultiVectorMask", {}))
-            last = [(f"{ST}.base.modules.Normalize", at)]
-        else:  # in words that its older versions know, too
-            config = {"word_embedding_dimension": width, "include_prompt": self.pool_instruction}
-            config |= {f"pooling_mode_{k}": v == self.pooling for k, v in ST_POOLINGS.items()}
-            modules, last = [(f"{ST}.models.Pooling", config)], [(f"{ST}.models.Normalize", {})]
-            similarity = "cosine" if self.normalize else "dot"
-        modules = [(f"{ST}.models.Transformer", None), *modules, *(last if self.normalize else [])]
-        listed = []
-        for i, (name, config) in enumerate(modules):
-            path = f"{i}_{name.rpartition('.')[2]}" if i else ""
-            listed.append({"idx": i, "name": str(i), "path": path, "type": name})
-            if i:
-                _write_json(config, folder, path, "config.json")
+                config = dict(in_features=self.model.config.n_embd, out_features=self.dim)
+                config |= dict(bias=False, activation_function="torch.nn.modules.linear.Identity")
+                modules.insert(0, ("base.modules.Dense", config | at))
+        else:  # the words of its older versions, which the newer read, too
+            config = {f"pooling_mode_{k}": v == self.pooling for k, v in ST_POOLINGS.items()}
+            config["word_embedding_dimension"] = self.dim
+            modules = [("models.Pooling", config | {"include_prompt": self.pool_instruction})]
+        if self.normalize:
+            modules.append(("base.modules.Normalize" if at else "models.Normalize", at))
+        listed = [{"idx": 0, "name": "0", "path": "", "type": f"{ST}.models.Transformer"}]
+        for i, (name, config) in enumerate(modules, 1):
+            path = f"{i}_{name.rpartition('.')[2]}"
+            listed.append({"idx": i, "name": str(i), "path": path, "type": f"{ST}.{name}"})
+            _write_json(config, folder, path, "config.json")
         _write_json(listed, folder, "modules.json")
-        config = {"max_seq_length": self.max_length, "do_lower_case": False}
-        if task != "feature-extraction":
-            config["transformer_task"] = task
-        _write_json(config, folder, "sentence_bert_config.json")
+        _write_json(top, folder, "sentence_bert_config.json")
         prefix = self.template.prefix
-        config = dict(
-            model_type=kind, similarity_fn_name=similarity,
-            prompts={name: prefix + text for name, text in self.prompts.items()},
-            # who names no prompt gets the chat wrap all the same
-            default_prompt_name="document" if prefix and "document" in self.prompts else None,
-        )  # fmt: skip
+        config = {"model_type": kind, "similarity_fn_name": similarity}
+        config["prompts"] = {name: prefix + text for name, text in self.prompts.items()}
+        if prefix and "document" in self.prompts:  # the wrap, also for who names no prompt
+            config["default_prompt_name"] = "document"
         _write_json(config, folder, "config_sentence_transformers.json")
 
     @classmethod
@@ -484,68 +478,72 @@ class Embedder(nn.Module):
 
         name: a folder of `save`, a sentence-transformers folder, a plain Hugging Face model, or a
         PEFT adapter, whose base is loaded first. adapters: more of them, merged in this order
-        (LLM2Vec: base, MNTP, SimCSE or supervised). attention: "causal" or "bidirectional" where
-        config.json does not say it: LLM2Vec's adapters want "bidirectional".
-        The remaining arguments take the place of what the folder says, and are needed where it says
-        nothing: a plain model gets the mean over all tokens. dtype: of the weights.
-        Raises ValueError for a sentence-transformers folder with a part that we do not do.
+        (LLM2Vec: base, MNTP, then SimCSE or supervised). attention: "causal" or "bidirectional"
+        where config.json does not say; LLM2Vec's adapters want "bidirectional". dtype: of the
+        weights, "auto", "bf16" or "fp32".
+        The other arguments replace what the folder says. Where nobody says it: mean over all
+        tokens, normalised, up to 512 of them.
+        Raises ValueError for a sentence-transformers folder with a part that is not supported.
         """
         if device is None:
             mps = torch.backends.mps.is_available()
             device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
         device = torch.device(device)
         folders = [resolve_folder(name)]
-        while os.path.exists(os.path.join(folders[0], "adapter_config.json")):
-            config = _read_json(folders[0], "adapter_config.json")
+        while config := _read_json(folders[0], "adapter_config.json"):
             base, revision = config["base_model_name_or_path"], config.get("revision")
             folders.insert(0, resolve_folder(f"{base}@{revision}" if revision else base))
         folders += [resolve_folder(adapter) for adapter in adapters]
         said = {}
-        for folder in folders:
+        for folder in folders:  # the last word counts
             said |= read_settings(folder)
         given = dict(pooling=pooling, template=template, prompts=prompts, normalize=normalize,
                      max_length=max_length, pool_instruction=pool_instruction)  # fmt: skip
         said |= {key: value for key, value in given.items() if value is not None}
 
         dtype = dtype_of(dtype, device)
-        model = from_pretrained(os.path.join(folders[0], said.pop("path", "")), attention, dtype=dtype)
+        base = os.path.join(folders[0], said.pop("path", ""))
+        model = from_pretrained(base, attention, dtype=dtype)
         for folder in folders[1:]:
             load_adapter(model, folder)
             merge(model)
         c = model.config
-        model.backend = choose_backend(attention_backend, device, dtype, gqa=c.n_kv_head != c.n_head)
-        has = [f for f in folders if os.path.exists(os.path.join(f, "tokenizer_config.json"))]
-        tokenizer = load_tokenizer((has or folders)[-1])
+        gqa = c.n_kv_head != c.n_head
+        model.backend = choose_backend(attention_backend, device, dtype, gqa=gqa)
+        own = [f for f in (base, *folders) if os.path.exists(os.path.join(f, "tokenizer.json"))]
+        tokenizer = load_tokenizer((own or [base])[-1])
         if post_processor := said.pop("post_processor", None):  # as it was before `save`
-            blank = Tokenizer(models.BPE()).to_str()
-            spec = json.loads(blank) | {"post_processor": post_processor}
-            blank = Tokenizer.from_str(json.dumps(spec))
+            blank = json.loads(Tokenizer(models.BPE()).to_str())
+            blank = Tokenizer.from_str(json.dumps(blank | {"post_processor": post_processor}))
             tokenizer.backend_tokenizer.post_processor = blank.post_processor
-        if weight := said.pop("projection", None):
-            weight = load_file(weight)["linear.weight"].float()
+        if path := said.pop("projection", None):
+            weight = load_file(path)["linear.weight"].float()
             said["projection"] = nn.Linear(weight.size(1), weight.size(0), bias=False)
             said["projection"].weight.data = weight
-        said.setdefault("max_length", min(512, c.max_seq_len))
         if "pooling" not in said:
             print0(f"{name} does not say how it pools: mean over all tokens")
+        said.setdefault("max_length", min(512, c.max_seq_len))
         embedder = cls(model, tokenizer, **said, dtype=dtype).to(device).eval()
-        print0(f"{name}: {c.family}, {embedder.pooling} -> {embedder.dim}, up to "
-               f"{embedder.max_length} tokens, {dtype} on {device}, {model.backend}")  # fmt: skip
+        print0(f"{name}: {c.family}, {'causal' if c.causal else 'bidirectional'}, "
+               f"{embedder.pooling} -> {embedder.dim} numbers, up to {embedder.max_length} tokens; "
+               f"{dtype} on {device}, attention {model.backend}")  # fmt: skip
         return embedder
 
 
-# ---- folders ----
+# ---- what folders say ----
 
+SETTINGS = ("pooling", "template", "prompts", "normalize", "max_length", "pool_instruction")
 ST = "sentence_transformers"
-ST_POOLINGS = {  # its newer versions write "cls", "mean", "weightedmean"
+ST_POOLINGS = {  # newer versions of it write "cls", "mean" and "weightedmean"
     "cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last",
     "weightedmean_tokens": "weighted_mean",
 }  # fmt: skip
 
-# Texts whose tokens depend on what stands next to them, or which tokenizers clean
+# Texts whose tokens depend on what stands next to them, or that tokenizers clean
 PROBES = [
-    *("", "a", " ", "\n", "Hello, world!", " space before", "space behind ", "\n\nlines\n", "1234 5.6"),
-    *("na\xefve cafe\u0301 \u4f60\u597d \U0001f642", "(brackets)", "[x]", "'s", "...", "#_/:", "\t x", "A: b?"),
+    *("", "a", " ", "\n", "Hello, world!", " space before", "space behind ", "\n\nlines\n", "1234"),
+    *("na\xefve cafe\u0301 \u4f60\u597d \U0001f642", "'s", "..."),
+    *(f"{c} {c}" for c in string.printable),
 ]
 
 
@@ -562,22 +560,20 @@ def merged_state(model, state=None):
 
 
 def read_settings(folder):
-    """What a folder says about embedding, as arguments of Embedder: our own file, or
-    sentence-transformers', or LLM2Vec's; {} for a plain model."""
-    has = {name for name in os.listdir(folder)}
-    if "nanoembed.json" in has:
-        said = _read_json(folder, "nanoembed.json")
+    """What a folder says about embedding, as arguments of Embedder: our own file, LLM2Vec's or
+    sentence-transformers'; {} for a plain model. Also the model's path within it, the projection's
+    file and the tokenizer's post-processor."""
+    if said := _read_json(folder, "nanoembed.json"):
         said["template"] = Template(**said["template"])
-        weight = os.path.join(folder, "1_Dense", "model.safetensors")
+        weight = os.path.join(folder, "1_Dense/model.safetensors")
         return said | ({"projection": weight} if os.path.exists(weight) else {})
-    if "llm2vec_config.json" in has:
-        theirs = _read_json(folder, "llm2vec_config.json")
+    if theirs := _read_json(folder, "llm2vec_config.json"):
         mode = theirs["pooling_mode"]
         return dict(
             pooling={"eos_token": "last", "bos_token": "cls"}.get(mode, mode),
             max_length=theirs["max_length"], pool_instruction=not theirs["skip_instruction"],
         )  # fmt: skip
-    if "modules.json" not in has:
+    if not os.path.exists(os.path.join(folder, "modules.json")):
         return {}
 
     said = {"normalize": False}
@@ -585,8 +581,8 @@ def read_settings(folder):
     if top.get("prompts"):
         said["prompts"] = {name: text or "" for name, text in top["prompts"].items()}
     if default := top.get("default_prompt_name"):
-        print0(f"{folder}: sentence-transformers puts prompt {default!r} before texts that have "
-               "none; here, give encode the instruction")  # fmt: skip
+        print0(f"{folder}: sentence-transformers adds prompt {default!r} to texts without one; "
+               "encode adds what you give it")  # fmt: skip
     for module in _read_json(folder, "modules.json"):
         kind, path = module["type"].rpartition(".")[2], module["path"]
         config, bad = _read_json(folder, path, "config.json"), None
@@ -597,7 +593,7 @@ def read_settings(folder):
             bad = [key for key in keys if config.get(key)]
             length = _read_json(folder, path, "tokenizer_config.json").get("model_max_length", 1e30)
             length = config.get("max_seq_length") or length
-            if length < 1e9:  # transformers' word for no limit is 1e30
+            if length < 1e9:  # 1e30 is transformers' word for no limit
                 said["max_length"] = length
         elif kind == "Pooling":
             modes = config.get("pooling_mode") or [

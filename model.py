@@ -148,7 +148,7 @@ def sdpa_window(q, k, v, causal, window, dropout_p):
     return torch.cat(out, dim=2)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def window_mask(n_query, n_key, offset, left, right, device):
     """[n_query, n_key] bool: query i stands at key i + offset and sees `left` back, `right` on."""
     i = torch.arange(n_query, device=device)[:, None] + offset
@@ -206,9 +206,9 @@ def rotate(x, cos, sin, pairs):
     shape = (x.size(0),) + (1,) * (x.dim() - 2) + (-1,)
     cos, sin = cos.view(shape), sin.view(shape)
     if pairs == "half":
-        a, b = x.float().chunk(2, dim=-1)
+        a, b = x.chunk(2, dim=-1)  # cos and sin are fp32: so are the products
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -257,12 +257,21 @@ class ModelConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.layer_kinds = self.layer_kinds or ["global"] * self.n_layer
+        kinds = set(self.layer_kinds)
+        if "local" in kinds and (
+            self.window < 1
+            or self.family in ("llama", "neobert")
+            or (self.family == "mistral" and len(kinds) == 2)
+        ):
+            raise ValueError(f"a {self.family} cannot have local layers {kinds} of {self.window}")
         if self.family == "modernbert" and self.causal:  # transformers has its decoder apart
             self.family, self.fused_qkv = "modernbert-decoder", False
         if len(self.layer_kinds) != self.n_layer:
             raise ValueError(f"{len(self.layer_kinds)} layer_kinds for {self.n_layer} layers")
         if self.rope is None:
             self.rope = {kind: {"theta": 10_000.0, "scaling": None} for kind in ("global", "local")}
+        for rope in self.rope.values():
+            rope_frequencies(rope, self.head_dim, self.max_seq_len, "cpu")  # an unknown type: now
 
     def window_of(self, layer):
         """(left, right) of a layer. A local decoder layer sees `window` keys, itself included, a
@@ -562,7 +571,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     #     dx = (p / s) W - W[target],    dW = (p / s)^T x - onehot^T x
     # p / s is never formed: s divides the small sides, dx rows and x rows.
     @staticmethod
-    def forward(ctx, x, weight, bias, targets, need_x, need_w, need_b):
+    def forward(ctx, x, weight, bias, targets, grad):
+        need_x, need_w, need_b = (grad and need for need in ctx.needs_input_grad[:3])
         wide = torch.float32 if x.dtype != torch.float64 else torch.float64
         loss, hits = x.new_zeros((), dtype=wide), x.new_zeros((), dtype=torch.int64)
         dx = torch.empty_like(x) if need_x else None
@@ -604,7 +614,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = None if dx is None else dx.mul_(d_loss)
         dw = None if dw is None else dw.mul_(d_loss).to(ctx.types[0])
         db = None if db is None else db.mul_(d_loss).to(ctx.types[1])
-        return dx, dw, db, None, None, None, None
+        return dx, dw, db, None, None
 
 
 def linear_cross_entropy(x, weight, bias, targets):
@@ -614,11 +624,9 @@ def linear_cross_entropy(x, weight, bias, targets):
     exist for a chunk of rows at a time; the gradients are computed in the forward pass, chunk by
     chunk, so that no [L, V] tensor lives. Without gradients: the loss alone. L = 0 gives 0.
     """
-    x = to_compute(x)
-    grad = torch.is_grad_enabled()
-    needs = (grad and p is not None and p.requires_grad for p in (x, weight, bias))
+    x, grad = to_compute(x), torch.is_grad_enabled()
     with torch.autocast(x.device.type, enabled=False):  # types are settled above
-        return _LinearCrossEntropy.apply(x, weight, bias, targets, *needs)
+        return _LinearCrossEntropy.apply(x, weight, bias, targets, grad)
 
 
 # ---- Hugging Face folders ----
@@ -897,7 +905,8 @@ def from_pretrained(
         c.rope[kind] = {"theta": theta, "scaling": scaling}
 
     tensors = {}
-    for key, read in _read_tensors(folder).items():
+    files = _read_tensors(folder)
+    for key, read in files.items():
         module, _, leaf = key.rpartition(".")
         if leaf in ("inv_freq", "freqs_cis"):
             continue  # tables that old files carry
@@ -908,7 +917,8 @@ def from_pretrained(
     if c.tied:
         tensors.pop("lm_head.weight", None)
     untied = c.head != "none" and not (c.tied and c.head == "linear" and not c.head_bias)
-    if untied and not any(k.startswith(("head.", "lm_head.")) for k in tensors):
+    bare = not any(key.startswith("model.") for key in files)  # saved without a head: AutoModel
+    if untied and bare and not any(k.startswith(("head.", "lm_head.")) for k in tensors):
         c.head = "none"
 
     with torch.device("meta"):

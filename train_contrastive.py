@@ -7,7 +7,8 @@ Contrastive training of an embedder: queries near their passages, far from all t
 
 The batch is as large as you like: texts go through the model in chunks of chunk_tokens, and the
 gradient cache (Gao et al. 2021, arXiv 2101.06983) makes the gradient that of the whole batch.
-LLM2Vec (arXiv 2404.05961), SimCSE (arXiv 2104.08821), Anchor-Embedding, NeoBERT, Ettin, FlagEmbedding.
+LLM2Vec (arXiv 2404.05961), SimCSE (arXiv 2104.08821), NeoBERT (arXiv 2502.19587), Ettin
+(arXiv 2507.11412), Anchor-Embedding and FlagEmbedding train their embedders like this.
 """
 
 import math
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -142,7 +144,7 @@ def sample_pair(file, line, group_size, rng):
 
 
 def without_duplicates(pairs, file, group_size, rng):
-    """Each pair that shares a text with an earlier one gives way to a drawn one (at most 20 tries)."""
+    """A pair that shares a text with an earlier one gives way to a drawn one, in up to 20 tries."""
     seen, out = set(), []
     for pair in pairs:
         for _ in range(20):
@@ -299,7 +301,7 @@ def chunks_of(encoded, chunk_tokens):
 
 
 def padded(out):
-    """What the embedder gives -> [n, C], or of multi-vectors [n, L, C] with zero rows as padding."""
+    """What the embedder gives -> [n, C], of multi-vectors [n, L, C] with zero rows as padding."""
     if torch.is_tensor(out):
         return out
     return torch.nn.utils.rnn.pad_sequence(out[0].split(out[1]), batch_first=True)
@@ -411,6 +413,17 @@ def evaluate(embedder, file, settings, max_lines=1000):
     return {key: value / len(pairs) for key, value in sums.items()}
 
 
+def describe_batch(pairs, which, tokenizer, settings):
+    """The first queries and passages as a reader wants them; what is pooled stands inverted."""
+    encoded, n = encode_share(pairs, range(len(pairs)), which, tokenizer, settings)
+    for i, (ids, (first, last)) in enumerate(encoded):
+        before, pooled, behind = (
+            tokenizer.decode(part) for part in (ids[:first], ids[first:last], ids[last:])
+        )
+        print(f"--- {'query' if i < n else 'passage'} {i % n if i < n else i - n}: {len(ids)} tokens")
+        print(f"{before}\033[7m{pooled}\033[0m{behind}")
+
+
 if __name__ == "__main__":
     # ---- configure ----
     config = common.configure(globals())
@@ -473,8 +486,210 @@ if __name__ == "__main__":
     if last and not (resume or dry_run):
         raise SystemExit(f"{last} exists: --resume=True goes on, or choose another out_dir")
     last = last if resume else None
+    if pooling == "tokens" and projection_dim and (lora_rank or fsdp):
+        raise SystemExit("the projection of pooling='tokens' trains without LoRA and without FSDP")
+    weights_type = compute_dtype if lora_rank else torch.float32  # what trains is fp32
     source = last if last and not lora_rank else init_from
-    model = from_pretrained(
-        source, attention, max_seq_len=max_seq_len, dtype=compute_dtype if lora_rank else torch.float32
-    )
+    model = from_pretrained(source, attention, max_seq_len=max_seq_len, dtype=weights_type)
     tokenizer = load_tokenizer(init_from)
+    for adapter in adapters if source == init_from else ():
+        lora.load_adapter(model, adapter)
+        lora.merge(model)
+    if pooling != "splade":
+        model.drop_head()
+    c = model.config
+    c.attn_dropout = c.attn_dropout if attn_dropout is None else attn_dropout
+    if lora_rank and last:
+        lora.load_adapter(model, os.path.join(last, "adapter"), trainable=True)
+    elif lora_rank:
+        lora.inject(model, lora_rank, lora_alpha, lora_dropout, lora_targets, train_also=train_also)
+    projection = None
+    if pooling == "tokens" and projection_dim:
+        projection = torch.nn.Linear(c.n_embd, projection_dim, bias=False)
+        if last:
+            state = load_file(os.path.join(last, "1_Dense", "model.safetensors"))
+            projection.weight.data = state["linear.weight"]
+    model.gradient_checkpointing = gradient_checkpointing
+    gqa = c.n_head != c.n_kv_head
+    model.backend = choose_backend(attention_backend, device, compute_dtype, c.attn_dropout, gqa)
+    prompts = {"query": query_instruction[0], "document": passage_instruction[0]}
+    embedder = Embedder(
+        model, tokenizer, pooling, settings["template"], prompts, normalize, passage_max_length,
+        pool_instruction, projection, compute_dtype,
+    ).to(device).train()  # fmt: skip
+    if problem := embedder.st_problem():
+        print0(f"saved for nanoembed alone; sentence-transformers would differ: {problem}")
+    n_all = sum(p.numel() for p in embedder.parameters())
+    n_trained = sum(p.numel() for p in embedder.parameters() if p.requires_grad)
+    print0(
+        f"{c.family}, {'causal' if c.causal else 'bidirectional'}, {pooling} pooling, "
+        f"{n_all / 1e6:.1f}M weights, {n_trained / 1e6:.1f}M trained; attention by "
+        f"{model.backend}, {compute_dtype} on {device}"
+    )
+    if show_batch:
+        pairs, which = make_batch(files, 0, choices, settings)
+        describe_batch(pairs[:4], which, tokenizer, settings)
+        raise SystemExit
+
+    # ---- compile, FSDP/DDP ----
+    wrapped = embedder
+    if compile:
+        for block in model.blocks:
+            block.compile()
+    if fsdp:
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(embedder)
+    elif world_size > 1:
+        wrapped = DDP(embedder, device_ids=[local_rank] if device.type == "cuda" else None)
+
+    # ---- optimizer, resume ----
+    trained = [p for p in embedder.parameters() if p.requires_grad]
+    groups_of = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [g for g in groups_of if g["params"]], learning_rate, (beta1, beta2), adam_eps,
+        fused=device.type in ("cuda", "cpu"),
+    )  # fmt: skip
+    step, best = 0, {"loss": math.inf, "folder": ""}
+    if last:
+        path = os.path.join(last, "training_state.pt")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        common.load_optimizer_state([optimizer], state["optimizers"])
+        step, best = state["step"], state["best"]
+        print0(f"resumed {last}, after step {step}")
+
+    def save():
+        optim = common.optimizer_state([optimizer])
+        state = {
+            name.removeprefix("model."): tensor
+            for name, tensor in common.full_state_dict(embedder).items()
+            if name.startswith("model.")
+        }
+        folder = common.begin_checkpoint(out_dir, f"step{step}")
+        if rank == 0:
+            embedder.save(folder, not embedder.st_problem(), state)  # LoRA merged
+            if lora_rank:
+                lora.save_adapter(model, os.path.join(folder, "adapter"), init_from, state)
+            state = {"step": step, "best": best, "optimizers": optim}
+            torch.save(state, os.path.join(folder, "training_state.pt"))
+        print0(f"saved {common.commit_checkpoint(folder)}")
+        kept = best["folder"] if keep_best else None
+        common.prune_checkpoints(out_dir, "step", keep_last, False, kept)
+
+    # ---- loop ----
+    columns = ["loss", "acc", "gnorm", "lr", "pairs_s", "tok_s"]
+    columns += ["eval_loss", "eval_acc", "eval_mrr", "eval_ndcg"]
+    log = common.open_log(out_dir, columns, max_steps, step, tracker, config)
+    common.save_config(config, os.path.join(out_dir, "config.py"))
+    stop_requested = common.catch_sigterm()
+    bad_steps, since, tokens_seen, seconds = 0, 0, 0, 0.0
+    batches = prefetch(train_batches(files, step, max_steps, choices, tokenizer, settings))
+    mine = torch.arange(batch_size).view(world_size, -1)[rank].to(device)  # this rank's queries
+    if isinstance(wrapped, DDP):
+        # DDP orders its buckets anew after the first backward, and with them the sums over ranks:
+        # one backward that counts for nothing lets a resumed run sum as the unbroken one does.
+        padded(wrapped(*pack([([0, 0], (0, 2))], device))).sum().backward()
+        embedder.zero_grad(set_to_none=True)
+
+    while step < max_steps:
+        start = time.perf_counter()
+        encoded, n_queries, where, counts = next(batches)
+        lr = learning_rate_at(step, max_steps, learning_rate, min_lr, schedule, warmup)
+        chunks = chunks_of(encoded, chunk_tokens)
+        n_tokens = sum(len(ids) for ids, _ in encoded)
+        stopping, n_tokens = common.all_reduce_sum([stop_requested(), n_tokens])
+        if stopping:
+            save()
+            break
+
+        def forward(i, step=step, chunks=chunks, encoded=encoded):
+            common.seed_step(seed, step, rank, i)  # dropout is a function of (seed, step, rank, i)
+            with autocast():
+                return padded(wrapped(*pack([encoded[j] for j in chunks[i]], device)))
+
+        # 1. the vectors of all texts, without a graph unless they fit in one chunk
+        n_forwards = len(chunks)
+        if fsdp and world_size > 1:  # its forward is collective: every rank runs as many
+            most = torch.tensor(n_forwards, device=device)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            n_forwards = int(most)
+        cached = n_forwards > 1
+        with torch.no_grad() if cached else nullcontext():
+            own = embed_all(forward, chunks, len(encoded))  # [n, C] or [n, L, C]
+            for _ in range(n_forwards - len(chunks)):
+                forward(0)
+        # 2. the loss of this rank's queries among the passages of all ranks
+        own_counts = [batch_size // world_size] * world_size
+        queries = gather_rows(own[:n_queries].detach(), own_counts).requires_grad_()
+        passages = gather_rows(own[n_queries:].detach(), counts).requires_grad_()
+        where = [x.to(device) for x in where]
+        loss, hits = batch_loss(queries, passages, mine, where, settings)
+        # 3. the gradient of a rank's vectors has a part from every rank's loss
+        if world_size > 1:
+            for x in (queries, passages):
+                dist.all_reduce(x.grad)
+        first = sum(counts[:rank])
+        width = own.size(1)  # multi-vectors of other ranks may be longer
+        d_own = torch.cat((queries.grad[mine], passages.grad[first : first + counts[rank]]))
+        d_own = world_size * (d_own[:, :width] if own.dim() == 3 else d_own)  # DDP, FSDP average
+        # 4. into the weights, chunk by chunk with the same dropout; ranks meet at the last one
+        if not cached:
+            own.backward(d_own)
+        for i in range(n_forwards if cached else 0):
+            if fsdp:
+                embedder.set_requires_gradient_sync(i == n_forwards - 1)
+            elif world_size > 1:
+                wrapped.require_backward_grad_sync = i == n_forwards - 1
+            out = forward(i if i < len(chunks) else 0)
+            d_out = d_own[chunks[i]] if i < len(chunks) else torch.zeros_like(out)
+            out.backward(d_out[:, : out.size(1)] if out.dim() == 3 else d_out)
+        del own, queries, passages, d_own
+        gnorm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
+        gnorm = gnorm.full_tensor().item() if fsdp else gnorm.item()
+        loss, hits = common.all_reduce_sum([loss, hits])
+
+        if not math.isfinite(loss + gnorm):
+            bad_steps += 1
+            print0(f"step {step + 1}: loss {loss}, gradient norm {gnorm}: skipped "
+                   f"({files[choices[step]].path})")  # fmt: skip
+            if bad_steps > 3:
+                raise SystemExit("stopped at the 4th such step; the last checkpoint is good")
+        else:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        embedder.zero_grad(set_to_none=True)
+        step += 1
+        since, tokens_seen = since + batch_size, tokens_seen + n_tokens
+        seconds += time.perf_counter() - start
+
+        if dry_run and step == 2:  # the first was slow: allocation, compilation
+            spent = time.perf_counter() - start
+            print0(
+                f"dry run: {spent:.2f} s/step, {batch_size / spent:,.1f} queries/s, "
+                f"{len(chunks)} chunks, peak memory {common.peak_memory(device) / 1e9:.2f} GB; "
+                f"the whole run takes {common.format_time(spent * max_steps)} without evaluation"
+            )
+            break
+        last_step = step == max_steps
+        if step % log_interval == 0 or last_step:
+            line = {"loss": loss, "acc": hits / batch_size, "gnorm": gnorm, "lr": lr}
+            log(step, line | {"pairs_s": since / seconds, "tok_s": tokens_seen / seconds})
+            since, tokens_seen, seconds = 0, 0, 0.0
+        if eval_file and (step % eval_interval == 0 or last_step):
+            found = evaluate(embedder, eval_file, settings)
+            log(step, found)
+            if found["eval_loss"] < best["loss"]:
+                best = {"loss": found["eval_loss"], "folder": f"step{step}"}
+                if keep_best and not last_step and step % save_interval:
+                    save()
+        if step % save_interval == 0 or last_step:
+            save()
+
+    # ---- clean-up ----
+    batches.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -41,8 +41,8 @@ PROBES = [
 def random_texts(c, device):
     """(tokens [T], lengths): ragged, two equal neighbours, one longer than the local window."""
     # a window of thousands (Mistral) would cost minutes here; `backend_agrees` reaches it
-    longest = 2 * c.window + 16 if 0 < c.window <= 256 else 128
-    lengths = [min(n, c.max_seq_len) for n in (8, 20, 20, longest, 1, 5)]
+    longest = c.window + 16 if 0 < c.window <= 256 else 80
+    lengths = [min(n, c.max_seq_len) for n in (8, 12, 12, longest, 1, 5)]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(c.vocab_size, (sum(lengths),), generator=generator)
     return tokens.to(device), lengths
@@ -262,6 +262,11 @@ def check(name, device):
     """Yields (check, True, False or None for skipped, the figure), each as soon as it is known."""
     try:
         folder = M.resolve_folder(name)
+        if not os.path.exists(os.path.join(folder, "config.json")):
+            raise FileNotFoundError(
+                f"no config.json in {folder}: expected a model, such as the step500 of a run (an "
+                "adapter is none: it goes with a base)"
+            )
         net = M.from_pretrained(folder).to(device).eval()
     except Exception as error:
         yield "the weights are read", False, in_one_line(error)

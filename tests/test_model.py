@@ -1359,3 +1359,23 @@ def test_folder_in_bf16(tmp_path):
     assert all(p.dtype == torch.float32 for p in model.parameters())
     model = M.from_pretrained(str(tmp_path), dtype=torch.bfloat16)
     assert all(p.dtype == torch.bfloat16 and p.requires_grad for p in model.parameters())
+# To append to tests/test_model.py (section "errors and warnings") once model.py has the two checks.
+
+
+@pytest.mark.parametrize(
+    "family, kinds, window",
+    [("llama", _KINDS, 4), ("neobert", _KINDS, 4), ("mistral", _KINDS, 4), ("modernbert", _KINDS, 0)],
+)
+def test_windows_that_a_folder_cannot_keep_are_refused(family, kinds, window):
+    """config.json of Llama and NeoBERT has no windows, Mistral's one for all layers."""
+    with pytest.raises(ValueError, match=f"{family}.*local"):
+        tiny(family, layer_kinds=kinds, window=window)
+
+
+def test_a_lost_head_is_missing_and_a_base_folder_has_none(tmp_path):
+    """Names with "model." come from a model with a head: without its weights the file is broken."""
+    (tmp_path / "a").mkdir()
+    tiny("llama", tied=False).save_pretrained(str(tmp_path / "whole"))
+    broken = copied(tmp_path / "whole", tmp_path / "a", lambda s: s.pop("lm_head.weight"))
+    with pytest.raises(ValueError, match=r"lm_head\.weight.*missing"):
+        M.from_pretrained(broken)

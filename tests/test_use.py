@@ -411,6 +411,11 @@ def copy_of(folder, to):
 
 def test_verify_fails_on_broken_folders(folders, toy_tokens, tmp_path, monkeypatch):
     good = folders["modernbert"]
+    # no model at all
+    (tmp_path / "empty").mkdir()
+    [(_, ok, figure)] = verify.check(str(tmp_path / "empty"), CPU)
+    assert ok is False and "no config.json" in figure
+
     # a tensor is missing
     broken = copy_of(good, tmp_path / "missing")
     state = load_file(broken / "model.safetensors")

@@ -1,0 +1,30 @@
+# The tiny encoder of mlm_pydocs_tiny as a retriever over Python's documentation: minutes on two cores.
+#   python data/pydocs/prepare.py && python pretrain_mlm.py configs/mlm_pydocs_tiny.py
+#   python train_contrastive.py configs/contrastive_pydocs_tiny.py
+# From random weights, to compare: train_contrastive.py has no such start; see runs/demo.sh.
+out_dir = "out/contrastive_pydocs_tiny"
+init_from = "out/mlm_pydocs_tiny/step500"
+
+pooling = "mean"
+query_max_length = 64  # 95 % of the queries (name, signature, summary) are shorter
+passage_max_length = 192  # half of the passages have fewer than 70 tokens, 1 in 6 is cut
+
+data = ("data/pydocs/train.jsonl",)
+eval_data = "data/pydocs/val.jsonl"
+group_size = 1  # there are no hard negatives; data/mine_negatives.py makes some
+no_duplicates = True
+
+# 128 pairs/step, each among 128 passages; about 9,400 pairs = 74 steps an epoch, 12,000 tokens/step +
+# 4,300 of the queries
+batch_size = 128
+num_epochs = 2
+temperature = 0.05
+
+learning_rate = 1e-3
+weight_decay = 0.01
+schedule = "linear"
+warmup_ratio = 0.1
+
+chunk_tokens = 8192
+eval_interval = 25
+save_interval = 500

@@ -1,0 +1,523 @@
+r"""
+Evaluate embedders: MTEB tasks by name, or tasks from your own files. One table, a column a model.
+
+    python eval_mteb.py --model=out/x --tasks=STSBenchmark,SciFact
+    torchrun --standalone --nproc_per_node=8 eval_mteb.py --model=out/x --benchmark="MTEB(eng, v2)"
+    python eval_mteb.py --model=out/a,out/b,st:owner/name --local=my_tasks     # needs no network
+    python eval_mteb.py --model=owner/base --adapters="('owner/mntp', 'owner/supervised')" \
+        --attention=bidirectional --benchmark="MTEB(eng, v1)" \
+        --instructions=task_to_instructions.json --query_template="{instruction}: "
+
+The mteb package scores (Muennighoff et al. 2022, arXiv 2210.07316; Enevoldsen et al. 2025, arXiv
+2502.13595), whoever brings the data. --local is a task's folder, a folder of such folders, or a
+file of training pairs. Where it says .jsonl a .tsv with a header will do, but for lists:
+
+    files in the folder                        fields                                   main score
+    corpus.jsonl, queries.jsonl (BEIR)         _id, text; a title is put before it      nDCG@10
+      and qrels/<split>.tsv                    query-id, corpus-id, score
+    <training pairs>.jsonl by itself           query, pos [..], perhaps neg [..]        nDCG@10
+    reranking.jsonl                            query, positive [..], negative [..]      MAP
+    sts.jsonl                                  sentence1, sentence2, score              Spearman
+    pairs.jsonl                                sentence1, sentence2, label 0 or 1       max AP
+    train.jsonl and <split>.jsonl              text, label: logistic regression on      accuracy
+                                               8 texts a label, mean of 10 draws
+    clustering.jsonl                           text, label: mini-batch k-means          V-measure
+
+The query's prompt stands before queries and before all texts of symmetric tasks, the document's
+before the passages of retrieval and reranking. out_dir/results.md and .json get the table,
+out_dir/scores/ all of mteb's numbers as they come; what is there from an earlier run by name is
+used where weights, template, prompts, data revision and mteb are the very same.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from array import array
+from collections import Counter
+
+import datasets
+import mteb
+import numpy as np
+import scipy.sparse
+import torch
+import torch.distributed as dist
+from datasets import Dataset, DatasetDict
+from mteb.abstasks import (
+    AbsTaskClassification,
+    AbsTaskClustering,
+    AbsTaskPairClassification,
+    AbsTaskRetrieval,
+    AbsTaskSTS,
+)
+from mteb.models import ModelMeta, SearchEncoderWrapper
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ScoringFunction
+from mteb.results import TaskResult
+from mteb.types import PromptType
+
+import common
+from data import read_jsonl, require
+from embedder import Embedder
+
+# ---- defaults ----
+out_dir = "out/eval"
+# models: folders or hub ids, separated by commas; st:name is any dense sentence-transformers model
+model = ""
+baselines = "bm25,random"  # columns beside them; bm25 does retrieval and reranking only
+adapters: tuple = ()  # PEFT folders or hub ids merged into the model, in order
+attention: str | None = None  # causal or bidirectional; None: the model's own
+pooling: str | None = None  # None: the model's own
+max_length: int | None = None  # tokens of a text, template included; None: the model's own
+similarity: str | None = None  # cosine or dot; None: cosine where the model normalizes, else dot
+# tasks: one of these three
+tasks = ""  # names of mteb, separated by commas
+benchmark = ""  # a name of mteb, such as "MTEB(eng, v2)"
+local = ""  # a task's folder, a folder of such, or a .jsonl file of training pairs
+languages = ""  # with tasks: only subsets in these, such as "eng,deu"; "": all
+split = "test"  # with local: which qrels/<split>.tsv, which <split>.jsonl of a classification
+# prompts: "model" for those saved with it, "mteb" for the instructions that mteb's tasks have, or a
+# JSON file {task: instruction}, or {task: {"query": instruction, "document": instruction}}
+instructions = "model"
+query_template = "{instruction}"  # around an instruction that is not the model's own; \n: new line
+# device
+batch_tokens = 16384  # tokens of one forward on one device
+dtype = "auto"  # bf16, fp32, or what the device is good at
+
+
+# ---- tasks by name ----
+
+
+def named_tasks(names, benchmark="", languages=""):
+    """mteb's tasks of comma-separated names, or of a benchmark. SystemExit for unknown ones."""
+    try:
+        if benchmark:
+            return list(mteb.get_benchmark(benchmark).tasks)
+        names = [name.strip() for name in names.split(",")]
+        chosen = languages.split(",") if languages else None
+        found = mteb.get_tasks(tasks=names, languages=chosen, exclusive_language_filter=True)
+    except KeyError as e:
+        raise SystemExit(f"{e.args[0]} (mteb {mteb.__version__})") from e
+    if missing := set(names) - {task.metadata.name for task in found}:
+        raise SystemExit(f"{', '.join(sorted(missing))}: nothing in these languages: {languages}")
+    return list(found)
+
+
+def parts(task):
+    """The tasks whose mean a task is (CQADupstack has 12), or the task itself."""
+    return task.metadata.tasks if task.is_aggregate else [task]
+
+
+# ---- tasks from files ----
+
+KINDS = {  # the file that tells what a folder holds: type, class, main score; fields
+    "corpus": ("Retrieval", AbsTaskRetrieval, "ndcg_at_10", {"_id": str, "text": str}),
+    "reranking": ("Reranking", AbsTaskRetrieval, "map_at_1000", {"query": str}),
+    "sts": ("STS", AbsTaskSTS, "cosine_spearman",
+            {"sentence1": str, "sentence2": str, "score": float}),
+    "pairs": ("PairClassification", AbsTaskPairClassification, "max_ap",
+              {"sentence1": str, "sentence2": str, "label": int}),
+    "train": ("Classification", AbsTaskClassification, "accuracy", {"text": str, "label": str}),
+    "clustering": ("Clustering", AbsTaskClustering, "v_measure", {"text": str, "label": str}),
+}  # fmt: skip
+COLUMNS = {  # where our names for columns are not mteb's
+    "pairs": {"label_column_name": "label"},
+    "clustering": {"label_column_name": "label", "input_column_name": "text",
+                   "max_fraction_of_documents_to_embed": None},  # all of them, not 4 %
+}  # fmt: skip
+
+
+def file_of(folder, stem):
+    """The path of folder/stem.tsv where there is one, else of folder/stem.jsonl."""
+    tsv = os.path.join(folder, f"{stem}.tsv")
+    return tsv if os.path.exists(tsv) else os.path.join(folder, f"{stem}.jsonl")
+
+
+def local_tasks(path, split="test"):
+    """The tasks of a folder, or of its subfolders, or of a .jsonl file of training pairs."""
+    path = os.path.abspath(path)
+    if os.path.isfile(path):
+        return [local_task(os.path.basename(path).removesuffix(".jsonl"), "corpus", path, split)]
+    if not os.path.isdir(path):
+        raise SystemExit(f"{path}: no such file or folder")
+    folders = [path, *sorted(entry.path for entry in os.scandir(path) if entry.is_dir())]
+    found = [(f, kind) for f in folders for kind in KINDS if os.path.exists(file_of(f, kind))]
+    names = [os.path.basename(folder) for folder, _ in found]
+    if not found or len(set(names)) < len(names):
+        wanted = ", ".join(f"{kind}.jsonl" for kind in KINDS)
+        raise SystemExit(f"{path}: a folder with one of {wanted} is a task; found {found}")
+    return [local_task(name, kind, f, split) for name, (f, kind) in zip(names, found, strict=True)]
+
+
+def local_task(name, kind, path, split):
+    """A task of mteb's class whose data comes from files, when mteb asks for it."""
+    type_name, base, main_score, fields = KINDS[kind]
+
+    def load_data(self, num_proc=None, **_):
+        read = read_search if base is AbsTaskRetrieval else read_columns
+        self.dataset, self.data_loaded = {"default": read(kind, path, split, fields)}, True
+
+    metadata = mteb.TaskMetadata(
+        name=name, description=path, type=type_name, category="t2t", main_score=main_score,
+        dataset={"path": path, "revision": "local"}, eval_splits=[split], eval_langs=["eng-Latn"],
+    )  # fmt: skip
+    body = {"metadata": metadata, "load_data": load_data} | COLUMNS.get(kind, {})
+    return type(name, (base,), body)()
+
+
+def read_rows(path, fields):
+    """The rows of a .jsonl, or of a .tsv with a header. fields: {name: kind} that each row has.
+    ValueError names file, line and field."""
+    if path.endswith(".tsv"):
+        with open(path, encoding="utf-8", newline="") as f:
+            rows = list(enumerate(csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE), 2))
+        for name, kind in fields.items():
+            for _, row in rows:
+                try:
+                    row[name] = kind(row[name])
+                except (ValueError, TypeError, KeyError):
+                    pass  # require will say it
+    else:
+        rows = list(read_jsonl(path))
+    for line, row in rows:
+        if fields.get("label") is str and type(row.get("label")) is int:
+            row["label"] = str(row["label"])
+        for name, kind in fields.items():
+            require(row, name, kind, path, line)
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    return [row for _, row in rows]
+
+
+def read_columns(kind, path, split, fields):
+    """The columns of each split, as mteb has them; labels as numbers."""
+    files = {"train": "train", split: split} if kind == "train" else {split: kind}
+    rows = {key: read_rows(file_of(path, stem), fields) for key, stem in files.items()}
+    data = {key: {f: [row[f] for row in rows[key]] for f in fields} for key in rows}
+    if fields.get("label") is str:
+        labels = sorted({label for columns in data.values() for label in columns["label"]})
+        for columns in data.values():
+            columns["label"] = [labels.index(label) for label in columns["label"]]
+    elif kind == "pairs" and set(data[split]["label"]) != {0, 1}:
+        raise ValueError(f"{file_of(path, kind)}: labels are 0 and 1, and both must occur")
+    return DatasetDict({key: Dataset.from_dict(columns) for key, columns in data.items()})
+
+
+def read_search(kind, path, split, fields):
+    """Corpus, queries, which passages are relevant to which query, and the candidates if given."""
+    relevant, candidates = {}, {}  # query id -> {passage id: score}, [passage id, ..]
+    if kind == "corpus" and os.path.isdir(path):
+        corpus, queries = (read_rows(file_of(path, stem), fields) for stem in ("corpus", "queries"))
+        qrels = os.path.join(path, "qrels", f"{split}.tsv")
+        ids = {"query-id": {q["_id"] for q in queries}, "corpus-id": {d["_id"] for d in corpus}}
+        for row in read_rows(qrels, {"query-id": str, "corpus-id": str, "score": int}):
+            for field in ids:
+                if row[field] not in ids[field]:
+                    raise ValueError(f"{qrels}: there is no text for {field} {row[field]!r}")
+            relevant.setdefault(row["query-id"], {})[row["corpus-id"]] = row["score"]
+        corpus = [(d["_id"], d.get("title") or "", d["text"]) for d in corpus]
+        queries = [(q["_id"], q["text"]) for q in queries]
+    else:  # lines of a query with its passages; equal texts are one
+        file, good, bad = path, "pos", "neg"
+        if kind == "reranking":
+            file, good, bad = file_of(path, kind), "positive", "negative"
+        queries, corpus = {}, {}  # text -> id
+        for number, row in enumerate(read_rows(file, {"query": str, good: [str]})):
+            q = queries.setdefault(row["query"], f"q{len(queries)}")
+            # among equal scores the larger id is ranked first: the positive must not gain by it
+            for text in row[good]:
+                relevant.setdefault(q, {})[corpus.setdefault(text, f"a{len(corpus)}")] = 1
+            for text in require({bad: []} | row, bad, [str], file, number + 1):
+                relevant[q].setdefault(corpus.setdefault(text, f"b{len(corpus)}"), 0)
+            candidates[q] = list(relevant[q])
+        corpus = [(i, "", text) for text, i in corpus.items()]
+        queries = [(i, text) for text, i in queries.items()]
+    names = {"corpus": ("id", "title", "text"), "queries": ("id", "text")}
+    tables = {"corpus": corpus, "queries": queries}
+    tables = {k: Dataset.from_list([dict(zip(names[k], row, strict=True)) for row in tables[k]])
+              for k in tables}  # fmt: skip
+    ranked = candidates if kind == "reranking" else None
+    return {split: {**tables, "relevant_docs": relevant, "top_ranked": ranked}}
+
+
+# ---- prompts ----
+
+
+def task_prompts(tasks, instructions, template, own):
+    """-> {task: {"query": prompt, "document": prompt}}. own: the model's prompts, under "query" and
+    "document", or the name or type of a task. SystemExit where a file lacks a task."""
+    file = {}
+    if instructions not in ("model", "mteb"):
+        with open(instructions, encoding="utf-8") as f:
+            file = json.load(f)
+    prompts, missing = {}, []
+    for whole, part in [(t, part) for t in tasks for part in parts(t)]:
+        name, kind = part.metadata.name, part.metadata.type
+        if instructions == "model":
+            given = {"query": own.get(name, own.get(kind, own.get("query", "")))}
+        elif instructions == "mteb":
+            given = part.metadata.prompt or part.abstask_prompt
+        elif (given := file.get(name, file.get(whole.metadata.name))) is None:
+            missing.append(name)
+            continue
+        given = given if isinstance(given, dict) else {"query": given}
+        if instructions != "model":
+            put = template.replace("\\n", "\n").replace
+            given = {side: text and put("{instruction}", text) for side, text in given.items()}
+        prompts[name] = {"query": "", "document": own.get("document", "")} | given
+    if missing:
+        raise SystemExit(f'{instructions} has no line for {", ".join(missing)}; "" is for none')
+    return prompts
+
+
+# ---- models ----
+
+
+class Encoder(AbsEncoder):
+    """A model as mteb calls it. embed(texts, prompt) -> array [N, D], or N arrays [tokens, D] where
+    scores is "MaxSim". hashed: stands for everything that makes its embeddings."""
+
+    def __init__(self, name, embed, scores, own_prompts, dim, hashed):
+        self.name, self.embed, self.own_prompts, self.hashed = name, embed, own_prompts, hashed
+        self.search_only = scores == "MaxSim"
+        self.mteb_model_meta = ModelMeta.create_empty(
+            {"name": name, "similarity_fn_name": ScoringFunction(scores)}
+        )
+        self.chunk = max(1000, min(50_000, 2**29 // dim))  # documents scored at once: 2 GB of fp32
+        self.prompts = {}  # of task_prompts
+
+    def encode(self, inputs, *, task_metadata, prompt_type=None, **_):
+        side = "document" if prompt_type == PromptType.document else "query"
+        texts = [text for batch in inputs for text in batch["text"]]
+        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # equal texts: once
+        vectors = self.embed(list(place), self.prompts[task_metadata.name][side])
+        rows = [place[text] for text in texts]
+        return [torch.as_tensor(vectors[i]) for i in rows] if self.search_only else vectors[rows]
+
+
+class BM25:
+    """Retrieval by words, as mteb calls it; the form of Lucene (k1 = 1.2, b = 0.75):
+
+        score(q, d) = sum over w in q of log(1 + (N - n_w + 0.5) / (n_w + 0.5)) tf / (tf + K)
+        K = k1 (1 - b + b |d| / mean |d|)
+
+    A word is a run of letters and digits, in lower case. No stemming, no stop words, no prompts.
+    """
+
+    name = hashed = "bm25"
+    search_only, own_prompts = True, {}
+    mteb_model_meta = ModelMeta.create_empty({"name": "bm25"})
+
+    def index(self, corpus, **_):
+        self.ids, self.vocab = list(corpus["id"]), {}
+        titles = corpus["title"] if "title" in corpus.column_names else [""] * len(corpus)
+        doc, word, count = array("i"), array("i"), array("f")
+        for i, (title, text) in enumerate(zip(titles, corpus["text"], strict=True)):
+            for w, n in Counter(re.findall(r"\w+", f"{title} {text}".lower())).items():
+                doc.append(i)
+                word.append(self.vocab.setdefault(w, len(self.vocab)))
+                count.append(n)
+        doc, word, count = (np.frombuffer(a, a.typecode) for a in (doc, word, count))
+        length = np.bincount(doc, count, len(self.ids))
+        found_in = np.bincount(word, minlength=len(self.vocab))
+        idf = np.log(1 + (len(self.ids) - found_in + 0.5) / (found_in + 0.5))
+        k = 1.2 * (1 - 0.75 + 0.75 * length / length.mean())
+        weights = idf[word] * count / (count + k[doc])
+        shape = (len(self.ids), len(self.vocab))
+        self.weights = scipy.sparse.csc_array((weights, (doc, word)), shape=shape)
+
+    def search(self, queries, *, top_k, top_ranked=None, **_):
+        place, results = {name: row for row, name in enumerate(self.ids)}, {}
+        for query, text in zip(queries["id"], queries["text"], strict=True):
+            words = [self.vocab[w] for w in re.findall(r"\w+", text.lower()) if w in self.vocab]
+            scores = self.weights[:, words].sum(1)  # [N]
+            rows = np.argsort(-scores, kind="stable")[:top_k]
+            rows = rows[scores[rows] > 0]
+            if top_ranked is not None:
+                rows = [place[name] for name in top_ranked[query]]
+            results[query] = {self.ids[row]: float(scores[row]) for row in rows}
+        return results
+
+
+def random_vectors(texts, prompt):
+    """[N, 64] vectors that say which text it is and nothing about it: the floor of every score."""
+    seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") for text in texts]
+    return np.stack([np.random.default_rng(s).standard_normal(64, np.float32) for s in seeds])
+
+
+def fingerprint(module, *settings):
+    """A hash of a module's tensors and of what else makes its embeddings."""
+    sha = hashlib.sha256(repr(settings).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def load_encoder(
+    name, device, adapters=(), attention=None, pooling=None, max_length=None, similarity=None,
+    batch_tokens=16384, dtype="auto",
+):  # fmt: skip
+    """A column of the table: bm25, random, st:name, or an Embedder."""
+    bar = sys.stderr.isatty()
+    if name == "bm25":
+        return BM25()
+    if name == "random":
+        return Encoder(name, random_vectors, "cosine", {}, 64, name)
+    if name.startswith("st:"):
+        from sentence_transformers import SentenceTransformer
+
+        st = SentenceTransformer(name.removeprefix("st:"), device=str(device))
+        st.max_seq_length = max_length or st.max_seq_length
+        scores, prompts, dim = st.similarity_fn_name, st.prompts, st.get_embedding_dimension()
+        settings = (st, st.max_seq_length, sorted(st.tokenizer.get_vocab().items()))
+        module = st
+
+        def embed(texts, prompt):
+            return st.encode(texts, prompt=prompt, show_progress_bar=bar)
+
+    else:
+        module = e = Embedder.load(
+            name, adapters=list(adapters), device=device, dtype=dtype, attention=attention,
+            pooling=pooling, max_length=max_length,
+        )  # fmt: skip
+        scores, prompts, dim = "cosine" if e.normalize else "dot", e.prompts, e.dim
+        settings = (e.model.config, e.pooling, e.template, e.normalize, e.max_length, e.dtype,
+                    e.pool_instruction, e.tokenizer.backend_tokenizer.to_str())  # fmt: skip
+
+        def embed(texts, prompt):
+            return e.encode(texts, prompt, batch_tokens=batch_tokens, progress=bar)
+
+        if e.pooling == "tokens":
+            similarity = "MaxSim"
+    scores = similarity or scores
+    name, hashed = "+".join([name, *adapters]), fingerprint(module, settings, scores)
+    return Encoder(name, embed, scores, prompts, dim, hashed)
+
+
+# ---- evaluation ----
+
+
+def evaluate(encoder, tasks, folder, reuse=False):
+    """-> a dict for each task: model, task, type, metric, score, seconds, prompts; its score is
+    None, and it has an error, where the data cannot be loaded. All ranks call it together.
+
+    mteb's own file of all scores goes to `folder`. With `reuse` it is read, if it is there.
+    """
+    rows, rank = [], dist.get_rank() if dist.is_initialized() else 0
+    for task in tasks:
+        meta, own, start = task.metadata, parts(task), time.time()
+        if encoder.search_only and not all(isinstance(t, AbsTaskRetrieval) for t in own):
+            continue
+        prompts = {t.metadata.name: encoder.prompts[t.metadata.name] for t in own}
+        # not mteb's cache, which knows a model by its name
+        data = [(t.metadata.name, t.metadata.dataset, t.eval_splits, t.hf_subsets) for t in own]
+        key = hashlib.sha256(repr((encoder.hashed, prompts, data, mteb.__version__)).encode())
+        path = os.path.join(folder, f"{meta.name}-{key.hexdigest()[:16]}.json")
+        row = {"model": encoder.name, "task": meta.name, "type": meta.type}
+        rows.append(row | {"metric": meta.main_score, "score": None, "prompts": prompts})
+        if common.all_reduce_sum([rank == 0 and reuse and os.path.exists(path)])[0]:
+            result, how = TaskResult.from_disk(path) if rank == 0 else None, f"from {path}"
+        else:
+            error = ""
+            try:
+                for part in own:
+                    part.load_data()
+            except Exception as e:  # hub, cache and builders raise what they like
+                error = f"{type(e).__name__}: {e}"
+            if common.all_reduce_sum([bool(error)])[0]:
+                rows[-1]["error"] = error or "another rank could not load the data"
+                common.print0(f"{meta.name}: no data from {meta.dataset['path']}. {error}")
+                continue
+            called = encoder
+            if isinstance(encoder, Encoder):
+                called = SearchEncoderWrapper(encoder, corpus_chunk_size=encoder.chunk)
+            result = mteb.evaluate(
+                called, task, cache=None, co2_tracker=False, show_progress_bar=False,
+                encode_kwargs={"batch_size": 1024, "show_progress_bar": False},
+            ).task_results[0]  # fmt: skip
+            for part in own:
+                part.unload_data()
+            how = common.format_time(time.time() - start)
+            if rank == 0:
+                os.makedirs(folder, exist_ok=True)
+                result.to_disk(path)
+        if rank == 0:
+            rows[-1] |= {"score": float(result.get_score()), "how": how}
+            print(f"{encoder.name} {meta.name} {100 * rows[-1]['score']:.2f} ({how})", flush=True)
+    return rows
+
+
+def table(rows):
+    """Markdown, scores x 100: a line a task, a column a model. The means, which stand where a model
+    has every task, are those of MTEB: over tasks, and over the means of the types."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    score = {(row["task"], row["model"]): row["score"] for row in rows}
+    types = {}  # type -> {task: metric}
+    for row in rows:
+        types.setdefault(row["type"], {})[row["task"]] = row["metric"]
+    lines = [
+        [task, kind, metric, *(score.get((task, m)) for m in models)]
+        for kind, group in types.items() for task, metric in group.items()
+    ]  # fmt: skip
+    if len(lines) > 1:
+        means = {"mean over tasks": [], "mean over types": []}
+        for m in models:
+            by_type = [[score.get((task, m)) for task in group] for group in types.values()]
+            whole = not any(None in group for group in by_type)
+            tasks_mean, types_mean = sum(by_type, []), [np.mean(g) for g in by_type if whole]
+            means["mean over tasks"].append(np.mean(tasks_mean) if whole else None)
+            means["mean over types"].append(np.mean(types_mean) if whole else None)
+        lines += [[name, "", "", *values] for name, values in means.items()]
+    cells = [["task", "type", "metric", *models]]
+    for line in lines:
+        cells.append([*line[:3], *("" if x is None else f"{100 * x:.2f}" for x in line[3:])])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    marks = ["-" * w if i < 3 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    cells.insert(1, marks)
+    put = [str.ljust] * 3 + [str.rjust] * len(models)
+    padded = [[f(c, w) for f, c, w in zip(put, line, widths, strict=True)] for line in cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+if __name__ == "__main__":
+    # ---- configure ----
+    config = common.configure(globals())
+    names = [name.strip() for name in f"{model},{baselines}".split(",") if name.strip()]
+    if not names or bool(tasks) + bool(benchmark) + bool(local) != 1:
+        raise SystemExit("give --model=... and one of --tasks=..., --benchmark=..., --local=...")
+    if adapters and "," in model:
+        raise SystemExit("adapters belong to one model, several are given")
+
+    # ---- distributed ----
+    rank, _, _, device = common.setup_distributed()
+    datasets.disable_progress_bars()
+
+    # ---- evaluate ----
+    rows = []
+    for name in names:
+        # new tasks for each model: clustering draws on its task's random state
+        chosen = local_tasks(local, split) if local else named_tasks(tasks, benchmark, languages)
+        own = adapters if name == model else ()
+        encoder = load_encoder(name, device, own, attention, pooling, max_length, similarity,
+                               batch_tokens, dtype)  # fmt: skip
+        encoder.prompts = task_prompts(chosen, instructions, query_template, encoder.own_prompts)
+        rows += evaluate(encoder, chosen, os.path.join(out_dir, "scores"), reuse=not local)
+
+    # ---- save ----
+    if rank == 0:
+        text = table(rows)
+        print(f"\n{text}\n")
+        os.makedirs(out_dir, exist_ok=True)
+        with open(os.path.join(out_dir, "results.md"), "w", encoding="utf-8") as f:
+            f.write(text + "\n")
+        with open(os.path.join(out_dir, "results.json"), "w", encoding="utf-8") as f:
+            json.dump({"mteb": mteb.__version__, "config": config, "rows": rows}, f, indent=1)
+        print(f"saved: {out_dir}/results.md, results.json, scores/")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if any("error" in row for row in rows):
+        raise SystemExit("not all data could be loaded, see above; another run goes on from here")
