@@ -32,12 +32,14 @@ used where weights, template, prompts, data revision and mteb are the very same.
 import csv
 import hashlib
 import json
-import os
 import re
 import sys
 import time
+import warnings
 from array import array
 from collections import Counter
+from contextlib import suppress
+from pathlib import Path
 
 import datasets
 import mteb
@@ -88,7 +90,7 @@ batch_tokens = 16384  # tokens of one forward on one device
 dtype = "auto"  # bf16, fp32, or what the device is good at
 
 
-# ---- tasks by name ----
+# ---- tasks ----
 
 
 def named_tasks(names, benchmark="", languages=""):
@@ -111,11 +113,9 @@ def parts(task):
     return task.metadata.tasks if task.is_aggregate else [task]
 
 
-# ---- tasks from files ----
-
-KINDS = {  # the file that tells what a folder holds: type, class, main score; fields
+KINDS = {  # the file that makes a folder a task: its type, mteb's class, main score, fields
     "corpus": ("Retrieval", AbsTaskRetrieval, "ndcg_at_10", {"_id": str, "text": str}),
-    "reranking": ("Reranking", AbsTaskRetrieval, "map_at_1000", {"query": str}),
+    "reranking": ("Reranking", AbsTaskRetrieval, "map_at_1000", {"query": str, "positive": [str]}),
     "sts": ("STS", AbsTaskSTS, "cosine_spearman",
             {"sentence1": str, "sentence2": str, "score": float}),
     "pairs": ("PairClassification", AbsTaskPairClassification, "max_ap",
@@ -123,37 +123,28 @@ KINDS = {  # the file that tells what a folder holds: type, class, main score; f
     "train": ("Classification", AbsTaskClassification, "accuracy", {"text": str, "label": str}),
     "clustering": ("Clustering", AbsTaskClustering, "v_measure", {"text": str, "label": str}),
 }  # fmt: skip
-COLUMNS = {  # where our names for columns are not mteb's
+COLUMNS = {  # where mteb's class expects other names, or (clustering) takes 4 % of the texts
     "pairs": {"label_column_name": "label"},
     "clustering": {"label_column_name": "label", "input_column_name": "text",
-                   "max_fraction_of_documents_to_embed": None},  # all of them, not 4 %
+                   "max_fraction_of_documents_to_embed": None},
 }  # fmt: skip
-
-
-def file_of(folder, stem):
-    """The path of folder/stem.tsv where there is one, else of folder/stem.jsonl."""
-    tsv = os.path.join(folder, f"{stem}.tsv")
-    return tsv if os.path.exists(tsv) else os.path.join(folder, f"{stem}.jsonl")
 
 
 def local_tasks(path, split="test"):
     """The tasks of a folder, or of its subfolders, or of a .jsonl file of training pairs."""
-    path = os.path.abspath(path)
-    if os.path.isfile(path):
-        return [local_task(os.path.basename(path).removesuffix(".jsonl"), "corpus", path, split)]
-    if not os.path.isdir(path):
-        raise SystemExit(f"{path}: no such file or folder")
-    folders = [path, *sorted(entry.path for entry in os.scandir(path) if entry.is_dir())]
-    found = [(f, kind) for f in folders for kind in KINDS if os.path.exists(file_of(f, kind))]
-    names = [os.path.basename(folder) for folder, _ in found]
-    if not found or len(set(names)) < len(names):
-        wanted = ", ".join(f"{kind}.jsonl" for kind in KINDS)
-        raise SystemExit(f"{path}: a folder with one of {wanted} is a task; found {found}")
-    return [local_task(name, kind, f, split) for name, (f, kind) in zip(names, found, strict=True)]
+    path = Path(path).absolute()
+    if path.is_file():
+        return [local_task("corpus", path, split)]
+    folders = [path, *sorted(path.glob("*/"))]
+    found = [(kind, f) for f in folders for kind in KINDS if file_of(f, kind).exists()]
+    if not found or len({f for _, f in found}) < len(found):
+        wanted = f"with one file of {', '.join(KINDS)}.jsonl or .tsv each"
+        raise SystemExit(f"{path}: a task's folder, or folders, {wanted}; found {found}")
+    return [local_task(kind, folder, split) for kind, folder in found]
 
 
-def local_task(name, kind, path, split):
-    """A task of mteb's class whose data comes from files, when mteb asks for it."""
+def local_task(kind, path, split):
+    """A task of mteb's class that reads files when mteb asks for its data."""
     type_name, base, main_score, fields = KINDS[kind]
 
     def load_data(self, num_proc=None, **_):
@@ -161,46 +152,47 @@ def local_task(name, kind, path, split):
         self.dataset, self.data_loaded = {"default": read(kind, path, split, fields)}, True
 
     metadata = mteb.TaskMetadata(
-        name=name, description=path, type=type_name, category="t2t", main_score=main_score,
-        dataset={"path": path, "revision": "local"}, eval_splits=[split], eval_langs=["eng-Latn"],
+        name=path.stem, description=str(path), type=type_name, category="t2t",
+        main_score=main_score, dataset={"path": str(path), "revision": "local"},
+        eval_splits=[split], eval_langs=["eng-Latn"],
     )  # fmt: skip
     body = {"metadata": metadata, "load_data": load_data} | COLUMNS.get(kind, {})
-    return type(name, (base,), body)()
+    return type(path.stem, (base,), body)()
+
+
+def file_of(folder, stem):
+    """folder/stem.tsv if it is there, else folder/stem.jsonl."""
+    return tsv if (tsv := folder / f"{stem}.tsv").exists() else folder / f"{stem}.jsonl"
 
 
 def read_rows(path, fields):
-    """The rows of a .jsonl, or of a .tsv with a header. fields: {name: kind} that each row has.
+    """The rows of a .jsonl, or of a .tsv with a header, each with these fields {name: kind}.
     ValueError names file, line and field."""
-    if path.endswith(".tsv"):
+    if path.suffix == ".tsv":
         with open(path, encoding="utf-8", newline="") as f:
             rows = list(enumerate(csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE), 2))
-        for name, kind in fields.items():
-            for _, row in rows:
-                try:
-                    row[name] = kind(row[name])
-                except (ValueError, TypeError, KeyError):
-                    pass  # require will say it
     else:
-        rows = list(read_jsonl(path))
+        rows = list(read_jsonl(str(path)))
     for line, row in rows:
-        if fields.get("label") is str and type(row.get("label")) is int:
-            row["label"] = str(row["label"])
         for name, kind in fields.items():
-            require(row, name, kind, path, line)
+            if path.suffix == ".tsv" or (name == "label" and type(row.get(name)) is int):
+                with suppress(ValueError, TypeError, KeyError):  # require will say it
+                    row[name] = kind(row[name])
+            require(row, name, kind, str(path), line)
     if not rows:
         raise ValueError(f"{path} has no rows")
     return [row for _, row in rows]
 
 
 def read_columns(kind, path, split, fields):
-    """The columns of each split, as mteb has them; labels as numbers."""
+    """The columns of each split; labels as numbers."""
     files = {"train": "train", split: split} if kind == "train" else {split: kind}
     rows = {key: read_rows(file_of(path, stem), fields) for key, stem in files.items()}
     data = {key: {f: [row[f] for row in rows[key]] for f in fields} for key in rows}
     if fields.get("label") is str:
-        labels = sorted({label for columns in data.values() for label in columns["label"]})
+        number = sorted({label for columns in data.values() for label in columns["label"]}).index
         for columns in data.values():
-            columns["label"] = [labels.index(label) for label in columns["label"]]
+            columns["label"] = [number(label) for label in columns["label"]]
     elif kind == "pairs" and set(data[split]["label"]) != {0, 1}:
         raise ValueError(f"{file_of(path, kind)}: labels are 0 and 1, and both must occur")
     return DatasetDict({key: Dataset.from_dict(columns) for key, columns in data.items()})
@@ -208,39 +200,38 @@ def read_columns(kind, path, split, fields):
 
 def read_search(kind, path, split, fields):
     """Corpus, queries, which passages are relevant to which query, and the candidates if given."""
-    relevant, candidates = {}, {}  # query id -> {passage id: score}, [passage id, ..]
-    if kind == "corpus" and os.path.isdir(path):
-        corpus, queries = (read_rows(file_of(path, stem), fields) for stem in ("corpus", "queries"))
-        qrels = os.path.join(path, "qrels", f"{split}.tsv")
-        ids = {"query-id": {q["_id"] for q in queries}, "corpus-id": {d["_id"] for d in corpus}}
+    relevant, candidates = {}, None  # query id -> {passage id: score}, [passage id, ..]
+    if path.is_dir() and kind == "corpus":
+        corpus, queries = (
+            [{"id": r["_id"], "title": r.get("title") or "", "text": r["text"]} for r in rows]
+            for rows in (read_rows(file_of(path, stem), fields) for stem in ("corpus", "queries"))
+        )
+        ids = {"query-id": {q["id"] for q in queries}, "corpus-id": {d["id"] for d in corpus}}
+        qrels = path / "qrels" / f"{split}.tsv"
         for row in read_rows(qrels, {"query-id": str, "corpus-id": str, "score": int}):
             for field in ids:
                 if row[field] not in ids[field]:
                     raise ValueError(f"{qrels}: there is no text for {field} {row[field]!r}")
             relevant.setdefault(row["query-id"], {})[row["corpus-id"]] = row["score"]
-        corpus = [(d["_id"], d.get("title") or "", d["text"]) for d in corpus]
-        queries = [(q["_id"], q["text"]) for q in queries]
-    else:  # lines of a query with its passages; equal texts are one
+    else:  # lines of a query with its passages, where equal texts are one
         file, good, bad = path, "pos", "neg"
         if kind == "reranking":
             file, good, bad = file_of(path, kind), "positive", "negative"
         queries, corpus = {}, {}  # text -> id
-        for number, row in enumerate(read_rows(file, {"query": str, good: [str]})):
-            q = queries.setdefault(row["query"], f"q{len(queries)}")
-            # among equal scores the larger id is ranked first: the positive must not gain by it
+        for line, row in enumerate(read_rows(file, {"query": str, good: [str]}), 1):
+            mine = relevant.setdefault(queries.setdefault(row["query"], f"q{len(queries)}"), {})
+            # of equal scores the larger id is ranked first: a positive gains nothing by a tie
             for text in row[good]:
-                relevant.setdefault(q, {})[corpus.setdefault(text, f"a{len(corpus)}")] = 1
-            for text in require({bad: []} | row, bad, [str], file, number + 1):
-                relevant[q].setdefault(corpus.setdefault(text, f"b{len(corpus)}"), 0)
-            candidates[q] = list(relevant[q])
-        corpus = [(i, "", text) for text, i in corpus.items()]
-        queries = [(i, text) for text, i in queries.items()]
-    names = {"corpus": ("id", "title", "text"), "queries": ("id", "text")}
-    tables = {"corpus": corpus, "queries": queries}
-    tables = {k: Dataset.from_list([dict(zip(names[k], row, strict=True)) for row in tables[k]])
-              for k in tables}  # fmt: skip
-    ranked = candidates if kind == "reranking" else None
-    return {split: {**tables, "relevant_docs": relevant, "top_ranked": ranked}}
+                mine[corpus.setdefault(text, f"a{len(corpus)}")] = 1
+            for text in require({bad: []} | row, bad, [str], str(file), line):
+                mine.setdefault(corpus.setdefault(text, f"b{len(corpus)}"), 0)
+        if kind == "reranking":
+            candidates = {query: list(mine) for query, mine in relevant.items()}
+        queries, corpus = ([{"id": i, "text": text} for text, i in x.items()]
+                           for x in (queries, corpus))  # fmt: skip
+    corpus, queries = Dataset.from_list(corpus), Dataset.from_list(queries)
+    data = {"corpus": corpus, "queries": queries.select_columns(["id", "text"])}
+    return {split: data | {"relevant_docs": relevant, "top_ranked": candidates}}
 
 
 # ---- prompts ----
@@ -402,10 +393,10 @@ def load_encoder(
 
 
 def evaluate(encoder, tasks, folder, reuse=False):
-    """-> a dict for each task: model, task, type, metric, score, seconds, prompts; its score is
-    None, and it has an error, where the data cannot be loaded. All ranks call it together.
+    """-> a dict for each task: model, task, type, metric, score, how, prompts. All ranks call it.
 
-    mteb's own file of all scores goes to `folder`. With `reuse` it is read, if it is there.
+    mteb's own file of all scores goes to `folder`; with `reuse` it is read if it is there already.
+    Its name, not mteb's cache, which goes by the model's name, says what it belongs to.
     """
     rows, rank = [], dist.get_rank() if dist.is_initialized() else 0
     for task in tasks:
@@ -413,25 +404,20 @@ def evaluate(encoder, tasks, folder, reuse=False):
         if encoder.search_only and not all(isinstance(t, AbsTaskRetrieval) for t in own):
             continue
         prompts = {t.metadata.name: encoder.prompts[t.metadata.name] for t in own}
-        # not mteb's cache, which knows a model by its name
         data = [(t.metadata.name, t.metadata.dataset, t.eval_splits, t.hf_subsets) for t in own]
         key = hashlib.sha256(repr((encoder.hashed, prompts, data, mteb.__version__)).encode())
-        path = os.path.join(folder, f"{meta.name}-{key.hexdigest()[:16]}.json")
-        row = {"model": encoder.name, "task": meta.name, "type": meta.type}
-        rows.append(row | {"metric": meta.main_score, "score": None, "prompts": prompts})
-        if common.all_reduce_sum([rank == 0 and reuse and os.path.exists(path)])[0]:
+        path = Path(folder) / f"{meta.name}-{key.hexdigest()[:16]}.json"
+        if common.all_reduce_sum([rank == 0 and reuse and path.exists()])[0]:
             result, how = TaskResult.from_disk(path) if rank == 0 else None, f"from {path}"
         else:
-            error = ""
             try:
                 for part in own:
                     part.load_data()
             except Exception as e:  # hub, cache and builders raise what they like
-                error = f"{type(e).__name__}: {e}"
-            if common.all_reduce_sum([bool(error)])[0]:
-                rows[-1]["error"] = error or "another rank could not load the data"
-                common.print0(f"{meta.name}: no data from {meta.dataset['path']}. {error}")
-                continue
+                raise SystemExit(
+                    f"{meta.name}: cannot load {meta.dataset['path']}: {type(e).__name__}: {e}\n"
+                    "What was evaluated by name so far is kept for the next run."
+                ) from e
             called = encoder
             if isinstance(encoder, Encoder):
                 called = SearchEncoderWrapper(encoder, corpus_chunk_size=encoder.chunk)
@@ -443,44 +429,46 @@ def evaluate(encoder, tasks, folder, reuse=False):
                 part.unload_data()
             how = common.format_time(time.time() - start)
             if rank == 0:
-                os.makedirs(folder, exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 result.to_disk(path)
         if rank == 0:
-            rows[-1] |= {"score": float(result.get_score()), "how": how}
-            print(f"{encoder.name} {meta.name} {100 * rows[-1]['score']:.2f} ({how})", flush=True)
+            score = float(result.get_score())
+            rows.append({"model": encoder.name, "task": meta.name, "type": meta.type,
+                         "metric": meta.main_score, "score": score, "how": how,
+                         "prompts": prompts})  # fmt: skip
+            print(f"{encoder.name} {meta.name} {100 * score:.2f} ({how})", flush=True)
     return rows
 
 
 def table(rows):
     """Markdown, scores x 100: a line a task, a column a model. The means, which stand where a model
     has every task, are those of MTEB: over tasks, and over the means of the types."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    score = {(row["task"], row["model"]): row["score"] for row in rows}
-    types = {}  # type -> {task: metric}
+
+    def mean(values):
+        return None if None in values else sum(values) / len(values)
+
+    models, types = list(dict.fromkeys(row["model"] for row in rows)), {}
     for row in rows:
-        types.setdefault(row["type"], {})[row["task"]] = row["metric"]
-    lines = [
-        [task, kind, metric, *(score.get((task, m)) for m in models)]
-        for kind, group in types.items() for task, metric in group.items()
-    ]  # fmt: skip
+        by_task = types.setdefault(row["type"], {})
+        by_task.setdefault((row["task"], row["type"], row["metric"]), {})[row["model"]] = row["score"]
+    scores = [{name: [x.get(m) for m in models] for name, x in group.items()}
+              for group in types.values()]  # fmt: skip
+    lines = {name: line for group in scores for name, line in group.items()}
     if len(lines) > 1:
-        means = {"mean over tasks": [], "mean over types": []}
-        for m in models:
-            by_type = [[score.get((task, m)) for task in group] for group in types.values()]
-            whole = not any(None in group for group in by_type)
-            tasks_mean, types_mean = sum(by_type, []), [np.mean(g) for g in by_type if whole]
-            means["mean over tasks"].append(np.mean(tasks_mean) if whole else None)
-            means["mean over types"].append(np.mean(types_mean) if whole else None)
-        lines += [[name, "", "", *values] for name, values in means.items()]
+        by_type = [[mean(x) for x in zip(*group.values(), strict=True)] for group in scores]
+        over_tasks = [mean(x) for x in zip(*lines.values(), strict=True)]
+        lines["mean over tasks", "", ""] = over_tasks
+        lines["mean over types", "", ""] = [mean(x) for x in zip(*by_type, strict=True)]
     cells = [["task", "type", "metric", *models]]
-    for line in lines:
-        cells.append([*line[:3], *("" if x is None else f"{100 * x:.2f}" for x in line[3:])])
+    for name, line in lines.items():
+        cells.append([*name, *("" if x is None else f"{100 * x:.2f}" for x in line)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    marks = ["-" * w if i < 3 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    cells.insert(1, marks)
+    cells.insert(1, ["-" * w if i < 3 else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
     put = [str.ljust] * 3 + [str.rjust] * len(models)
-    padded = [[f(c, w) for f, c, w in zip(put, line, widths, strict=True)] for line in cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    return "\n".join(
+        f"| {' | '.join(f(c, w) for f, c, w in zip(put, line, widths, strict=True))} |"
+        for line in cells
+    )
 
 
 if __name__ == "__main__":
@@ -495,6 +483,7 @@ if __name__ == "__main__":
     # ---- distributed ----
     rank, _, _, device = common.setup_distributed()
     datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", module="sklearn")  # a label that was never predicted
 
     # ---- evaluate ----
     rows = []
@@ -505,19 +494,16 @@ if __name__ == "__main__":
         encoder = load_encoder(name, device, own, attention, pooling, max_length, similarity,
                                batch_tokens, dtype)  # fmt: skip
         encoder.prompts = task_prompts(chosen, instructions, query_template, encoder.own_prompts)
-        rows += evaluate(encoder, chosen, os.path.join(out_dir, "scores"), reuse=not local)
+        rows += evaluate(encoder, chosen, f"{out_dir}/scores", reuse=not local)
 
     # ---- save ----
     if rank == 0:
         text = table(rows)
         print(f"\n{text}\n")
-        os.makedirs(out_dir, exist_ok=True)
-        with open(os.path.join(out_dir, "results.md"), "w", encoding="utf-8") as f:
-            f.write(text + "\n")
-        with open(os.path.join(out_dir, "results.json"), "w", encoding="utf-8") as f:
-            json.dump({"mteb": mteb.__version__, "config": config, "rows": rows}, f, indent=1)
+        text += "\n"
+        Path(out_dir, "results.md").write_text(text, encoding="utf-8")
+        results = {"mteb": mteb.__version__, "config": config, "rows": rows}
+        Path(out_dir, "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         print(f"saved: {out_dir}/results.md, results.json, scores/")
     if dist.is_initialized():
         dist.destroy_process_group()
-    if any("error" in row for row in rows):
-        raise SystemExit("not all data could be loaded, see above; another run goes on from here")

@@ -113,6 +113,12 @@ show_batch = False
 # tokenizes and embeds its own share. Texts are numbered queries first, then passages.
 
 
+def choose_files(files, max_steps, alpha, seed):
+    """The file of each step [max_steps], drawn with probability ~ (its lines) ** alpha."""
+    p = np.array([len(file) for file in files]) ** alpha
+    return np.random.default_rng(seed).choice(len(files), size=max_steps, p=p / p.sum())
+
+
 def make_batch(files, step, choices, settings):
     """-> (pairs, which file): batch_size pairs of one file. A file's last batch takes what it lacks
     from the file's next epoch, so that every batch is full. A function of (seed, step)."""
@@ -148,11 +154,10 @@ def without_duplicates(pairs, file, group_size, rng):
     seen, out = set(), []
     for pair in pairs:
         for _ in range(20):
-            texts = {pair["query"], *pair["passages"]}
-            if not texts & seen:
+            if not seen & {pair["query"], *pair["passages"]}:
                 break
             pair = sample_pair(file, rng.integers(len(file)), group_size, rng)
-        seen |= texts
+        seen |= {pair["query"], *pair["passages"]}
         out.append(pair)
     return out
 
@@ -190,6 +195,7 @@ def layout(pairs):
 # ---- losses ----
 # queries [b, C] or [b, L, C], candidates [N, C] or [N, L, C] (multi-vector: zero rows are padding);
 # all in fp32, summed over the b queries.
+_BLOCK = 2**22  # scores that exist at a time
 
 
 def similarity(queries, candidates):
@@ -198,7 +204,9 @@ def similarity(queries, candidates):
     if queries.dim() == 2:
         return queries @ candidates.t()
     dots = torch.einsum("bic,njc->bnij", queries, candidates)
-    dots = dots.masked_fill(~candidates.any(-1)[None, :, None, :], -torch.inf)
+    there = candidates.any(-1)  # [N, L]
+    padding = ~there & there.any(-1, keepdim=True)  # a text that has no tokens at all scores 0
+    dots = dots.masked_fill(padding[None, :, None, :], -torch.inf)
     return (dots.amax(-1) * queries.any(-1)[:, None, :]).sum(-1)
 
 
@@ -224,7 +232,7 @@ def distillation(scores, group, teacher, temperature, teacher_temperature):
 
     scores [b, N], group [b, G] with -1 for none, teacher [b, G] with nan for none.
     """
-    there = (group >= 0) & ~teacher.isnan().any(1, keepdim=True) | (group == group[:, :1])
+    there = ~teacher.isnan() | (group == group[:, :1])  # without scores the positive stands alone
     own = scores.gather(1, group.clamp(min=0)) / temperature  # [b, G]
     student = own.masked_fill(~there, -1e9).log_softmax(1)
     wanted = (teacher.nan_to_num() / teacher_temperature).masked_fill(~there, -1e9).log_softmax(1)
@@ -246,40 +254,42 @@ def batch_loss(queries, passages, mine, where, s):
     """
     group, teacher, known = where
     n_batch, widths = len(queries), s["matryoshka_dims"] or (queries.size(-1),)
-    # scores of 4M pairs at a time; multi-vectors hold a matrix for each pair
+    # a block of queries at a time; multi-vectors hold a matrix for each pair
     per_pair = queries[0].numel() * passages[0].numel() // queries.size(-1) ** 2
-    step = max(1, 2**22 // (len(passages) * per_pair))
+    step = max(1, _BLOCK // (len(passages) * max(1, per_pair)))
     total, hits = 0.0, 0
-    n = torch.arange(len(passages), device=queries.device)
+    b, n = (torch.arange(len(x), device=x.device) for x in (queries, passages))
     elsewhere = (n < group[mine[0], 0]) | (n > group[mine].max())  # other ranks' passages
+    others = (b < mine[0]) | (b > mine[-1])  # and queries
     for rows in mine.split(step):
+        own = group[rows, 0]  # [b] ascending
         here = torch.isin(known[:, 0], rows)
         pairs = torch.stack((known[here, 0] - rows[0], known[here, 1]), dim=1)
+        # (b, n) may not be negatives: then neither are passage n and query b
+        here = torch.isin(known[:, 1], own)
+        turned = torch.stack((torch.searchsorted(own, known[here, 1]), known[here, 0]), dim=1)
         loss = 0.0
         for width in widths:
-            q, d = queries[rows, ..., :width], passages[..., :width]
+            q, d = queries[..., :width], passages[..., :width]
             if s["matryoshka_dims"] and s["normalize"]:
                 q, d = F.normalize(q, dim=-1), F.normalize(d, dim=-1)
-            scores = similarity(q, d)
+            scores = similarity(q[rows], d)
             if not s["negatives_cross_device"]:
                 scores = scores.masked_fill(elsewhere, -torch.inf)
-            nce, n_hits = info_nce(
-                scores, group[rows, 0], s["temperature"], pairs, s["false_negative_margin"]
+            part, n_hits = info_nce(
+                scores, own, s["temperature"], pairs, s["false_negative_margin"]
             )
             if s["both_directions"]:
-                back = similarity(passages[group[rows, 0], ..., :width], queries[..., :width])
-                # (b, n) may not be negatives: then neither are passage n and query b
-                n_of = {n: i for i, n in enumerate(group[rows, 0].tolist())}
-                turned = [(n_of[n], b) for b, n in known.tolist() if n in n_of]
-                turned = torch.tensor(turned, device=rows.device).view(-1, 2).long()
-                nce = (nce + info_nce(back, rows, s["temperature"], turned)[0]) / 2
-            loss = loss + nce / len(widths)
-        hits += n_hits
-        if s["distill_weight"]:
-            kl = distillation(
-                scores, group[rows], teacher[rows], s["temperature"], s["distill_temperature"]
-            )
-            loss = loss + s["distill_weight"] * kl
+                back = similarity(d[own], q)
+                if not s["negatives_cross_device"]:
+                    back = back.masked_fill(others, -torch.inf)
+                part = (part + info_nce(back, rows, s["temperature"], turned)[0]) / 2
+            if s["distill_weight"]:
+                part = part + s["distill_weight"] * distillation(
+                    scores, group[rows], teacher[rows], s["temperature"], s["distill_temperature"]
+                )
+            loss = loss + part / len(widths)
+            hits += n_hits if width == max(widths) else 0
         loss = loss / n_batch
         loss.backward()
         total += loss.item()
@@ -311,25 +321,90 @@ def gather_rows(x, counts):
     """Rows of all ranks in rank order: x [n, ...] -> [sum of counts, ...]. Not differentiable."""
     if len(counts) == 1:
         return x
-    width = x.new_tensor([x.size(1) if x.dim() == 3 else 0])  # multi-vectors: the longest text
-    dist.all_reduce(width, dist.ReduceOp.MAX)
-    shape = (max(counts), *((int(width), x.size(2)) if x.dim() == 3 else x.shape[1:]))
-    mine = x.new_zeros(shape)
-    mine[tuple(slice(n) for n in x.shape)] = x
+    if x.dim() == 3:  # multi-vectors, as long as the longest of all ranks
+        longest = torch.tensor(x.size(1), device=x.device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        x = F.pad(x, (0, 0, 0, int(longest) - x.size(1)))
+    mine = x.new_zeros(max(counts), *x.shape[1:])
+    mine[: len(x)] = x
     parts = [torch.empty_like(mine) for _ in counts]
     dist.all_gather(parts, mine)
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
-def embed_all(forward, chunks, n):
+def embed_all(forward, chunks, n, s):
     """Vectors of n texts in their own order from their chunks -> [n, C] or [n, L, C]."""
     vectors = [None] * n
     for i, chunk in enumerate(chunks):
         for text, vector in zip(chunk, forward(i), strict=True):
             vectors[text] = vector
+    for _ in range(n_forwards(chunks, s) - len(chunks)):
+        forward(0)
     if vectors[0].dim() == 1:
         return torch.stack(vectors)
     return torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True)
+
+
+def n_forwards(chunks, s):
+    """One a chunk; under FSDP, whose forward is collective, on every rank as many as on any."""
+    if not s["fsdp"]:
+        return len(chunks)
+    of_rank = [len(chunks) * (r == s["rank"]) for r in range(s["world_size"])]
+    return int(max(common.all_reduce_sum(of_rank)))
+
+
+def cached_step(wrapped, batch, step, s):
+    """Loss and gradients of one batch -> (this rank's share of the loss, its hits).
+
+    wrapped: the embedder, as DDP or fully_shard wrapped it; batch: an item of train_batches.
+    The gradient of the loss by the vectors is taken first, then that of the vectors by the weights,
+    chunk by chunk: memory holds the activations of one chunk. Chunks do not change the result, up
+    to which dropout is drawn.
+    """
+    (encoded, n_queries, where, counts), rank, world_size = batch, s["rank"], s["world_size"]
+    device, chunks = s["device"], chunks_of(encoded, s["chunk_tokens"])
+
+    def forward(i):
+        common.seed_step(s["seed"], step, rank, i)  # dropout is a function of these, here and in 4.
+        with s["autocast"]():
+            return padded(wrapped(*pack([encoded[j] for j in chunks[i]], device)))
+
+    # 1. the vectors of all texts, without a graph unless they fit in one chunk
+    n_chunks = n_forwards(chunks, s)
+    cached = n_chunks > 1
+    with torch.no_grad() if cached else nullcontext():
+        own = embed_all(forward, chunks, len(encoded), s)  # [n, C] or [n, L, C]
+    # 2. the loss of this rank's queries among the passages of all ranks
+    queries, passages = own[:n_queries].detach(), own[n_queries:].detach()
+    if own.dim() == 3:  # queries are shorter than passages
+        queries = queries[:, : max(end - start for _, (start, end) in encoded[:n_queries])]
+    queries = gather_rows(queries, [n_queries] * world_size).requires_grad_()
+    passages = gather_rows(passages, counts).requires_grad_()
+    mine = torch.arange(rank * n_queries, (rank + 1) * n_queries, device=device)
+    loss, hits = batch_loss(queries, passages, mine, [x.to(device) for x in where], s)
+    # 3. the gradient of a rank's vectors has a part from every rank's loss
+    if world_size > 1:
+        for x in (queries, passages):
+            dist.all_reduce(x.grad)
+    first = sum(counts[:rank])
+    parts = queries.grad[mine], passages.grad[first : first + counts[rank]]
+    if own.dim() == 3:  # other ranks' texts may be longer, or shorter
+        parts = [F.pad(x, (0, 0, 0, own.size(1) - x.size(1))) for x in parts]
+    d_own = world_size * torch.cat(parts)  # times W, for DDP and FSDP average
+    # 4. into the weights, chunk by chunk with the same dropout; ranks meet at the last one
+    if not cached:
+        own.backward(d_own)
+        return loss, hits
+    del own, queries, passages, parts
+    for i in range(n_chunks):
+        if s["fsdp"]:
+            wrapped.set_requires_gradient_sync(i == n_chunks - 1)
+        elif world_size > 1:
+            wrapped.require_backward_grad_sync = i == n_chunks - 1
+        out = forward(i if i < len(chunks) else 0)
+        d_out = d_own[chunks[i]] if i < len(chunks) else torch.zeros_like(out)
+        out.backward(d_out[:, : out.size(1)])  # [n, C], or [n, L, C] of the chunk's longest text
+    return loss, hits
 
 
 def encode_share(pairs, share, which, tokenizer, settings):
@@ -390,7 +465,7 @@ def evaluate(embedder, file, settings, max_lines=1000):
             with s["autocast"]():
                 return padded(embedder.embed([encoded[j] for j in chunks[i]]))
 
-        return gather_rows(embed_all(forward, chunks, len(own)), [len(m) for m in mine])
+        return gather_rows(embed_all(forward, chunks, len(own), s), [len(m) for m in mine])
 
     queries = embed([p["query"] for p in pairs], asks, s["query_max_length"])
     texts = embed(passages, answer, s["passage_max_length"])
@@ -445,6 +520,8 @@ if __name__ == "__main__":
     # ---- data ----
     files = [open_pairs(path) for path in data]
     eval_file = open_pairs(eval_data) if eval_data and eval_interval else None
+    if group_size < 1:
+        raise SystemExit(f"{group_size=}: expected 1 or more, the positive is one")
     if batch_size % world_size:
         raise SystemExit(f"{batch_size=} must be a multiple of {world_size=}")
     for key in ("query_instruction", "passage_instruction"):
@@ -454,10 +531,7 @@ if __name__ == "__main__":
     if max_steps is None:
         max_steps = math.ceil(num_epochs * n_lines / batch_size)
     warmup = warmup_steps if warmup_steps is not None else round(warmup_ratio * max_steps)
-    weights = np.array([len(file) for file in files]) ** sampling_alpha
-    choices = np.random.default_rng(seed).choice(
-        len(files), size=max_steps, p=weights / weights.sum()
-    )  # the file of each step
+    choices = choose_files(files, max_steps, sampling_alpha, seed)
     settings = dict(
         batch_size=batch_size, group_size=group_size, no_duplicates=no_duplicates, seed=seed,
         rank=rank, world_size=world_size, template=Template(prefix, suffix),
@@ -468,7 +542,7 @@ if __name__ == "__main__":
         false_negative_margin=false_negative_margin, matryoshka_dims=matryoshka_dims,
         negatives_cross_device=negatives_cross_device, distill_weight=distill_weight,
         distill_temperature=distill_temperature, query_flops=query_flops,
-        passage_flops=passage_flops,
+        passage_flops=passage_flops, device=device, fsdp=fsdp,
     )  # fmt: skip
     for file in files:
         print0(f"{file.path}: {len(file):,} lines")
@@ -517,6 +591,8 @@ if __name__ == "__main__":
         model, tokenizer, pooling, settings["template"], prompts, normalize, passage_max_length,
         pool_instruction, projection, compute_dtype,
     ).to(device).train()  # fmt: skip
+    if max(matryoshka_dims, default=0) > embedder.dim:
+        raise SystemExit(f"{matryoshka_dims=}: the embedding has {embedder.dim} numbers")
     if problem := embedder.st_problem():
         print0(f"saved for nanoembed alone; sentence-transformers would differ: {problem}")
     n_all = sum(p.numel() for p in embedder.parameters())
@@ -570,7 +646,7 @@ if __name__ == "__main__":
         }
         folder = common.begin_checkpoint(out_dir, f"step{step}")
         if rank == 0:
-            embedder.save(folder, not embedder.st_problem(), state)  # LoRA merged
+            embedder.save(folder, not problem, state)  # LoRA merged
             if lora_rank:
                 lora.save_adapter(model, os.path.join(folder, "adapter"), init_from, state)
             state = {"step": step, "best": best, "optimizers": optim}
@@ -582,71 +658,32 @@ if __name__ == "__main__":
     # ---- loop ----
     columns = ["loss", "acc", "gnorm", "lr", "pairs_s", "tok_s"]
     columns += ["eval_loss", "eval_acc", "eval_mrr", "eval_ndcg"]
-    log = common.open_log(out_dir, columns, max_steps, step, tracker, config)
-    common.save_config(config, os.path.join(out_dir, "config.py"))
+    if dry_run:  # leaves nothing behind
+        log = lambda step, values: None  # noqa: E731
+    else:
+        log = common.open_log(out_dir, columns, max_steps, step, tracker, config)
+        common.save_config(config, os.path.join(out_dir, "config.py"))
     stop_requested = common.catch_sigterm()
     bad_steps, since, tokens_seen, seconds = 0, 0, 0, 0.0
     batches = prefetch(train_batches(files, step, max_steps, choices, tokenizer, settings))
-    mine = torch.arange(batch_size).view(world_size, -1)[rank].to(device)  # this rank's queries
     if isinstance(wrapped, DDP):
         # DDP orders its buckets anew after the first backward, and with them the sums over ranks:
         # one backward that counts for nothing lets a resumed run sum as the unbroken one does.
-        padded(wrapped(*pack([([0, 0], (0, 2))], device))).sum().backward()
+        with autocast():
+            padded(wrapped(*pack([([0, 0], (0, 2))], device))).sum().backward()
         embedder.zero_grad(set_to_none=True)
 
     while step < max_steps:
         start = time.perf_counter()
-        encoded, n_queries, where, counts = next(batches)
+        batch = next(batches)
         lr = learning_rate_at(step, max_steps, learning_rate, min_lr, schedule, warmup)
-        chunks = chunks_of(encoded, chunk_tokens)
-        n_tokens = sum(len(ids) for ids, _ in encoded)
+        n_tokens = sum(len(ids) for ids, _ in batch[0])
         stopping, n_tokens = common.all_reduce_sum([stop_requested(), n_tokens])
         if stopping:
             save()
             break
 
-        def forward(i, step=step, chunks=chunks, encoded=encoded):
-            common.seed_step(seed, step, rank, i)  # dropout is a function of (seed, step, rank, i)
-            with autocast():
-                return padded(wrapped(*pack([encoded[j] for j in chunks[i]], device)))
-
-        # 1. the vectors of all texts, without a graph unless they fit in one chunk
-        n_forwards = len(chunks)
-        if fsdp and world_size > 1:  # its forward is collective: every rank runs as many
-            most = torch.tensor(n_forwards, device=device)
-            dist.all_reduce(most, dist.ReduceOp.MAX)
-            n_forwards = int(most)
-        cached = n_forwards > 1
-        with torch.no_grad() if cached else nullcontext():
-            own = embed_all(forward, chunks, len(encoded))  # [n, C] or [n, L, C]
-            for _ in range(n_forwards - len(chunks)):
-                forward(0)
-        # 2. the loss of this rank's queries among the passages of all ranks
-        own_counts = [batch_size // world_size] * world_size
-        queries = gather_rows(own[:n_queries].detach(), own_counts).requires_grad_()
-        passages = gather_rows(own[n_queries:].detach(), counts).requires_grad_()
-        where = [x.to(device) for x in where]
-        loss, hits = batch_loss(queries, passages, mine, where, settings)
-        # 3. the gradient of a rank's vectors has a part from every rank's loss
-        if world_size > 1:
-            for x in (queries, passages):
-                dist.all_reduce(x.grad)
-        first = sum(counts[:rank])
-        width = own.size(1)  # multi-vectors of other ranks may be longer
-        d_own = torch.cat((queries.grad[mine], passages.grad[first : first + counts[rank]]))
-        d_own = world_size * (d_own[:, :width] if own.dim() == 3 else d_own)  # DDP, FSDP average
-        # 4. into the weights, chunk by chunk with the same dropout; ranks meet at the last one
-        if not cached:
-            own.backward(d_own)
-        for i in range(n_forwards if cached else 0):
-            if fsdp:
-                embedder.set_requires_gradient_sync(i == n_forwards - 1)
-            elif world_size > 1:
-                wrapped.require_backward_grad_sync = i == n_forwards - 1
-            out = forward(i if i < len(chunks) else 0)
-            d_out = d_own[chunks[i]] if i < len(chunks) else torch.zeros_like(out)
-            out.backward(d_out[:, : out.size(1)] if out.dim() == 3 else d_out)
-        del own, queries, passages, d_own
+        loss, hits = cached_step(wrapped, batch, step, settings)
         gnorm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
         gnorm = gnorm.full_tensor().item() if fsdp else gnorm.item()
         loss, hits = common.all_reduce_sum([loss, hits])
@@ -666,12 +703,12 @@ if __name__ == "__main__":
         since, tokens_seen = since + batch_size, tokens_seen + n_tokens
         seconds += time.perf_counter() - start
 
-        if dry_run and step == 2:  # the first was slow: allocation, compilation
+        if dry_run and step == min(2, max_steps):  # the first was slow: allocation, compilation
             spent = time.perf_counter() - start
+            n, peak = len(chunks_of(batch[0], chunk_tokens)), common.peak_memory(device) / 1e9
             print0(
                 f"dry run: {spent:.2f} s/step, {batch_size / spent:,.1f} queries/s, "
-                f"{len(chunks)} chunks, peak memory {common.peak_memory(device) / 1e9:.2f} GB; "
-                f"the whole run takes {common.format_time(spent * max_steps)} without evaluation"
+                f"{n} chunks, peak memory {peak:.2f} GB; the whole run takes {common.format_time(spent * max_steps)} without evaluation"
             )
             break
         last_step = step == max_steps

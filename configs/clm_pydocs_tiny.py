@@ -2,5 +2,4 @@
 #   python pretrain_mlm.py configs/clm_pydocs_tiny.py
 base = "mlm_pydocs_tiny.py"
 out_dir = "out/clm_pydocs_tiny"
-model_size = "modernbert-decoder-tiny"
 objective = "clm"

@@ -1,6 +1,6 @@
 # The echo data (data/echo/readme.md), for the configs that have this one as their base.
-# One task a file, one file a batch. A line's "prompt" is its query's instruction; passages are bare,
-# but for the symmetric tasks. The separator is the one that data/echo/prepare.py puts into prompts.
+# One task a file, one file a batch. A line's "prompt" is its query's instruction; passages are
+# bare, but for the symmetric tasks. The separator is that of the prompts (data/echo/prepare.py).
 _sep = "; "
 _both = {
     "allnli_split2": "Retrieve semantically similar text",

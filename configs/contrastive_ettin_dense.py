@@ -1,10 +1,10 @@
-# Ettin, or any ModernBERT, as a dense retriever: MS MARCO triplets, batch 512 by the gradient cache.
+# Ettin, or any ModernBERT, as a dense retriever: MS MARCO triplets, batch 512 (gradient cache).
 #   python data/st_triplets/prepare.py --config triplet-hard --max_rows 1250000 --val_share 0.001 \
 #       --dataset sentence-transformers/msmarco-co-condenser-margin-mse-sym-mnrl-mean-v1 \
 #       --out data/st_triplets/msmarco.jsonl
 #   python train_contrastive.py configs/contrastive_ettin_dense.py            # one GPU
-# Other sizes: --init_from=jhu-clsp/ettin-encoder-17m, -32m, -68m, -400m, -1b; a decoder of the family
-# wants --pooling=last.
+# Other sizes: --init_from=jhu-clsp/ettin-encoder-17m, -32m, -68m, -400m, -1b; the decoders
+# want --pooling=last.
 init_from = "jhu-clsp/ettin-encoder-150m"
 out_dir = f"out/{init_from.split('/')[-1]}-dense"
 

@@ -9,7 +9,6 @@ out_dir = f"out/{init_from.split('/')[-1]}-multivector"
 
 pooling = "tokens"
 projection_dim = 128
-prefix = ""
 query_max_length = 64
 passage_max_length = 300
 

@@ -1,10 +1,10 @@
-# LLM2Vec, unsupervised: SimCSE (arXiv 2104.08821) on Wiki1M. Each sentence goes through twice, under
-# two draws of the dropout, and must find itself among the others.
+# LLM2Vec, unsupervised: SimCSE (arXiv 2104.08821) on Wiki1M. Each sentence goes through twice,
+# under two draws of the dropout, and must find itself among the others.
 #   python data/wiki1m/prepare.py
 #   python train_contrastive.py configs/contrastive_llm2vec_simcse.py \
 #       --init_from=meta-llama/Meta-Llama-3-8B-Instruct                       # one GPU
-# Bases, adapters and chat wraps: contrastive_llm2vec.py. (LLM2Vec trains this stage without the wrap
-# and encodes with it; one template for both here.)
+# Bases, adapters and chat wraps: contrastive_llm2vec.py. (LLM2Vec trains this stage without the
+# wrap and encodes with it; one template for both here.)
 # Published MTEB v1 English averages: Sheared 49.42, Llama-2 55.36, Llama-3 56.23.
 base = "contrastive_llm2vec.py"
 out_dir = f"out/llm2vec-simcse/{_name}"

@@ -1,5 +1,5 @@
-# NeoBERT, contrastive fine-tuning (arXiv 2502.19587): one data set a batch, drawn with p ~ lines^0.5,
-# 30 % of the steps SimCSE.
+# NeoBERT, contrastive fine-tuning (arXiv 2502.19587): one data set a batch, drawn with
+# p ~ lines^0.5, 30 % of the steps SimCSE.
 #   see data/st_triplets/readme.md for the commands that prepare the data
 #   torchrun --standalone --nproc_per_node=8 train_contrastive.py configs/contrastive_neobert.py
 # The numbers of optimizer and batch are those of the fork pszemraj/NeoBERT.
@@ -17,9 +17,9 @@ _sets = (
     "stackexchange-body stackexchange-post stackoverflow sts12 stsb trivia-qa wikihow"
 ).split()
 _msmarco = ("data/bge_msmarco/train.jsonl",)
-# A file's weight is the root of its lines: PAQ (64M) 8,000, GooAQ 1,700, Amazon-QA 1,050, the 16 of
-# them about 15,000 (an estimate: the start of a run prints the lines). Wiki1M weighs 1,000 a mention,
-# so 6 mentions are 6,000 / 21,000 = 29 % of the steps.
+# A file's weight is the root of its lines: PAQ (64M) 8,000, GooAQ 1,700, Amazon-QA 1,050, the 16
+# of them about 15,000 (an estimate: the start of a run prints the lines). Wiki1M weighs 1,000 a
+# mention, so 6 mentions are 6,000 / 21,000 = 29 % of the steps.
 _simcse = ("data/wiki1m/train.jsonl",) * 6
 data = tuple(f"data/st_triplets/{name}.jsonl" for name in _sets) + _msmarco + _simcse
 eval_data = "data/st_triplets/all-nli.val.jsonl"
@@ -37,8 +37,8 @@ weight_decay = 0.01
 schedule = "linear"
 warmup_steps = 100
 
-# Memory a GPU, estimated: 250M weights with gradients and Adam in fp32 4 GB; chunks of 16,384 tokens
-# without checkpointing 12 GB
+# Memory a GPU, estimated: 250M weights with gradients and Adam in fp32 4 GB; chunks of 16,384
+# tokens without checkpointing 12 GB
 chunk_tokens = 16384
 eval_interval = 500
 save_interval = 2000

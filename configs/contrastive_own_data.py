@@ -4,19 +4,19 @@
 #   python train_contrastive.py configs/contrastive_own_data.py
 #
 # 1. Write one JSON object a line: {"query": "...", "pos": ["a text that answers it", ...]}.
-#    1,000 lines are worth trying, 10,000 are comfortable. Keep some for validation in a second file,
-#    with other queries and, if you can, other texts.
+#    1,000 lines are worth a try, 10,000 are comfortable. Keep some for validation in a second
+#    file, with other queries and, if you can, other texts.
 # 2. Hard negatives help more than anything else. Add "neg": [...] yourself or mine them:
 #      python data/mine_negatives.py --model=Qwen/Qwen3-Embedding-0.6B --pairs=my/train.jsonl \
 #          --out=my/mined.jsonl --range=10:100 --negatives=7 --margin=0.05
-# 3. Start, and watch the eval line: nDCG@10 should rise above that of step 0.
-# 4. python sample.py --model=out/own_data --rank "a question" --file=texts.txt
+# 3. Start, and watch the eval line: nDCG@10 should rise and stay up.
+# 4. python sample.py --model=out/own_data --rank="a question" --file=texts.txt
 out_dir = "out/own_data"
 data = ("my/train.jsonl",)
 eval_data = "my/val.jsonl"
 
-# This model is an embedder already, so little data takes it a long way. Qwen/Qwen3-0.6B is the plain
-# language model; it wants 100,000 lines and more.
+# This model is an embedder already, so little data takes it a long way. Qwen/Qwen3-0.6B is the
+# plain language model; it wants 100,000 lines and more.
 init_from = "Qwen/Qwen3-Embedding-0.6B"
 pooling = "last"  # the hidden state of the last token, <|endoftext|>
 # The embedder's tokenizer puts that token there by itself, the language model's does not.
@@ -39,8 +39,8 @@ group_size = 4  # a positive and 3 of its negatives; lines without negatives are
 num_epochs = 2
 temperature = 0.02
 no_duplicates = True
-# A passage that scores above the query's own by more than this is likelier an unlabelled answer than
-# a negative; it is left out. None keeps all.
+# A passage that scores above the query's own by more than this is likelier an unlabelled answer
+# than a negative; it is left out. None keeps all.
 false_negative_margin = 0.1
 
 learning_rate = 1e-4

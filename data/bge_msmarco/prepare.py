@@ -4,9 +4,9 @@ MS MARCO with hard negatives, from the data of bge-multilingual-gemma2: for AceR
     python data/bge_msmarco/prepare.py                         # from the hub, streamed
     python data/bge_msmarco/prepare.py --input 'msmarco/*.jsonl'
 
-Rows {"query", "pos": [..], "neg": [..], "pos_scores"?, "neg_scores"?, "prompt"?, "type"?} become our
-pairs: texts that come twice are dropped, above all positives among the negatives. Written beside
-this file (or in --out): train.jsonl and val.jsonl, see readme.md. Constant memory.
+Rows {"query", "pos": [..], "neg": [..], "pos_scores"?, "neg_scores"?, "prompt"?, "type"?} become
+our pairs: texts that come twice are dropped, above all positives among the negatives. Written
+beside this file (or in --out): train.jsonl and val.jsonl, see readme.md. Constant memory.
 """
 
 import argparse

@@ -136,7 +136,7 @@ def main(argv=None):
         print(f"{name + '.jsonl':32} {n:>10,} lines")
     print(f"{'val.jsonl':32} {n_val:>10,} lines, no symmetric task among them")
     print(f"{sum(total.values()) + n_val:,} lines in all. Expected: 1.5M (the figure of LLM2Vec)")
-    print(f"left out, query or positive empty: {left_out:,}; kept without their negative: {alone:,}")
+    print(f"left out, query or positive empty: {left_out:,}; kept without negative: {alone:,}")
 
 
 if __name__ == "__main__":

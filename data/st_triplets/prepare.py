@@ -7,8 +7,8 @@ Pairs and triplets in the form that sentence-transformers uses, from the hub or 
         --out data/st_triplets/mine.jsonl --val_share 0.01
 
 Columns are read in their order, as sentence-transformers does: anchor, positive, negatives. A cell
-is a text or a list of texts. Rows of the older form {"set": [anchor, positive]} or {"set": {"query",
-"pos", "neg"}} are read, too. Constant memory. See readme.md.
+is a text or a list of texts. Rows of the older form {"set": [anchor, positive]} and
+{"set": {"query", "pos", "neg"}} are read, too. Constant memory. See readme.md.
 """
 
 import argparse

@@ -1,0 +1,487 @@
+"""What feeds train_contrastive.py: the prepare scripts of pairs, hard negatives, the configs.
+
+    python -m pytest tests/test_pairs.py
+"""
+
+import ast
+import glob
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import data as data_py
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def script(path):
+    name = path.replace("/", "_").removesuffix(".py")
+    spec = importlib.util.spec_from_file_location(name, os.path.join(ROOT, path))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+echo, bge, wiki1m, st_triplets = (
+    script(f"data/{name}/prepare.py") for name in ("echo", "bge_msmarco", "wiki1m", "st_triplets")
+)
+mining = script("data/mine_negatives.py")
+
+
+def write_jsonl(path, records):
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+    return str(path)
+
+
+def read(path):
+    return [record for _, record in data_py.read_jsonl(str(path))]
+
+
+def pairs_of(path):
+    """As training reads them."""
+    file = data_py.open_pairs(str(path))
+    return [data_py.read_pair(file, i) for i in range(len(file))]
+
+
+# ---- echo ----
+
+
+def echo_lines(n):
+    return [{"query": f"q{i}", "positive": f"p{i} 你好", "negative": f"n{i}"} for i in range(n)]
+
+
+def test_echo(tmp_path, capsys):
+    for name in ("allnli", "squad"):
+        write_jsonl(tmp_path / "in" / f"{name}.jsonl", echo_lines(5))
+    argv = ["--input", str(tmp_path / "in"), "--out", str(tmp_path), "--val_share", "0"]
+    echo.main([*argv, "--datasets", "squad", "allnli"])
+    first, second = (pairs_of(tmp_path / f"allnli_split{i}.jsonl") for i in (1, 2))
+    assert [p["query"] for p in first] == ["q0", "q2", "q4"]
+    assert [p["query"] for p in second] == ["q1", "q3"]
+    entailed = "Given a premise, retrieve a hypothesis that is entailed by the premise; "
+    assert {p["prompt"] for p in first} == {entailed}
+    assert {p["prompt"] for p in second} == {"Retrieve semantically similar text; "}
+    squad = pairs_of(tmp_path / "squad.jsonl")
+    assert len(squad) == 5 and squad[3]["pos"] == ["p3 你好"] and squad[3]["neg"] == ["n3"]
+    assert squad[0]["prompt"] == "Retrieve Wikipedia passages that answer the question; "
+    printed = capsys.readouterr().out
+    assert "10 lines in all" in printed and re.search(r"squad.jsonl +5 lines", printed)
+    assert not glob.glob(str(tmp_path / "*.tmp"))
+
+
+def test_echo_val_and_rules(tmp_path, capsys):
+    lines = echo_lines(400) + echo_lines(400)  # each query twice
+    lines += [
+        {"query": " ", "positive": "p", "negative": "n"},
+        {"query": "same", "positive": "p", "negative": "p"},
+        {"query": "none", "positive": "p", "negative": ""},
+    ]
+    for name in ("nq", "quora_duplicates"):
+        write_jsonl(tmp_path / "in" / f"{name}.jsonl", lines)
+    argv = ["--input", str(tmp_path / "in"), "--out", str(tmp_path), "--separator", "\n"]
+    echo.main([*argv, "--datasets", "nq", "quora_duplicates", "--val_share", "0.25"])
+    train, val = pairs_of(tmp_path / "nq.jsonl"), pairs_of(tmp_path / "val.jsonl")
+    assert len(train) + len(val) == 802 and 120 < len(val) < 280
+    assert {p["query"] for p in train}.isdisjoint(p["query"] for p in val)
+    assert {p["prompt"] for p in val} == {echo.WIKIPEDIA + "\n"}  # no symmetric task
+    bare = [p for p in train + val if p["query"] in ("same", "none")]
+    assert [p["neg"] for p in bare] == [[], []]
+    symmetric = [pairs_of(tmp_path / f"quora_duplicates_split{i}.jsonl") for i in (1, 2)]
+    assert sum(map(len, symmetric)) == 802
+    printed = capsys.readouterr().out
+    assert "empty: 2; kept without negative: 4" in printed  # of both files
+
+
+def test_echo_complains(tmp_path):
+    bad = echo_lines(2) + [{"query": "q", "positive": ["p"], "negative": "n"}]
+    path = write_jsonl(tmp_path / "in" / "nq.jsonl", bad)
+    argv = ["--input", str(tmp_path / "in"), "--out", str(tmp_path)]
+    with pytest.raises(ValueError, match=r"nq.jsonl line 3: field 'positive' .*expected str"):
+        echo.main([*argv, "--datasets", "nq"])
+    with open(path, "a") as f:
+        f.write("{\n")
+    bad[2]["positive"] = "p"
+    write_jsonl(tmp_path / "in" / "nq.jsonl", bad[:2])
+    with open(path, "a") as f:
+        f.write('{"query": "q"\n')
+    with pytest.raises(ValueError, match=r"nq.jsonl line 3: not JSON"):
+        echo.main([*argv, "--datasets", "nq"])
+    assert not os.path.exists(tmp_path / "nq.jsonl")  # nothing half written
+    with pytest.raises(SystemExit, match="has no squad.jsonl"):
+        echo.main([*argv, "--datasets", "nq", "squad"])
+
+
+def test_prepare_runs_as_a_script_from_anywhere(tmp_path):
+    write_jsonl(tmp_path / "in" / "fever.jsonl", echo_lines(3))
+    path = os.path.join(ROOT, "data", "echo", "prepare.py")
+    argv = ["--input", "in", "--out", "out", "--datasets", "fever", "--val_share", "0"]
+    subprocess.run([sys.executable, path, *argv], cwd=tmp_path, check=True, capture_output=True)
+    assert len(read(tmp_path / "out" / "fever.jsonl")) == 3
+
+
+# ---- bge ms marco ----
+
+MSMARCO = [
+    {"query": "a", "pos": ["p", "p"], "neg": ["n", "p", "n", "m", ""], "type": "normal"},
+    {"query": "b", "pos": ["p"], "neg": ["x", "p", "y"], "pos_scores": [0.9],
+     "neg_scores": [0.5, 0.4, 1], "prompt": "Find it"},
+    {"query": "c", "pos": ["p"], "neg": None},
+    {"query": "d", "pos": [" "], "neg": ["n"]},
+]  # fmt: skip
+
+
+def test_bge_msmarco(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "in.jsonl", MSMARCO)
+    bge.main(["--input", path, "--out", str(tmp_path), "--val_share", "0"])
+    assert read(tmp_path / "train.jsonl") == [
+        {"query": "a", "pos": ["p"], "neg": ["n", "m"]},
+        {"query": "b", "pos": ["p"], "neg": ["x", "y"], "pos_scores": [0.9],
+         "neg_scores": [0.5, 1], "prompt": "Find it\n"},
+        {"query": "c", "pos": ["p"], "neg": []},
+    ]  # fmt: skip
+    assert pairs_of(tmp_path / "train.jsonl")[2]["neg"] == []
+    printed = capsys.readouterr().out
+    assert "3 lines in all" in printed and "empty: 1, pos dropped: 2, neg dropped: 4" in printed
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"query": "q", "pos": "p"}, "line 2: field 'pos' is 'p' .*list of str"),
+        ({"query": 3, "pos": ["p"]}, "line 2: field 'query' is 3"),
+        ({"query": "q"}, "line 2: field 'pos' is missing"),
+        ({"query": "q", "pos": ["p"], "neg": ["n"], "neg_scores": [1, 2]},
+         "line 2: field 'neg_scores' has 2 numbers for 1 texts"),
+    ],
+)  # fmt: skip
+def test_bge_msmarco_complains(tmp_path, row, message):
+    path = write_jsonl(tmp_path / "in.jsonl", [MSMARCO[0], row])
+    with pytest.raises(ValueError, match="in.jsonl " + message):
+        bge.main(["--input", path, "--out", str(tmp_path)])
+
+
+def test_hub_rows_are_read_by_datasets(tmp_path):
+    """A local folder of parquet stands for the hub: the same call reads both."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"query": f"q{i}", "pos": [f"p{i}"], "neg": [f"n{i}"]} for i in range(10)]
+    (tmp_path / "hub").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "hub" / "a.parquet")
+    argv = ["--dataset", str(tmp_path / "hub"), "--config", "default"]
+    bge.main([*argv, "--out", str(tmp_path), "--val_share", "0"])
+    assert read(tmp_path / "train.jsonl") == rows
+
+    out = str(tmp_path / "st.jsonl")
+    st_triplets.main([*argv, "--out", out, "--max_rows", "4"])
+    assert read(out) == rows[:4]
+
+
+# ---- wiki1m ----
+
+
+def test_wiki1m(tmp_path, capsys):
+    path = tmp_path / "wiki.txt"
+    path.write_bytes('One "quoted" sentence.\r\n\n  Naïve.  \nlast\n'.encode())
+    out = str(tmp_path / "train.jsonl")
+    wiki1m.main(["--input", str(path), "--out", out])
+    assert read(out) == [{"text": t} for t in ('One "quoted" sentence.', "Naïve.", "last")]
+    assert pairs_of(out)[1]["pos"] == ["Naïve."]
+    assert "3 sentences, 1 empty" in capsys.readouterr().out
+    wiki1m.main(["--input", str(path), "--out", out, "--max_lines", "2"])
+    assert len(read(out)) == 2
+    path.write_bytes(b"fine\n\xff\xfe\n")
+    with pytest.raises(ValueError, match=r"wiki.txt line 2: not UTF-8"):
+        wiki1m.main(["--input", str(path), "--out", out])
+
+
+# ---- sentence-transformers ----
+
+
+def st(tmp_path, rows, *argv):
+    path = write_jsonl(tmp_path / "in.jsonl", rows)
+    out = tmp_path / "out.jsonl"
+    st_triplets.main(["--input", path, "--out", str(out), *argv])
+    return read(out)
+
+
+def test_st_triplets_forms(tmp_path):
+    triplet = [{"anchor": "a", "positive": "p", "negative": "n", "label": 1}]
+    assert st(tmp_path, triplet) == [{"query": "a", "pos": ["p"], "neg": ["n"]}]
+    pair = [{"query": "a", "answer": "p", "score": 0.5}]
+    assert st(tmp_path, pair) == [{"query": "a", "pos": ["p"], "neg": []}]
+    many = [{"question": "a", "answer": "p", "negative_1": "n", "negative_2": "p", "n3": "n"}]
+    assert st(tmp_path, many) == [{"query": "a", "pos": ["p"], "neg": ["n"]}]
+    lists = [{"positive": ["p", "r"], "negative": ["n", "m"], "query": "a"}]
+    named = st(tmp_path, lists, "--columns", "query,positive,negative")
+    assert named == [{"query": "a", "pos": ["p", "r"], "neg": ["n", "m"]}]
+    assert st(tmp_path, [{"set": ["a", "p"]}]) == [{"query": "a", "pos": ["p"], "neg": []}]
+    old = [{"set": {"query": "a", "pos": ["p"], "neg": ["n", "m"]}}]
+    assert st(tmp_path, old) == [{"query": "a", "pos": ["p"], "neg": ["n", "m"]}]
+
+
+def test_st_triplets_leaves_out(tmp_path, capsys):
+    rows = [{"a": f"a{i}", "b": f"b{i}", "score": i} for i in range(6)]
+    rows.append({"a": "a", "b": " ", "score": 9})
+    kept = st(tmp_path, rows, "--min_score", "4")
+    assert [r["query"] for r in kept] == ["a4", "a5"]
+    printed = capsys.readouterr().out
+    assert "columns a, b\n" in printed
+    assert "1 without anchor or positive, 4 below" in printed
+    rows = [{"a": f"a{i}", "b": "b"} for i in range(300)]
+    train = st(tmp_path, rows, "--val_share", "0.3")
+    val = read(tmp_path / "out.val.jsonl")
+    assert len(train) + len(val) == 300 and 50 < len(val) < 130
+
+
+def test_st_triplets_complains(tmp_path):
+    rows = [{"anchor": "a", "positive": "p"}, {"anchor": "a", "positiv": "p"}]
+    with pytest.raises(ValueError, match=r"in.jsonl line 2: field 'positive' is missing"):
+        st(tmp_path, rows)
+    with pytest.raises(ValueError, match=r"in.jsonl line 1: columns \['text'\], expected 2"):
+        st(tmp_path, [{"text": "a", "label": 1}])
+    with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
+        st_triplets.main(["--input", str(tmp_path / "nothing.jsonl"), "--out", "x"])
+    with pytest.raises(SystemExit, match="one of --input and --dataset"):
+        st_triplets.main(["--out", "x"])
+
+
+# ---- hard negatives ----
+
+
+def made_up(rng, n_lines, n_texts, width):
+    """Lines over numbered texts with repeated queries, and small whole vectors: ties everywhere,
+    and sums that are exact in any order."""
+    lines = []
+    for i in range(n_lines):
+        pos = [f"t{t}" for t in rng.choice(n_texts, rng.integers(1, 3), replace=False)]
+        neg = [f"t{t}" for t in rng.choice(n_texts, 2, replace=False) if f"t{t}" not in pos]
+        query = f"q{i % (n_lines - 3)}" if i else "t0"  # the first query is a text of the corpus
+        prompt = "say: " if i % 2 else None
+        lines.append({"query": query, "pos": pos, "neg": neg, "prompt": prompt})
+    texts = {f"t{t}": t for t in range(n_texts)}
+    queries, corpus = (rng.integers(-2, 3, (n, width)).astype("f4") for n in (n_lines, n_texts))
+    return lines, texts, queries, corpus
+
+
+def mined_by_loops(lines, texts, queries, corpus, lo, hi, n, margin, keep, seed):
+    text_at, out = list(texts), []
+    for i, line in enumerate(lines):
+        score = [float(sum(a * b for a, b in zip(queries[i], c, strict=True))) for c in corpus]
+        known = {line["query"]}
+        for other in lines:
+            if other["query"] == line["query"]:
+                known |= set(other["pos"])
+        own = line["neg"] if keep else []
+        places = [t for t in range(len(corpus)) if text_at[t] not in known | set(own)]
+        places.sort(key=lambda t: (-score[t], t))
+        pos_scores = [score[texts[t]] for t in line["pos"]]
+        limit = min(pos_scores) - margin if margin is not None else float("inf")
+        fits = [p for p in range(lo, min(hi, len(places))) if score[places[p]] <= limit]
+        rng = np.random.default_rng((seed, i))
+        drawn = sorted(rng.choice(np.array(fits, int), min(n, len(fits)), replace=False))
+        negs = own + [text_at[places[p]] for p in drawn]
+        neg_scores = [score[texts[t]] for t in negs]
+        line = {"query": line["query"], "pos": line["pos"], "neg": negs, "pos_scores": pos_scores,
+                "neg_scores": neg_scores, "prompt": line["prompt"]}  # fmt: skip
+        out.append({k: v for k, v in line.items() if v is not None})
+    return out
+
+
+@pytest.mark.parametrize("margin, keep", [(None, False), (1.0, False), (-2.0, True)])
+def test_mining_equals_loops(margin, keep, monkeypatch):
+    blocks = mining.ranked
+    monkeypatch.setattr(  # blocks that divide nothing
+        mining, "ranked", lambda *a: blocks(*a, query_block=7, corpus_block=11)
+    )
+    for seed in range(3):
+        made = made_up(np.random.default_rng(seed), 40, 60, 4)
+        for lo, hi, n in [(0, 1, 1), (2, 12, 3), (5, 100, 7)]:
+            how = lo, hi, n, margin, keep, seed
+            assert list(mining.mine(*made, *how)) == mined_by_loops(*made, *how)
+
+
+def test_mining_with_too_few_texts():
+    lines = [{"query": "q", "pos": ["t0"], "neg": [], "prompt": None}]
+    texts, corpus = {"t0": 0, "t1": 1}, np.eye(2, dtype="f4")
+    [pair] = mining.mine(lines, texts, corpus[:1], corpus, 0, 10, 5, None, False, 0)
+    assert pair["neg"] == ["t1"] and pair["pos_scores"] == [1.0] and pair["neg_scores"] == [0.0]
+    [pair] = mining.mine(lines, texts, corpus[:1], corpus, 1, 10, 5, None, False, 0)
+    assert pair["neg"] == []  # the place before is passed over, nothing is left
+
+
+def test_mining_script(tmp_path, toy_tokens, capsys):
+    """End to end with a real embedder, whose instructions must reach queries and passages."""
+    from embedder import Embedder
+    from model import from_scratch
+
+    torch.manual_seed(0)
+    model = from_scratch("modernbert-tiny", vocab_size=512)
+    for p in model.parameters():  # far from its start, where all texts look alike
+        p.data.add_(torch.randn_like(p), alpha=0.1)
+    tokenizer = data_py.load_tokenizer(os.path.join(toy_tokens, "tokenizer"))
+    prompts = {"query": "find: ", "document": "text: "}
+    Embedder(model, tokenizer, prompts=prompts).save(tmp_path / "m", sentence_transformers=False)
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [
+        {"query": "tan", "pos": ["mon rin", "sun"], "prompt": "other: "},
+        {"anchor": "tan", "positive": "ken ken"},
+        {"query": "tälo", "pos": ["mos"], "neg": ["kema"]},
+    ])  # fmt: skip
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": "rilo"}, {"text": "mos"}])
+    out = tmp_path / "out" / "mined.jsonl"
+    argv = [f"--pairs={pairs}", f"--out={out}", f"--corpus={corpus}", f"--model={tmp_path / 'm'}"]
+    mining.main([*argv, "--range=0:9", "--negatives=9"])
+    mined = read(out)
+    assert [set(pair["neg"]) for pair in mined] == [
+        {"mos", "kema", "rilo"}, {"mos", "kema", "rilo"},
+        {"mon rin", "sun", "ken ken", "kema", "rilo"},
+    ]  # fmt: skip
+    embedder = Embedder.load(str(tmp_path / "m"), device="cpu")
+    for pair, instruction in zip(mined, ("other: ", "find: ", "find: "), strict=True):
+        query = embedder.encode([pair["query"]], instruction)[0]
+        for side in ("pos", "neg"):
+            scores = embedder.encode(pair[side], "text: ") @ query
+            np.testing.assert_allclose(pair[f"{side}_scores"], scores, atol=1e-5)
+        assert pair["neg_scores"] == sorted(pair["neg_scores"], reverse=True)
+        assert len(set(np.round(pair["neg_scores"], 3))) > 1
+    assert mined[0]["prompt"] == "other: " and "prompt" not in mined[1]
+    assert pairs_of(out)[2]["neg_scores"] == mined[2]["neg_scores"]
+    assert "3 lines with fewer than 9" in capsys.readouterr().out
+
+    mining.main([*argv, "--range=0:9", "--negatives=0", "--keep", "--query_instruction="])
+    scored = read(out)
+    assert [pair["neg"] for pair in scored] == [[], [], ["kema"]]
+    bare = embedder.encode(["tälo"])[0] @ embedder.encode(["kema"], "text: ")[0]
+    np.testing.assert_allclose(scored[2]["neg_scores"], [bare], atol=1e-5)
+    assert os.listdir(tmp_path / "out") == ["mined.jsonl"]  # the file of vectors is gone
+    with pytest.raises(SystemExit):
+        mining.main([*argv, "--range=5:5"])
+
+
+# ---- configs ----
+
+CONFIGS = sorted(glob.glob(os.path.join(ROOT, "configs", "contrastive_*.py")))
+
+
+@pytest.fixture(scope="module")
+def defaults(tmp_path_factory):
+    """The commented defaults of train_contrastive.py as a script of their own."""
+    with open(os.path.join(ROOT, "train_contrastive.py"), encoding="utf-8") as f:
+        source = f.read()
+    block = re.split(r"(?m)^# ---- ", source)[1]
+    assert block.startswith("defaults ----")
+    path = tmp_path_factory.mktemp("stub") / "train_contrastive.py"
+    path.write_text("# ---- " + block)
+    return str(path)
+
+
+@pytest.fixture
+def configured(defaults, monkeypatch):
+    """configured("llm2vec", "--key=value") -> the resolved config."""
+
+    def call(name, *argv):
+        with open(defaults) as f:
+            space = {"__file__": defaults, "__doc__": ""}
+            exec(compile(f.read(), defaults, "exec"), space)
+        config = os.path.join(ROOT, "configs", f"contrastive_{name}.py")
+        monkeypatch.setattr(sys, "argv", [defaults, config, *argv])
+        return common.configure(space)
+
+    return call
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: os.path.basename(p)[12:-3])
+def test_config(path, configured):
+    name = os.path.basename(path)[12:-3]
+    with open(path) as f:
+        source = f.read()
+    c = configured(name)
+    if name != "echo_data":
+        assert c["init_from"] and f"configs/contrastive_{name}.py" in source  # its command
+    assert c["pooling"] in ("mean", "weighted_mean", "last", "cls", "splade", "tokens")
+    assert c["attention"] in (None, "causal", "bidirectional")
+    for key in ("query_instruction", "passage_instruction"):
+        assert len(c[key]) in (1, len(c["data"]))
+    for gpus in (1, 8) if "nproc_per_node=8" in source else (1,):
+        assert c["batch_size"] % gpus == 0
+    assert c["warmup_steps"] is None or c["warmup_steps"] < (c["max_steps"] or 1e9)
+    assert c["min_lr"] < c["learning_rate"]
+    assert c["lora_rank"] == 0 or c["lora_alpha"] == 2 * c["lora_rank"]
+    for file in (*c["data"], c["eval_data"]):  # somebody makes it, as the readme says
+        folder = os.path.dirname(os.path.join(ROOT, file))
+        if file and not file.startswith("my/"):
+            assert os.path.exists(os.path.join(folder, "prepare.py")), file
+    # a key that the file sets has the value that it was given: none is overwritten further down
+    names = [n.id for s in ast.parse(source).body if isinstance(s, ast.Assign)
+             for t in s.targets for n in ast.walk(t) if isinstance(n, ast.Name)]  # fmt: skip
+    assert len(set(names)) == len(names)
+
+
+LLAMA3 = ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>")
+INST = ("[INST] ", " [/INST]")
+MEMBERS = [
+    ("princeton-nlp/Sheared-LLaMA-1.3B", "LLM2Vec-Sheared-LLaMA-mntp", ("", "")),
+    ("meta-llama/Llama-2-7b-chat-hf", "LLM2Vec-Llama-2-7b-chat-hf-mntp", INST),
+    ("mistralai/Mistral-7B-Instruct-v0.2", "LLM2Vec-Mistral-7B-Instruct-v2-mntp", INST),
+    ("meta-llama/Meta-Llama-3-8B-Instruct", "LLM2Vec-Meta-Llama-3-8B-Instruct-mntp", LLAMA3),
+    ("meta-llama/Llama-3.1-8B-Instruct", "LLM2Vec-Meta-Llama-31-8B-Instruct-mntp", LLAMA3),
+    ("meta-llama/Meta-Llama-3.1-8B-Instruct", "LLM2Vec-Meta-Llama-31-8B-Instruct-mntp", LLAMA3),
+    ("/models/Llama-2-7b-chat-hf/", "LLM2Vec-Llama-2-7b-chat-hf-mntp", INST),
+    ("meta-llama/Llama-2-7b-chat-hf@abc", "LLM2Vec-Llama-2-7b-chat-hf-mntp", INST),
+]
+
+
+@pytest.mark.parametrize("init_from, mntp, wrap", MEMBERS)
+def test_llm2vec_members(configured, init_from, mntp, wrap):
+    for name in ("llm2vec", "llm2vec_simcse"):
+        c = configured(name, f"--init_from={init_from}")
+        assert c["init_from"] == init_from and c["adapters"] == ("McGill-NLP/" + mntp,)
+        assert (c["prefix"], c["suffix"]) == wrap
+        assert c["attention"] == "bidirectional" and c["pooling"] == "mean"
+        assert (c["lora_rank"], c["lora_alpha"], c["lora_dropout"]) == (16, 32.0, 0.05)
+    assert configured("llm2vec")["temperature"] == 1 / 50
+    simcse = configured("llm2vec_simcse")
+    assert simcse["temperature"] == 1 / 20 and simcse["attn_dropout"] == 0.3
+
+
+def test_unknown_base_is_an_error(configured):
+    for name in ("llm2vec", "anchor"):
+        with pytest.raises(SystemExit, match="KeyError: 'my-llama'"):
+            configured(name, "--init_from=out/my-llama")
+
+
+def test_anchor_members(configured):
+    qwen = ("<|im_start|>user\n", "<|im_end|><|endoftext|>")
+    bases = [("Llama-3.2-1B-Instruct", LLAMA3), ("Llama-3.2-3B-Instruct", LLAMA3)]
+    bases += [("Llama-3.1-8B-Instruct", LLAMA3), ("Qwen2.5-1.5B-Instruct", qwen)]
+    for base, wrap in bases:
+        for name, path in (("anchor_baseline", f"o/{base}"), ("anchor", f"out/a/{base}/step9")):
+            c = configured(name, f"--init_from={path}")
+            assert (c["prefix"], c["suffix"]) == wrap and c["init_from"] == path
+            assert c["attention"] == "causal" and c["pooling"] == "last" and base in c["out_dir"]
+    assert configured("anchor")["init_from"].startswith("out/")
+
+
+def test_echo_configs_fit_the_prepared_files(configured):
+    """The config's passage instructions are the ones of the symmetric tasks, file by file."""
+    c = configured("echo_data")
+    expected = {}
+    for name in echo.DATASETS:
+        for file, prompt, both in echo.outputs(name, "; "):
+            expected[f"data/echo/{file}.jsonl"] = prompt if both else ""
+    assert dict(zip(c["data"], c["passage_instruction"], strict=True)) == expected
+    assert c["passage_instruction"][0] == ""  # the saved model's, for passages
+
+
+def test_own_data_suffix(configured):
+    assert configured("own_data")["suffix"] == ""
+    assert configured("own_data", "--init_from=Qwen/Qwen3-0.6B")["suffix"] == "<|endoftext|>"
