@@ -5,9 +5,10 @@ Side by side with the peers: same weights, documents, precision and threads, in 
     python bench.py mlm --dtype=both --rounds=20
     python bench.py mlm --device=cuda --dtype=bf16
 
-Each side runs in a process of its own and they take turns, a step of ours, a step of each peer and
-a plain matmul, so that whatever else the machine does meets all of them; ratios are medians over
-the rounds. Memory is a process's peak less what it held before the model was loaded.
+Each side runs in a process of its own and they take turns: a round is a step of ours, the same step
+of each peer and a plain matmul, so that whatever else the machine does meets all of them. Each
+round has a new batch. Ratios are medians over the rounds. Memory is a process's peak less what it
+held before the model was loaded.
 """
 
 import argparse
@@ -23,25 +24,27 @@ import time
 from importlib.metadata import version
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from common import peak_memory
 from data import make_seqs
 from model import choose_backend, from_pretrained, from_scratch
 
-SHORTEST, LONGEST, MASK_PROB, LEARNING_RATE = 16, 512, 0.3, 1e-3
+SHORTEST, LONGEST, MASK_PROB, LEARNING_RATE = 16, 512, 0.3, 1e-3  # tokens of a document
+FIELDS = ("ids", "rows", "targets")  # of a batch: [T], where the L labels are, what they are
 
 # ---- sides ----
 # A side is a generator. It yields when all is imported, when its model is loaded, and then what it
 # has computed after each step. `job` is what main() made: see there.
 
 
-def train(model, loss_of, job):
+def train(model, loss_of, batches, job):
     """The step all training benches share: forward, loss, backward, AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     yield
-    while True:
+    for batch in batches:
         with torch.autocast(job["device"], torch.bfloat16, enabled=job["dtype"] == "bf16"):
-            loss = loss_of(model)
+            loss = loss_of(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -53,10 +56,15 @@ def mlm_ours(job):
     device, dtype = torch.device(job["device"]), getattr(torch, DTYPES[job["dtype"]])
     model = from_pretrained(job["folder"]).to(device).train()
     model.backend = choose_backend("auto", device, dtype)
-    packed = (torch.tensor(job[key], device=device) for key in ("ids", "rows", "targets"))
-    tokens, rows, targets = packed  # [T], [L], [L]
-    seqs = make_seqs(job["lengths"], device)
-    yield from train(model, lambda m: m(tokens, seqs, rows, targets)[0] / len(rows), job)
+    batches = []
+    for b in job["batches"]:
+        tokens, rows, targets = (torch.tensor(b[k], device=device) for k in FIELDS)
+        batches.append((tokens, make_seqs(b["lengths"], device), rows, targets))
+
+    def loss_of(batch):
+        return model(*batch)[0] / len(batch[2])  # the sum over the labels / their number
+
+    yield from train(model, loss_of, batches, job)
 
 
 def mlm_transformers(job, **settings):
@@ -65,21 +73,19 @@ def mlm_transformers(job, **settings):
 
     disable_progress_bar()
     yield
-    device = torch.device(job["device"])
+    device, batches = torch.device(job["device"]), []
     model = ModernBertForMaskedLM.from_pretrained(job["folder"], **settings).to(device).train()
-    # what Hugging Face's collator makes: padded to the longest, -100 where nothing is to be told
-    labels = torch.full((len(job["ids"]),), -100)  # [T]
-    labels[job["rows"]] = torch.tensor(job["targets"])
-    ones = torch.ones(len(labels), dtype=torch.int64)
-    batch = {
-        name: torch.nn.utils.rnn.pad_sequence(x.split(job["lengths"]), True, fill).to(device)
-        for name, x, fill in (  # each [T] -> [B, longest]
-            ("input_ids", torch.tensor(job["ids"]), 0),
-            ("attention_mask", ones, 0),
-            ("labels", labels, -100),
-        )
-    }
-    yield from train(model, lambda m: m(**batch).loss, job)
+    for b in job["batches"]:  # what Hugging Face's collator makes: padded to the longest
+        tokens = torch.tensor(b["ids"])  # [T]
+        labels = torch.full_like(tokens, -100)
+        labels[b["rows"]] = torch.tensor(b["targets"])
+        flat = {"input_ids": (tokens, 0), "labels": (labels, -100)}
+        flat["attention_mask"] = torch.ones_like(tokens), 0
+        batches.append({
+            name: pad_sequence(x.split(b["lengths"]), True, fill).to(device)  # [B, longest]
+            for name, (x, fill) in flat.items()
+        })  # fmt: skip
+    yield from train(model, lambda batch: model(**batch).loss, batches, job)
 
 
 def mlm_transformers_best(job):
@@ -108,7 +114,7 @@ SIDES = {
     },
 }
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-# of the losses, first step and last; bf16 rounds logits near 11 to steps of 1/16
+# of the first measured loss, near 11
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 
 # ---- processes ----
@@ -133,7 +139,7 @@ def serve(pipe, side, job):
     before, _ = memory(job["device"])
     next(steps)  # loads
     pipe.send("ready")
-    while pipe.recv():
+    for _ in iter(pipe.recv, "end"):
         begin = time.perf_counter()
         result = next(steps)
         if job["device"] == "cuda":
@@ -141,8 +147,8 @@ def serve(pipe, side, job):
         pipe.send((time.perf_counter() - begin, result, memory(job["device"])[1] - before))
 
 
-def take_turns(sides, job, rounds):
-    """{name: [(seconds, result, peak bytes) of each round]}; round 0 warms up."""
+def take_turns(sides, job):
+    """{name: [(seconds, result, peak bytes) of each round]}, a round a batch."""
     context, pipes = multiprocessing.get_context("spawn"), {}
     for name, side in sides.items():
         pipes[name], theirs = context.Pipe()
@@ -151,38 +157,37 @@ def take_turns(sides, job, rounds):
     for pipe in pipes.values():
         pipe.recv()
     out, names = {name: [] for name in sides}, list(sides)
-    for i in range(rounds + 1):
+    for i in range(len(job["batches"])):
         for name in names[i % len(names) :] + names[: i % len(names)]:  # each side begins in turn
-            pipes[name].send(True)
+            pipes[name].send("step")
             out[name].append(pipes[name].recv())
     for pipe in pipes.values():
-        pipe.send(False)
+        pipe.send("end")
     return out
 
 
 # ---- the benches ----
 
 
-def mlm_job(model, n_docs):
-    """Documents of random ids (speed does not depend on them) and the masked ones' true ids."""
-    rng, vocab_size = random.Random(1337), model.config.vocab_size
+def mlm_batch(model, n_docs, rng):
+    """Documents of random ids (speed does not depend on them), 30 % masked."""
     lengths = [rng.randint(SHORTEST, LONGEST) for _ in range(n_docs)]
-    true = [rng.randrange(5, vocab_size) for _ in range(sum(lengths))]
-    rows = [i for i in range(len(true)) if rng.random() < MASK_PROB]
-    ids, mask_id = list(true), 4
+    ids = [rng.randrange(5, model.config.vocab_size) for _ in range(sum(lengths))]
+    rows = [i for i in range(len(ids)) if rng.random() < MASK_PROB]
+    targets = [ids[i] for i in rows]
     for i in rows:
-        ids[i] = mask_id
-    return {"ids": ids, "lengths": lengths, "rows": rows, "targets": [true[i] for i in rows]}
+        ids[i] = 4  # the mask
+    return {"ids": ids, "lengths": lengths, "rows": rows, "targets": targets}
 
 
-def mlm_flops(model, job):
+def mlm_flops(model, batch):
     """Of one training step: each token in the blocks, each label in the head."""
     c = model.config
-    blocks = sum(n * model.flops_per_token(n) for n in job["lengths"])
-    return blocks + 6 * len(job["rows"]) * (c.n_embd * c.vocab_size + c.n_embd**2)
+    blocks = sum(n * model.flops_per_token(n) for n in batch["lengths"])
+    return blocks + 6 * len(batch["rows"]) * (c.n_embd * c.vocab_size + c.n_embd**2)
 
 
-JOBS = {"mlm": (mlm_job, mlm_flops)}
+WORK = {"mlm": (mlm_batch, mlm_flops)}
 
 
 def cpu_name():
@@ -194,47 +199,44 @@ def cpu_name():
     return platform.processor() or platform.machine()
 
 
-def compare(name, model, job, rounds):
-    """Run one precision, print its table -> (rows, {side: its numbers}, share of matmul peak)."""
-    runs = take_turns(SIDES[name] | {"matmul": matmul}, job, rounds)
-    timed = {side: run[1:] for side, run in runs.items()}
-    peak_run, tokens = timed.pop("matmul"), sum(job["lengths"])
-    ours, *peers = timed
-
-    work = JOBS[name][1](model, job)
-    share = statistics.median(
-        (work / seconds) / (flops / peak_seconds)
-        for (seconds, _, _), (peak_seconds, flops, _) in zip(timed[ours], peak_run, strict=True)
-    )
-    peak = statistics.median(flops / seconds for seconds, flops, _ in peak_run)
+def compare(name, model, job):
+    """Run one precision, print its table -> (rows of the json, numbers of each side)."""
+    runs = take_turns(SIDES[name] | {"matmul": matmul}, job)
+    batches, runs = job["batches"][1:], {side: run[1:] for side, run in runs.items()}  # 0 warms up
+    ours, *peers = SIDES[name]
     sides, rows = {}, []
-    print(f"\n{job['dtype']:27} {'tokens/s':>9} {'s/step':>7} {'memory':>9}   ours against it")
-    for side, run in timed.items():
-        seconds = statistics.median(s for s, _, _ in run)
+    print(f"\n{job['dtype']:27} {'tokens/s':>9} {'memory':>9}   ours against it")
+    for side in (ours, *peers):
+        speeds = [sum(b["lengths"]) / r[0] for b, r in zip(batches, runs[side], strict=True)]
         sides[side] = {
-            "tokens_per_s": tokens / seconds, "seconds": seconds, "memory": run[-1][2],
-            "first_loss": runs[side][0][1], "last_loss": run[-1][1],
+            "tokens_per_s": statistics.median(speeds), "memory": runs[side][-1][2],
+            "losses": [loss for _, loss, _ in runs[side]],
         }  # fmt: skip
-        line = f"{side:27} {tokens / seconds:9,.0f} {seconds:7.3f} {run[-1][2] / 1e6:6,.0f} MB"
+        line = f"{side:27} {sides[side]['tokens_per_s']:9,.0f} {runs[side][-1][2] / 1e6:6,.0f} MB"
         if side in peers:
-            ratios = [b[0] / a[0] for a, b in zip(timed[ours], run, strict=True)]
-            ratio, memory_ratio = statistics.median(ratios), timed[ours][-1][2] / run[-1][2]
-            low, _, high = statistics.quantiles(ratios, n=4)
+            ratios = [theirs[0] / o[0] for o, theirs in zip(runs[ours], runs[side], strict=True)]
+            low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
+            memory_ratio = sides[ours]["memory"] / sides[side]["memory"]
             line += f"   {ratio:.2f}x the speed (half of the rounds {low:.2f}-{high:.2f}), "
             line += f"{memory_ratio:.2f}x the memory"
             rows.append({
                 "name": f"{name} {job['dtype']}: {side}", "ours": sides[ours]["tokens_per_s"],
-                "peer": tokens / seconds, "ratio": ratio, "memory_ratio": memory_ratio,
+                "peer": sides[side]["tokens_per_s"], "ratio": ratio, "memory_ratio": memory_ratio,
             })  # fmt: skip
         print(line)
-    print(f"our share of the matmul peak, {peak / 1e9:,.0f} Gflop/s: {share:.1%}")
+
+    peaks = [flops / seconds for seconds, flops, _ in runs["matmul"]]
+    reached = [WORK[name][1](model, b) / r[0] for b, r in zip(batches, runs[ours], strict=True)]
+    share = statistics.median(r / p for r, p in zip(reached, peaks, strict=True))
+    sides["matmul"] = {"flops_per_s": statistics.median(peaks), "share_of_ours": share}
+    print(f"ours reaches {share:.0%} of a large matmul's {statistics.median(peaks):.3g} flop/s")
     for side in peers:
-        gaps = [abs(sides[side][k] - sides[ours][k]) for k in ("first_loss", "last_loss")]
-        print(f"loss {sides[ours]['first_loss']:.4f} -> {sides[ours]['last_loss']:.4f}, "
-              f"{side}: differs by {gaps[0]:.1e} -> {gaps[1]:.1e}")  # fmt: skip
+        pairs = zip(sides[ours]["losses"], sides[side]["losses"], strict=True)
+        gaps = [abs(a - b) for a, b in pairs]
+        print(f"{side}: losses differ by {gaps[0]:.1e} at first, at most by {max(gaps):.1e}")
         if not gaps[0] <= TOLERANCE[job["dtype"]]:
             raise SystemExit(f"{side} computed another loss than ours: this is no comparison")
-    return rows, sides, {"flops_per_step": work, "peak_flops_per_s": peak, "share_of_peak": share}
+    return rows, sides
 
 
 def main():
@@ -256,33 +258,33 @@ def main():
 
     torch.manual_seed(1337)
     model = from_scratch(args.size, out_dropout=0.0)
-    job = JOBS[args.name][0](model, args.docs)
-    n, longest = len(job["lengths"]), max(job["lengths"])
+    rng = random.Random(1337)
+    batches = [WORK[args.name][0](model, args.docs, rng) for _ in range(args.rounds + 1)]
     setting = {
-        "bench": args.name, "size": args.size, "documents": n, "lengths": job["lengths"],
-        "tokens": sum(job["lengths"]), "padded_tokens": n * longest, "labels": len(job["rows"]),
-        "vocab_size": model.config.vocab_size, "rounds": args.rounds, "threads": args.threads,
+        "bench": args.name, "size": args.size, "vocab_size": model.config.vocab_size,
+        "documents": f"{args.docs} a batch, {SHORTEST} to {LONGEST} tokens, uniform",
+        "tokens": sum(sum(b["lengths"]) for b in batches[1:]),
+        "padded_tokens": sum(args.docs * max(b["lengths"]) for b in batches[1:]),
+        "labels": sum(len(b["rows"]) for b in batches[1:]), "rounds": args.rounds,
         "step": f"forward, loss, backward, AdamW (fused, lr {LEARNING_RATE}); no dropout",
-        "precision": "bf16 is autocast over fp32 weights", "cpu": cpu_name(),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "precision": f"{args.dtype}; bf16 is autocast over fp32 weights", "threads": args.threads,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu_name(),
         "torch": torch.__version__, "transformers": version("transformers"),
     }  # fmt: skip
     for key, value in setting.items():
         print(f"{key:13} {value:,}" if type(value) is int else f"{key:13} {value}")
 
-    rows, sides, matmuls = [], {}, {}
+    rows, sides = [], {}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        job |= {"folder": folder, "threads": args.threads, "device": args.device}
+        job = {"folder": folder, "batches": batches, "device": args.device, "threads": args.threads}
         for dtype in ("fp32", "bf16") if args.dtype == "both" else (args.dtype,):
-            job["dtype"] = dtype
-            new, sides[dtype], matmuls[dtype] = compare(args.name, model, job, args.rounds)
+            new, sides[dtype] = compare(args.name, model, job | {"dtype": dtype})
             rows += new
     os.makedirs(args.out_dir, exist_ok=True)
     path = os.path.join(args.out_dir, f"bench_{args.name}.json")
     with open(path, "w") as f:
-        out = {"setting": setting, "rows": rows, "sides": sides, "matmul": matmuls}
-        json.dump(out, f, indent=1)
+        json.dump({"setting": setting, "rows": rows, "sides": sides}, f, indent=1)
     print("\nwritten to", path)
 
 

@@ -241,11 +241,10 @@ class Embedder(nn.Module):
         return tokenize(self.tokenizer, texts, instruction, self.template, self.max_length,
                         self.pool_instruction)  # fmt: skip
 
-    def forward(self, tokens, seqs, where, model=None):
-        """A packed row -> fp32 [B, dim], with gradients; for "tokens" (vectors [P, dim], lengths).
-
-        model: what to call in place of the model itself, such as its DDP wrapper."""
-        hidden = (model or self.model)(tokens, seqs)  # [T, C]
+    def forward(self, tokens, seqs, where):
+        """What `pack` returned -> fp32 [B, dim], with gradients; for "tokens" (vectors [P, dim],
+        their number in each text)."""
+        hidden = self.model(tokens, seqs)  # [T, C]
         if self.pooling == "splade":
             return splade(self.model, hidden, where)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -259,34 +258,33 @@ class Embedder(nn.Module):
             x = F.normalize(x, dim=-1) if self.normalize else x
         return (x, where.lengths) if self.pooling == "tokens" else x
 
-    def embed(self, packed, model=None):
-        """What `pack` or `tokenize` returned -> see forward."""
-        if isinstance(packed, list):
-            packed = pack(packed, self.model.embed.weight.device)
-        return self(*packed, model=model)
+    def embed(self, encoded):
+        """What `tokenize` returned -> see forward."""
+        return self(*pack(encoded, self.model.embed.weight.device))
 
-    def encode(self, texts, instruction="", batch_tokens=16384, progress=False, out=None):
+    def encode(self, texts, instruction="", batch_tokens=None, progress=False, out=None):
         """-> float32 array [N, dim] in the order of `texts`; for "tokens" a list of N arrays.
 
-        texts: any sequence. Batches of up to `batch_tokens` tokens, of similar lengths. Under
-        torchrun all ranks call it together: each embeds its share and all get the whole.
-        out: path of a .npy that is written part by part; then memory does not grow with N, and the
-        result is that file, mapped (every rank must see it). Equal texts are embedded each time.
+        texts: any sequence. batch_tokens: most tokens of one forward (None: 16,384, and 2,048 on a
+        CPU, whose caches are small). Under torchrun all ranks call it together: each embeds its
+        share, all get the whole. out: path of a .npy to write part by part, so that memory does
+        not grow with N; the result is that file, mapped (all ranks must see it).
         """
+        many = self.pooling == "tokens"
         if isinstance(texts, str):
             raise TypeError("encode takes a list of texts, not one string")
-        if out is not None and self.pooling == "tokens":
+        if many and out is not None:
             raise ValueError("out= holds one vector a text, pooling 'tokens' gives several")
         grouped = dist.is_initialized()
         rank, world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
         n, device = len(texts), self.model.embed.weight.device
+        batch_tokens = batch_tokens or (2048 if device.type == "cpu" else 16384)
         size = max(1, min(8192, PART // self.dim)) * world  # texts of a part
-        result = [None] * n
-        if self.pooling != "tokens" and out is None:
+        result = [None] * n if many else None
+        if not many and out is None:
             result = np.empty((n, self.dim), np.float32)
-        elif out is not None and rank == 0:
-            shape = (n, self.dim)
-            result = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=shape)
+        elif not many and rank == 0:
+            result = np.lib.format.open_memmap(out, "w+", np.float32, (n, self.dim))
 
         def parts():  # the next one is tokenized while the model runs
             for begin in range(0, n, size):
@@ -295,33 +293,27 @@ class Embedder(nn.Module):
 
         was_training = self.training
         self.eval()
+        # not inference_mode: masks that the model keeps must serve training, too
+        no_grad, half = torch.no_grad(), self.dtype != torch.float32
         bar = tqdm(total=n, desc="encode", unit=" texts", disable=not progress or rank > 0)
-        for begin, encoded in prefetch(parts(), 1):
-            order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
-            many = self.pooling == "tokens"
-            vectors = [None] * len(encoded) if many else np.empty((len(encoded), self.dim), "f4")
-            for group in groups([len(encoded[i][0]) for i in order], batch_tokens):
-                group = [order[i] for i in group]
-                # not inference_mode: masks that the model keeps must serve training, too
-                with torch.no_grad(), torch.autocast(
-                    device.type, self.dtype, enabled=self.dtype != torch.float32
-                ):
-                    x = self.embed(pack([encoded[i] for i in group], device))
-                if self.pooling == "tokens":
-                    x = [one.numpy() for one in x[0].float().cpu().split(x[1])]
-                else:
-                    x = x.float().cpu().numpy()
-                for i, one in zip(group, x, strict=True):
-                    vectors[i] = one
-                bar.update(len(group) * world)
-            shares = [vectors]
-            if world > 1:
-                shares = [None] * world
-                dist.all_gather_object(shares, vectors)
-            if out is None or rank == 0:
-                for r, share in enumerate(shares):
-                    result[begin + r : begin + size : world] = share
-        bar.close()
+        with no_grad, torch.autocast(device.type, self.dtype, enabled=half), bar:
+            for begin, encoded in prefetch(parts(), 1):
+                order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
+                share = [None] * len(encoded) if many else np.empty((len(encoded), self.dim), "f4")
+                for group in groups([len(encoded[i][0]) for i in order], batch_tokens):
+                    group = [order[i] for i in group]
+                    x = self.embed([encoded[i] for i in group])
+                    x = x[0].cpu().split(x[1]) if many else x.cpu()
+                    for i, vectors in zip(group, x, strict=True):
+                        share[i] = vectors.numpy()
+                    bar.update(len(group) * world)
+                shares = [share]
+                if world > 1:
+                    shares = [None] * world
+                    dist.all_gather_object(shares, share)
+                if result is not None:
+                    for r, share in enumerate(shares):
+                        result[begin + r : begin + size : world] = share
         self.train(was_training)
         if out is None:
             return result
@@ -360,16 +352,17 @@ class Embedder(nn.Module):
             if prompt and not kept:  # how it measures a prompt
                 (ids,) = their_ids([prompt])
                 length = len(ids) - (ids[-1] in theirs.all_special_ids)
-            ours, there = self.tokenize(probes, instruction), their_ids([prompt + p for p in probes])
+            ours = self.tokenize(probes, instruction)
+            there = their_ids([prompt + text for text in probes])
             for text, (ids, (start, _)), its in zip(probes, ours, there, strict=True):
                 shown = f"prompt {name!r} ({prompt!r}), text {text[:20]!r}"
                 if ids != (its or [0]):
                     return f"{shown}: its tokens would be {its[:30]}, ours are {ids[:30]}"
                 if not kept and start != length:
                     return (
-                        f"{shown}: it would leave {length} tokens out of the pool, we {start}. The "
-                        "instruction may not end in a space that the text's first token takes in, "
-                        "and no more than one special token, suffix or EOS, may follow the text"
+                        f"{shown}: it would leave {length} tokens out of the pool, we {start}. No "
+                        "instruction may end in a space that the text's first token takes in, and "
+                        "no more than one token, a special one, may follow the text"
                     )
         return None
 
@@ -379,16 +372,17 @@ class Embedder(nn.Module):
         tokenizer.model_max_length, tokenizer.truncation_side = self.max_length, "right"
         if tokenizer.pad_token is None:  # any will do: it is masked
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-        if not self.template.suffix:
-            tokenizer.save_pretrained(folder)
-            return
+        if self.template.suffix:
+            self._suffix_to_post_processor(tokenizer)
+        tokenizer.save_pretrained(folder)
+
+    def _suffix_to_post_processor(self, tokenizer):
         plain = tokenizer.backend_tokenizer.encode(self.template.prefix + "a")
         added = plain.special_tokens_mask  # 1 for the BOS, EOS, .. that the tokenizer adds
         ids = self.tokenize(["a"])[0][0]
         parts = {"front": plain.ids[: added.index(0)]}
-        parts["back"] = ids[len(plain.ids) - added[::-1].index(0) :]  # the suffix and those
-        single = ["$A" if name == "text" else name
-                  for name in ("front", "text", "back") if parts.get(name, True)]  # fmt: skip
+        parts["back"] = ids[len(plain.ids) - added[::-1].index(0) :]  # the suffix, then those
+        single = ["front", "$A", "back"] if parts["front"] else ["$A", "back"]
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single=single, pair=[*single, "$B"],
             special_tokens=[
@@ -396,12 +390,6 @@ class Embedder(nn.Module):
                 for name, part in parts.items() if part
             ],
         )  # fmt: skip
-        tokenizer.save_pretrained(folder)
-        config = _read_json(folder, "tokenizer_config.json")
-        for key in ("add_bos_token", "add_eos_token"):  # each would bring the old one back
-            config.pop(key, None)
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        _write_json(config, folder, "tokenizer_config.json")
 
     def save(self, folder, sentence_transformers=True, state_dict=None):
         """Writes a sentence-transformers folder: a dense model, for "splade" a SparseEncoder, for
@@ -409,7 +397,8 @@ class Embedder(nn.Module):
 
         Raises ValueError, before anything is written, where embeddings there would differ: see
         st_problem. With sentence_transformers=False the folder is for Embedder.load alone.
-        state_dict: full weights of the model, gathered elsewhere (FSDP).
+        state_dict: full weights, gathered elsewhere (FSDP): the model's names, and
+        "projection.weight" where there is one.
         """
         problem = self.st_problem() if sentence_transformers else None
         if problem:
@@ -417,15 +406,17 @@ class Embedder(nn.Module):
                 f"{folder}: sentence-transformers would give other embeddings: {problem}. "
                 "sentence_transformers=False saves the model for nanoembed alone"
             )
-        self.model.save_pretrained(folder, merged_state(self.model, state_dict))
+        state = dict(self.model.state_dict() if state_dict is None else state_dict)
+        projection = state.pop("projection.weight", getattr(self.projection, "weight", None))
+        self.model.save_pretrained(folder, merged_state(self.model, state))
         own = {key: getattr(self, key) for key in SETTINGS} | {"template": asdict(self.template)}
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         own["post_processor"] = backend["post_processor"]
         _write_json(own, folder, "nanoembed.json")
-        if self.projection is not None:
-            weight = self.projection.weight.detach().contiguous().cpu()
+        if projection is not None:
             os.makedirs(os.path.join(folder, "1_Dense"), exist_ok=True)
-            save_file({"linear.weight": weight}, os.path.join(folder, "1_Dense/model.safetensors"))
+            weight = {"linear.weight": projection.detach().contiguous().cpu()}
+            save_file(weight, os.path.join(folder, "1_Dense/model.safetensors"))
         if sentence_transformers:
             self._save_st_tokenizer(folder)
             self._save_st_modules(folder)
@@ -492,7 +483,8 @@ class Embedder(nn.Module):
         folders = [resolve_folder(name)]
         while config := _read_json(folders[0], "adapter_config.json"):
             base, revision = config["base_model_name_or_path"], config.get("revision")
-            folders.insert(0, resolve_folder(f"{base}@{revision}" if revision else base))
+            at = f"@{revision}" if revision and not os.path.isdir(base) else ""
+            folders.insert(0, resolve_folder(base + at))
         folders += [resolve_folder(adapter) for adapter in adapters]
         said = {}
         for folder in folders:  # the last word counts
@@ -523,7 +515,10 @@ class Embedder(nn.Module):
         if "pooling" not in said:
             print0(f"{name} does not say how it pools: mean over all tokens")
         said.setdefault("max_length", min(512, c.max_seq_len))
+        foreign = said.pop("foreign", False)
         embedder = cls(model, tokenizer, **said, dtype=dtype).to(device).eval()
+        if foreign and not embedder.pool_instruction and (problem := embedder.st_problem()):
+            print0(f"{name}: not in all as sentence-transformers has it: {problem}")
         print0(f"{name}: {c.family}, {'causal' if c.causal else 'bidirectional'}, "
                f"{embedder.pooling} -> {embedder.dim} numbers, up to {embedder.max_length} tokens; "
                f"{dtype} on {device}, attention {model.backend}")  # fmt: skip
@@ -547,9 +542,9 @@ PROBES = [
 ]
 
 
-def merged_state(model, state=None):
-    """The model's state_dict (or full tensors of it) with LoRA added into the weights."""
-    state = dict(model.state_dict() if state is None else state)
+def merged_state(model, state):
+    """Full tensors by the model's names, with LoRA added into the weights."""
+    state = dict(state)
     for name, layer in lora_layers(model).items():
         a, b = state.pop(f"{name}.lora_A"), state.pop(f"{name}.lora_B")
         w = state.pop(f"{name}.base.weight")
@@ -561,8 +556,8 @@ def merged_state(model, state=None):
 
 def read_settings(folder):
     """What a folder says about embedding, as arguments of Embedder: our own file, LLM2Vec's or
-    sentence-transformers'; {} for a plain model. Also the model's path within it, the projection's
-    file and the tokenizer's post-processor."""
+    sentence-transformers'; {} for a plain model. Besides: path (the model's, within it), projection
+    (a file), post_processor (the tokenizer's), foreign (written by sentence-transformers)."""
     if said := _read_json(folder, "nanoembed.json"):
         said["template"] = Template(**said["template"])
         weight = os.path.join(folder, "1_Dense/model.safetensors")
@@ -576,7 +571,7 @@ def read_settings(folder):
     if not os.path.exists(os.path.join(folder, "modules.json")):
         return {}
 
-    said = {"normalize": False}
+    said = {"normalize": False, "foreign": True}
     top = _read_json(folder, "config_sentence_transformers.json")
     if top.get("prompts"):
         said["prompts"] = {name: text or "" for name, text in top["prompts"].items()}
@@ -591,8 +586,9 @@ def read_settings(folder):
             config = _read_json(folder, path, "sentence_bert_config.json")
             keys = ("do_lower_case", "query_expansion", "query_length", "document_length")
             bad = [key for key in keys if config.get(key)]
-            length = _read_json(folder, path, "tokenizer_config.json").get("model_max_length", 1e30)
-            length = config.get("max_seq_length") or length
+            own = _read_json(folder, path, "tokenizer_config.json")
+            bad += ["truncation_side"] * (own.get("truncation_side") == "left")
+            length = config.get("max_seq_length") or own.get("model_max_length", 1e30)
             if length < 1e9:  # 1e30 is transformers' word for no limit
                 said["max_length"] = length
         elif kind == "Pooling":
@@ -615,7 +611,7 @@ def read_settings(folder):
         elif kind == "Dense":
             said["projection"] = os.path.join(folder, path, "model.safetensors")
             plain = config.get("module_input_name") == "token_embeddings" and not config["bias"]
-            bad = None if plain and config["activation_function"].endswith("Identity") else config
+            bad = None if plain and config["activation_function"].endswith(".Identity") else config
         elif kind == "Normalize":
             said["normalize"] = True
         else:

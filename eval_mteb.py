@@ -8,6 +8,7 @@ Evaluate embedders: MTEB tasks by name, or tasks from your own files. One table,
         --attention=bidirectional --benchmark="MTEB(eng, v1)" \
         --instructions=task_to_instructions.json --query_template="{instruction}: "
 
+With torchrun, --local needs `--` before eval_mteb.py: torchrun has options of similar names.
 The mteb package scores (Muennighoff et al. 2022, arXiv 2210.07316; Enevoldsen et al. 2025, arXiv
 2502.13595), whoever brings the data. --local is a task's folder, a folder of such folders, or a
 file of training pairs. Where it says .jsonl a .tsv with a header will do, but for lists:
@@ -48,13 +49,7 @@ import scipy.sparse
 import torch
 import torch.distributed as dist
 from datasets import Dataset, DatasetDict
-from mteb.abstasks import (
-    AbsTaskClassification,
-    AbsTaskClustering,
-    AbsTaskPairClassification,
-    AbsTaskRetrieval,
-    AbsTaskSTS,
-)
+from mteb import abstasks
 from mteb.models import ModelMeta, SearchEncoderWrapper
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
@@ -99,8 +94,8 @@ def named_tasks(names, benchmark="", languages=""):
         if benchmark:
             return list(mteb.get_benchmark(benchmark).tasks)
         names = [name.strip() for name in names.split(",")]
-        chosen = languages.split(",") if languages else None
-        found = mteb.get_tasks(tasks=names, languages=chosen, exclusive_language_filter=True)
+        only = languages.split(",") if languages else None  # exclusive: not the en-de of STS17
+        found = mteb.get_tasks(tasks=names, languages=only, exclusive_language_filter=bool(only))
     except KeyError as e:
         raise SystemExit(f"{e.args[0]} (mteb {mteb.__version__})") from e
     if missing := set(names) - {task.metadata.name for task in found}:
@@ -114,14 +109,17 @@ def parts(task):
 
 
 KINDS = {  # the file that makes a folder a task: its type, mteb's class, main score, fields
-    "corpus": ("Retrieval", AbsTaskRetrieval, "ndcg_at_10", {"_id": str, "text": str}),
-    "reranking": ("Reranking", AbsTaskRetrieval, "map_at_1000", {"query": str, "positive": [str]}),
-    "sts": ("STS", AbsTaskSTS, "cosine_spearman",
+    "corpus": ("Retrieval", abstasks.AbsTaskRetrieval, "ndcg_at_10", {"_id": str, "text": str}),
+    "reranking": ("Reranking", abstasks.AbsTaskRetrieval, "map_at_1000",
+                  {"query": str, "positive": [str]}),
+    "sts": ("STS", abstasks.AbsTaskSTS, "cosine_spearman",
             {"sentence1": str, "sentence2": str, "score": float}),
-    "pairs": ("PairClassification", AbsTaskPairClassification, "max_ap",
+    "pairs": ("PairClassification", abstasks.AbsTaskPairClassification, "max_ap",
               {"sentence1": str, "sentence2": str, "label": int}),
-    "train": ("Classification", AbsTaskClassification, "accuracy", {"text": str, "label": str}),
-    "clustering": ("Clustering", AbsTaskClustering, "v_measure", {"text": str, "label": str}),
+    "train": ("Classification", abstasks.AbsTaskClassification, "accuracy",
+              {"text": str, "label": str}),
+    "clustering": ("Clustering", abstasks.AbsTaskClustering, "v_measure",
+                   {"text": str, "label": str}),
 }  # fmt: skip
 COLUMNS = {  # where mteb's class expects other names, or (clustering) takes 4 % of the texts
     "pairs": {"label_column_name": "label"},
@@ -148,7 +146,7 @@ def local_task(kind, path, split):
     type_name, base, main_score, fields = KINDS[kind]
 
     def load_data(self, num_proc=None, **_):
-        read = read_search if base is AbsTaskRetrieval else read_columns
+        read = read_search if base is abstasks.AbsTaskRetrieval else read_columns
         self.dataset, self.data_loaded = {"default": read(kind, path, split, fields)}, True
 
     metadata = mteb.TaskMetadata(
@@ -362,7 +360,8 @@ def load_encoder(
         from sentence_transformers import SentenceTransformer
 
         st = SentenceTransformer(name.removeprefix("st:"), device=str(device))
-        st.max_seq_length = max_length or st.max_seq_length
+        if max_length:
+            st.max_seq_length = max_length
         scores, prompts, dim = st.similarity_fn_name, st.prompts, st.get_embedding_dimension()
         settings = (st, st.max_seq_length, sorted(st.tokenizer.get_vocab().items()))
         module = st
@@ -401,7 +400,7 @@ def evaluate(encoder, tasks, folder, reuse=False):
     rows, rank = [], dist.get_rank() if dist.is_initialized() else 0
     for task in tasks:
         meta, own, start = task.metadata, parts(task), time.time()
-        if encoder.search_only and not all(isinstance(t, AbsTaskRetrieval) for t in own):
+        if encoder.search_only and not all(isinstance(t, abstasks.AbsTaskRetrieval) for t in own):
             continue
         prompts = {t.metadata.name: encoder.prompts[t.metadata.name] for t in own}
         data = [(t.metadata.name, t.metadata.dataset, t.eval_splits, t.hf_subsets) for t in own]
@@ -416,7 +415,8 @@ def evaluate(encoder, tasks, folder, reuse=False):
             except Exception as e:  # hub, cache and builders raise what they like
                 raise SystemExit(
                     f"{meta.name}: cannot load {meta.dataset['path']}: {type(e).__name__}: {e}\n"
-                    "What was evaluated by name so far is kept for the next run."
+                    "Tasks by name come from the Hugging Face hub, --local reads files. What is done "
+                    "by name is kept for the next run."
                 ) from e
             called = encoder
             if isinstance(encoder, Encoder):
@@ -449,8 +449,8 @@ def table(rows):
 
     models, types = list(dict.fromkeys(row["model"] for row in rows)), {}
     for row in rows:
-        by_task = types.setdefault(row["type"], {})
-        by_task.setdefault((row["task"], row["type"], row["metric"]), {})[row["model"]] = row["score"]
+        name = row["task"], row["type"], row["metric"]
+        types.setdefault(row["type"], {}).setdefault(name, {})[row["model"]] = row["score"]
     scores = [{name: [x.get(m) for m in models] for name, x in group.items()}
               for group in types.values()]  # fmt: skip
     lines = {name: line for group in scores for name, line in group.items()}
@@ -458,7 +458,8 @@ def table(rows):
         by_type = [[mean(x) for x in zip(*group.values(), strict=True)] for group in scores]
         over_tasks = [mean(x) for x in zip(*lines.values(), strict=True)]
         lines["mean over tasks", "", ""] = over_tasks
-        lines["mean over types", "", ""] = [mean(x) for x in zip(*by_type, strict=True)]
+        if len(types) > 1:
+            lines["mean over types", "", ""] = [mean(x) for x in zip(*by_type, strict=True)]
     cells = [["task", "type", "metric", *models]]
     for name, line in lines.items():
         cells.append([*name, *("" if x is None else f"{100 * x:.2f}" for x in line)])

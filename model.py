@@ -845,10 +845,29 @@ def write_folder(folder, config, state):
         json.dump(hf, f, indent=2)
 
 
+def newest_model(folder):
+    """The folder itself, or if it is the out_dir of a run its checkpoint with the largest number:
+    of step500 and ext800 the latter."""
+
+    def has_model(path):
+        files = ("config.json", "adapter_config.json", "modules.json")
+        return any(os.path.exists(os.path.join(path, name)) for name in files)
+
+    if has_model(folder):
+        return folder
+    # a save that is under way, or was killed, has a name with a dot in front
+    names = [n for n in os.listdir(folder) if re.fullmatch(r"[^.].*\d|\d", n)]
+    names = [n for n in names if has_model(os.path.join(folder, n))]
+    if not names:
+        raise FileNotFoundError(f"{folder}: no config.json, and no checkpoint such as step500")
+    return os.path.join(folder, max(names, key=lambda n: int(re.search(r"\d+$", n)[0])))
+
+
 def resolve_folder(name):
-    """A local folder, or a hub id `owner/name[@revision]` downloaded to the cache."""
+    """A local folder (of an out_dir its newest checkpoint), or a hub id `owner/name[@revision]`,
+    downloaded to the cache."""
     if os.path.isdir(name):
-        return name
+        return newest_model(name)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{name}: no such folder, and not a hub id (owner/name[@revision])")
     repo, _, revision = name.partition("@")

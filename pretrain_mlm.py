@@ -42,7 +42,7 @@ from model import choose_backend, from_pretrained, from_scratch
 # ---- defaults ----
 out_dir = "out/mlm"
 # model
-init_from = "scratch"  # scratch, resume, a Hugging Face folder or a hub id owner/name[@revision]
+init_from = "scratch"  # resume, a model folder, an out_dir or a hub id owner/name[@revision]
 model_size = "modernbert-tiny"  # from scratch: a name in model.SIZES
 vocab_size: int | None = None  # from scratch: None is the size's own, rows of the embedding
 max_seq_len = 512  # tokens of a row, and the positions the model is trained for

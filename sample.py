@@ -1,10 +1,12 @@
 """
-Use a model: fill in masked tokens, or write on from a prompt.
+Use a model: fill in masked tokens, write on from a prompt, or rank texts by a question.
 
     python sample.py --model=out/mlm_pydocs_tiny --text="Return the [MASK] of the list."
     python sample.py --model=out/mlm_pydocs_tiny/step500 --file=lines.txt     # one text a line
     python sample.py --model=out/clm_pydocs_tiny --prompt="Return the" --num_samples=3
     python sample.py --model=owner/name@revision --text=- < letter.txt        # from stdin
+    python sample.py --model=out/contrastive_pydocs_tiny --rank="How do I split a string?"
+    python sample.py --model=any/embedder --rank="a question" --file=mine.txt # one text a line
 
 The model is a Hugging Face folder, a hub id, an adapter of ours or peft's (its base is read, too),
 or the out_dir of a run: then the newest checkpoint in it. Masked models fill, causal ones write.
@@ -13,7 +15,6 @@ or the out_dir of a run: then the newest checkpoint in it. Masked models fill, c
 import json
 import math
 import os
-import re
 import sys
 
 import torch
@@ -21,14 +22,15 @@ from tqdm import tqdm
 
 import common
 import lora
-from data import check_tokenizer, load_tokenizer, make_seqs
+from data import check_tokenizer, load_tokenizer, make_seqs, open_pairs, read_pair
+from embedder import Embedder
 from model import choose_backend, from_pretrained, resolve_folder
 
 # ---- defaults ----
 model = ""  # a folder, an out_dir or a hub id owner/name[@revision]
 # fill masks: give one of these two
 text: str | None = None  # with one [MASK] or more; "-" reads it from stdin
-file: str | None = None  # texts, one a line; blank lines are passed over
+file: str | None = None  # texts, one a line; blank lines are passed over. Also for rank
 num_fills = 5  # candidates shown for each mask
 # generate, causal models
 prompt: str | None = None  # "-" reads it from stdin
@@ -37,6 +39,10 @@ max_new_tokens = 100  # a sample also ends at its EOS, and at the model's max_se
 temperature = 0.8  # 0: always the most probable token (greedy)
 top_k = 0  # draw from the k most probable tokens; 0: from all
 top_p = 1.0  # draw from the fewest tokens that together have this probability; 1: from all
+# rank: an embedder's five nearest texts to a question, out of file or of the pairs of rank_pairs
+rank: str | None = None
+rank_pairs: tuple = ("data/pydocs/train.jsonl", "data/pydocs/val.jsonl", "data/pydocs/test.jsonl")
+num_ranked = 5
 seed = 1337  # sample i is drawn with seed + i, whatever num_samples is
 # device
 attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
@@ -46,26 +52,9 @@ dtype = "fp32"  # bf16 halves the memory; its logits have 3 digits. auto: bf16 w
 # ---- the model ----
 
 
-def newest_model(path):
-    """`path`, or if it is the out_dir of a run its checkpoint with the largest number: of step500
-    and ext800 the latter. SystemExit for a folder with neither a model nor a checkpoint."""
-
-    def has(folder, *names):
-        return any(os.path.exists(os.path.join(folder, name)) for name in names)
-
-    if not os.path.isdir(path) or has(path, "config.json", "adapter_config.json"):
-        return path
-    # a save that is under way, or was killed, has a name with a dot in front
-    names = [name for name in os.listdir(path) if re.fullmatch(r"[^.].*\d|\d", name)]
-    names = [n for n in names if has(os.path.join(path, n), "config.json", "adapter_config.json")]
-    if not names:
-        raise SystemExit(f"{path}: no config.json, and no checkpoint such as step500 either")
-    return os.path.join(path, max(names, key=lambda name: int(re.search(r"\d+$", name)[0])))
-
-
 def load(name, device, torch_dtype):
     """(model, tokenizer) of a folder, an out_dir, a hub id, or an adapter, which is merged."""
-    folder = resolve_folder(newest_model(name))
+    folder = resolve_folder(name)
     adapter = os.path.join(folder, "adapter_config.json")
     if os.path.exists(adapter):
         with open(adapter, encoding="utf-8") as f:
@@ -239,11 +228,46 @@ def print_sample(tokenizer, number, prompt_ids, new, eos_ids):
     print(tokenizer.decode(prompt_ids + new, skip_special_tokens=True))
 
 
+# ---- rank ----
+
+
+def read_lines(path):
+    with open(path, encoding="utf-8") as f:
+        return [line.strip() for line in f if line.strip()]
+
+
+def read_entries(paths):
+    """(titles, passages) of files of pairs: the query and its first positive."""
+    pairs = [read_pair(file, i) for file in map(open_pairs, paths) for i in range(len(file))]
+    return [p["query"] for p in pairs], [p["pos"][0] for p in pairs]
+
+
+def nearest(embedder, question, texts, n):
+    """[(similarity, index)] of the n texts nearest to a question, the best first."""
+    asked = embedder.encode([question], embedder.prompts.get("query", ""))  # [1, C]
+    vectors = embedder.encode(texts, embedder.prompts.get("document", ""), progress=True)  # [N, C]
+    scores = vectors @ asked[0]  # [N]
+    return [(float(scores[i]), int(i)) for i in (-scores).argsort(kind="stable")[:n]]
+
+
 if __name__ == "__main__":
     # ---- configure ----
     config = common.configure(globals())
-    if not model or sum(x is not None for x in (text, file, prompt)) != 1:
-        raise SystemExit("give --model=... and one of --text=..., --file=..., --prompt=...")
+    if not model or sum(x is not None for x in (text, prompt, rank or file)) != 1:
+        raise SystemExit("give --model=... and one of --text=, --file=, --prompt= or --rank=")
+
+    # ---- rank ----
+    if rank is not None:
+        embedder = Embedder.load(model, dtype="auto")
+        if embedder.pooling == "tokens":
+            raise SystemExit("--rank wants one vector a text; this model has one for each token")
+        titles, texts = (read_lines(file),) * 2 if file else read_entries(rank_pairs)
+        print(f"\n{rank}\n")
+        for place, (score, i) in enumerate(nearest(embedder, rank, texts, num_ranked), 1):
+            print(f"{place}. {score:.3f}  {titles[i]}")
+            if not file:
+                print(f"          {' '.join(texts[i].split())[:160]}")
+        raise SystemExit
 
     # ---- model ----
     device = common.setup_distributed()[3]
@@ -274,8 +298,7 @@ if __name__ == "__main__":
     else:
         check_fills(net, tokenizer)
         if file is not None:
-            with open(file, encoding="utf-8") as f:
-                texts = [line.strip() for line in f if line.strip()]
+            texts = read_lines(file)
         else:
             texts = [sys.stdin.read().rstrip("\n") if text == "-" else text]
         for start in range(0, len(texts), 32):  # 32 texts are one packed row

@@ -28,12 +28,12 @@ import common
 import lora
 from data import load_tokenizer, open_pairs, prefetch, read_pair, rows_of_step
 from embedder import Embedder, Template, groups, pack, tokenize
-from model import choose_backend, from_pretrained
+from model import choose_backend, from_pretrained, resolve_folder
 
 # ---- defaults ----
 out_dir = "out/contrastive"
 # model
-init_from = ""  # a Hugging Face or sentence-transformers folder, or a hub id owner/name[@revision]
+init_from = ""  # a model folder, an out_dir, or a hub id owner/name[@revision]
 adapters: tuple = ()  # PEFT folders or hub ids merged into it first, in order (LLM2Vec's MNTP)
 attention: str | None = None  # causal or bidirectional; None: the model's own
 attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
@@ -358,8 +358,8 @@ def cached_step(wrapped, batch, step, s):
 
     wrapped: the embedder, as DDP or fully_shard wrapped it; batch: an item of train_batches.
     The gradient of the loss by the vectors is taken first, then that of the vectors by the weights,
-    chunk by chunk: memory holds the activations of one chunk. Chunks do not change the result, up
-    to which dropout is drawn.
+    chunk by chunk: memory holds the activations of one chunk. Chunks decide what dropout is drawn,
+    and nothing else.
     """
     (encoded, n_queries, where, counts), rank, world_size = batch, s["rank"], s["world_size"]
     device, chunks = s["device"], chunks_of(encoded, s["chunk_tokens"])
@@ -495,7 +495,8 @@ def describe_batch(pairs, which, tokenizer, settings):
         before, pooled, behind = (
             tokenizer.decode(part) for part in (ids[:first], ids[first:last], ids[last:])
         )
-        print(f"--- {'query' if i < n else 'passage'} {i % n if i < n else i - n}: {len(ids)} tokens")
+        name = f"query {i}" if i < n else f"passage {i - n}"
+        print(f"--- {name}: {len(ids)} tokens")
         print(f"{before}\033[7m{pooled}\033[0m{behind}")
 
 
@@ -563,10 +564,11 @@ if __name__ == "__main__":
     if pooling == "tokens" and projection_dim and (lora_rank or fsdp):
         raise SystemExit("the projection of pooling='tokens' trains without LoRA and without FSDP")
     weights_type = compute_dtype if lora_rank else torch.float32  # what trains is fp32
-    source = last if last and not lora_rank else init_from
+    base = resolve_folder(init_from)  # of an out_dir its newest checkpoint
+    source = last if last and not lora_rank else base
     model = from_pretrained(source, attention, max_seq_len=max_seq_len, dtype=weights_type)
-    tokenizer = load_tokenizer(init_from)
-    for adapter in adapters if source == init_from else ():
+    tokenizer = load_tokenizer(base)
+    for adapter in adapters if source == base else ():
         lora.load_adapter(model, adapter)
         lora.merge(model)
     if pooling != "splade":
@@ -707,8 +709,9 @@ if __name__ == "__main__":
             spent = time.perf_counter() - start
             n, peak = len(chunks_of(batch[0], chunk_tokens)), common.peak_memory(device) / 1e9
             print0(
-                f"dry run: {spent:.2f} s/step, {batch_size / spent:,.1f} queries/s, "
-                f"{n} chunks, peak memory {peak:.2f} GB; the whole run takes {common.format_time(spent * max_steps)} without evaluation"
+                f"dry run: {spent:.2f} s/step, {batch_size / spent:,.1f} queries/s, {n} chunks, "
+                f"peak memory {peak:.2f} GB; the whole run takes "
+                f"{common.format_time(spent * max_steps)} without evaluation"
             )
             break
         last_step = step == max_steps

@@ -2,7 +2,7 @@
 #   python data/pydocs/prepare.py && python pretrain_mlm.py configs/mlm_pydocs_tiny.py
 #   python train_contrastive.py configs/contrastive_pydocs_tiny.py
 out_dir = "out/contrastive_pydocs_tiny"
-init_from = "out/mlm_pydocs_tiny/step500"
+init_from = "out/mlm_pydocs_tiny"  # its newest checkpoint
 
 pooling = "mean"
 query_max_length = 64  # 95 % of the queries (name, signature, summary) are shorter
@@ -19,7 +19,7 @@ batch_size = 128
 num_epochs = 2
 temperature = 0.05
 
-learning_rate = 1e-3
+learning_rate = 5e-4
 weight_decay = 0.01
 schedule = "linear"
 warmup_ratio = 0.1

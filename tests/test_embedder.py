@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModel, PreTrainedTokenizerFast
+from transformers import AutoModel, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import embedder as module
@@ -28,8 +28,8 @@ logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 WORDS = "the cat sat on a mat and the dog ran to an old house where it found many words in a book"
-TEXTS = ["the old cat", "", " where  it ran ", "a", "a", "1234 words, (a book).", "caf\u00e9 \U0001f642",
-         f"{WORDS} " * 30, "the dog\n"]  # fmt: skip
+TEXTS = ["the old cat", "", " where  it ran ", "a", "a", "1234 words, (a book).",
+         "caf\u00e9 \U0001f642", f"{WORDS} " * 30, "the dog\n"]  # fmt: skip
 CHAT = Template("<|user|>", "<|end|>")
 ONE_PROMPT = {"query": "find a book:", "document": ""}
 
@@ -50,11 +50,24 @@ def make_tokenizer(front="", back=""):
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="[PAD]",
-        extra_special_tokens=["<|user|>", "<|end|>"])  # fmt: skip
+        truncation_side="left", extra_special_tokens=["<|user|>", "<|end|>"])  # fmt: skip
 
 
-TOKENIZERS = {"encoder": make_tokenizer("<s>", "</s>"), "bos": make_tokenizer("<s>"),
-              "eos": make_tokenizer("", "</s>"), "bare": make_tokenizer()}  # fmt: skip
+def make_llama_tokenizer():
+    """Llama-2's kind: no words, spaces as tokens; a class and settings that build a BOS."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    bpe.train_from_iterator([*WORDS.split(), "[INST]", "[/INST]"] * 3, trainers.BpeTrainer(
+        vocab_size=396, special_tokens=special, show_progress=False))  # fmt: skip
+    made = json.loads(bpe.to_str())["model"]
+    return LlamaTokenizer(made["vocab"], [tuple(m) for m in made["merges"]], add_bos_token=True)
+
+
+TOKENIZERS = {
+    "encoder": make_tokenizer("<s>", "</s>"), "bos": make_tokenizer("<s>"),
+    "eos": make_tokenizer("", "</s>"), "bare": make_tokenizer(), "llama2": make_llama_tokenizer(),
+}  # fmt: skip
 
 
 def make_model(name, seed=0):
@@ -70,12 +83,13 @@ def make_model(name, seed=0):
     model = from_scratch(size, **(small | changes))
     for p in model.parameters():  # larger than at init, so that attention does something
         p.data.normal_(0, 0.3) if p.dim() == 2 else p.data.uniform_(0.5, 1.5)
-    model.config.hf = {f"{k}_token_id": i for k, i in dict(pad=0, bos=1, eos=2, cls=1, sep=2).items()}
+    ids = dict(pad=0, bos=1, eos=2, cls=1, sep=2)
+    model.config.hf = {f"{key}_token_id": i for key, i in ids.items()}
     return model.eval()
 
 
 def make(name, tokens, pooling="mean", **settings):
-    settings = dict(prompts=ONE_PROMPT, max_length=48) | settings
+    settings = dict(prompts=ONE_PROMPT, max_length=60) | settings
     return Embedder(make_model(name), TOKENIZERS[tokens], pooling, **settings).eval()
 
 
@@ -84,7 +98,8 @@ def differ(a, b):
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
         assert np.shape(x) == np.shape(y)
-    return max(float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in zip(a, b, strict=True))
+    pairs = [(np.asarray(x), np.asarray(y)) for x, y in zip(a, b, strict=True)]
+    return max(float(np.abs(x - y).max()) for x, y in pairs)
 
 
 # ---- ids ----
@@ -103,7 +118,7 @@ def test_prompt_and_text_are_tokenized_as_one_string():
     assert tokenizer.decode(ids[start:end]) == " the cat</s>"
 
 
-@pytest.mark.parametrize("tokens", TOKENIZERS)
+@pytest.mark.parametrize("tokens", ["encoder", "bos", "eos", "bare"])  # they decode exactly
 @pytest.mark.parametrize("text", TEXTS + ["<|user|> the </s> cat", "\u3000x\n\n"])
 def test_pooled_range_begins_with_the_text(tokens, text):
     tokenizer, instruction = TOKENIZERS[tokens], "find a book:"
@@ -256,7 +271,8 @@ def test_order_and_odd_texts():
     assert differ(got, alone) < 1e-6 and differ(got, small) < 1e-6
     assert differ(got[3:4], got[4:5]) < 1e-6  # equal texts
     other = np.delete(got, 4, axis=0)  # all others differ from each other
-    assert np.abs(other[:, None] - other[None]).max(-1)[~np.eye(len(other), dtype=bool)].min() > 1e-3
+    apart = np.abs(other[:, None] - other[None]).max(-1)
+    assert apart[~np.eye(len(other), dtype=bool)].min() > 1e-3
     shuffled = np.random.default_rng(0).permutation(len(TEXTS))
     assert differ(ours.encode([TEXTS[i] for i in shuffled], "find:"), got[shuffled]) < 1e-6
     assert ours.encode([]).shape == (0, 32)
@@ -280,14 +296,14 @@ def test_training_and_encoding_agree():
     ours.model.config.out_dropout = 0.0
     texts = [text for text in TEXTS if text]
     encoded = ours.tokenize(texts, "find:")
-    vectors = ours.embed(pack(encoded, "cpu"))
+    vectors = ours(*pack(encoded, "cpu"))
     assert vectors.dtype == torch.float32
     vectors.square().sum().backward()
     assert ours.model.blocks[2].attn.qkv_proj.weight.grad is not None
     assert differ(ours.encode(texts, "find:"), vectors.detach().numpy()) < 1e-6
     assert ours.training  # encode has put it back
     with torch.autocast("cpu", torch.bfloat16):
-        half = ours.embed(encoded, model=lambda *args: ours.model(*args))
+        half = ours.embed(encoded)
     assert half.dtype == torch.float32 and 0 < differ(half.detach(), vectors.detach()) < 0.1
 
 
@@ -362,11 +378,13 @@ CASES = [  # model, tokenizer, pooling, settings
     ("llama", "bos", "last", dict(template=CHAT, pool_instruction=False)),
     ("llama", "bos", "cls", dict(template=CHAT, pool_instruction=False)),
     ("llama-bi", "bos", "mean", dict(template=CHAT, pool_instruction=False)),
+    ("llama-bi", "llama2", "mean", dict(template=TEMPLATES["llama2"])),
+    ("llama", "llama2", "mean", dict(template=Template("", "</s>"), pool_instruction=False)),
     ("llama-bi", "eos", "weighted_mean", dict(template=Template("", "<|end|>"))),
     ("qwen3", "bare", "last", dict(template=Template("", "</s>"))),
     ("qwen3", "eos", "mean", dict(pool_instruction=False)),
     ("modernbert", "encoder", "splade", dict(template=CHAT)),
-    ("modernbert", "encoder", "tokens", dict(projection=8)),
+    ("modernbert", "encoder", "tokens", dict(projection=torch.nn.Linear(32, 8, bias=False))),
     ("llama-bi", "eos", "tokens", {}),
 ]
 
@@ -375,9 +393,6 @@ CASES = [  # model, tokenizer, pooling, settings
 def test_equals_sentence_transformers(name, tokens, pooling, settings, tmp_path):
     import sentence_transformers as st
 
-    if "projection" in settings:
-        torch.manual_seed(1)
-        settings = settings | {"projection": torch.nn.Linear(32, settings["projection"], bias=False)}
     ours = make(name, tokens, pooling, **settings)
     ours.save(tmp_path)
     kind = {"splade": st.SparseEncoder, "tokens": st.MultiVectorEncoder}
@@ -402,13 +417,15 @@ def test_equals_sentence_transformers(name, tokens, pooling, settings, tmp_path)
     assert twice(TEXTS)["input_ids"] == load_tokenizer(str(tmp_path))(TEXTS)["input_ids"]
 
 
-def test_reads_what_sentence_transformers_writes(tmp_path):
+def test_reads_what_sentence_transformers_writes(tmp_path, capsys):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Dense, Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     make("llama", "eos").model.save_pretrained(tmp_path / "model")
-    TOKENIZERS["eos"].save_pretrained(tmp_path / "model")
+    tokenizer = make_tokenizer("", "</s>")
+    tokenizer.truncation_side = "right"
+    tokenizer.save_pretrained(tmp_path / "model")
     parts = [Transformer(str(tmp_path / "model"), max_seq_length=40),
              Pooling(32, "lasttoken", include_prompt=False), Normalize()]  # fmt: skip
     theirs = SentenceTransformer(modules=parts, prompts=ONE_PROMPT, device="cpu")
@@ -418,6 +435,14 @@ def test_reads_what_sentence_transformers_writes(tmp_path):
     assert ours.prompts == ONE_PROMPT
     assert differ(ours.encode(TEXTS, ours.prompts["query"]), theirs.encode_query(TEXTS)) < 2e-5
     assert differ(ours.encode(TEXTS), theirs.encode_document(TEXTS)) < 2e-5
+
+    mean = Pooling(32, "mean", include_prompt=False)
+    space = {"query": "find a book: ", "document": ""}
+    space = SentenceTransformer(modules=[parts[0], mean], prompts=space, device="cpu")
+    space.save(str(tmp_path / "space"))
+    capsys.readouterr()
+    Embedder.load(str(tmp_path / "space"), device="cpu")
+    assert "not in all as sentence-transformers has it: prompt 'query'" in capsys.readouterr().out
 
     for extra, word in ((Dense(32, 8), "Dense"), (Pooling(32, ("mean", "max")), "max")):
         SentenceTransformer(modules=[*parts[:2], extra], device="cpu").save(str(tmp_path / word))
@@ -436,8 +461,8 @@ def test_plain_folder_and_overrides(tmp_path, capsys):
     assert differ(ours.encode(TEXTS), wanted) < 1e-6
     other = Embedder.load(str(tmp_path), device="cpu", dtype="fp32", pooling="last",
                           template=CHAT, max_length=20, attention="bidirectional")  # fmt: skip
-    same = Embedder(from_pretrained(str(tmp_path), "bidirectional"), TOKENIZERS["bos"], "last", CHAT,
-                    max_length=20)  # fmt: skip
+    model = from_pretrained(str(tmp_path), "bidirectional")
+    same = Embedder(model, TOKENIZERS["bos"], "last", CHAT, max_length=20)
     assert differ(other.encode(TEXTS), same.encode(TEXTS)) == 0
     assert differ(other.encode(TEXTS), ours.encode(TEXTS)) > 0.1
     half = Embedder.load(str(tmp_path), device="cpu", dtype="bf16")
@@ -466,9 +491,10 @@ def test_adapter_chain_equals_peft(tmp_path):
             if ".lora_" in name:
                 p.data.normal_(0, 0.3)
         save_adapter(model, paths[key], paths["base"])
-    llm2vec = dict(pooling_mode="mean", max_length=30, doc_max_length=20, skip_instruction=True)
-    with open(os.path.join(paths["mntp"], "llm2vec_config.json"), "w") as f:
-        json.dump(llm2vec, f)
+    for key, max_length in (("mntp", 50), ("simcse", 30)):  # the last one's word counts
+        llm2vec = dict(pooling_mode="mean", max_length=max_length, skip_instruction=True)
+        with open(os.path.join(paths[key], "llm2vec_config.json"), "w") as f:
+            json.dump(llm2vec | {"doc_max_length": 20}, f)
 
     kept = dict(device="cpu", dtype="fp32", attention="bidirectional")
     ours = Embedder.load(paths["mntp"], adapters=[paths["simcse"]], **kept)
@@ -495,23 +521,30 @@ def test_adapter_chain_equals_peft(tmp_path):
 
 
 def test_lora_is_merged_in_the_files_only(tmp_path):
-    ours = make("qwen3", "eos", "last")
+    projection = torch.nn.Linear(32, 8, bias=False)
+    ours = make("qwen3", "eos", "tokens", projection=projection)
     inject(ours.model, 4, 8, 0.0, "all", train_also="norm")
     for name, p in ours.model.named_parameters():
         if ".lora_" in name:
             p.data.normal_(0, 0.3)
     before = ours.encode(TEXTS)
-    ours.save(tmp_path)
-    assert differ(ours.encode(TEXTS), before) == 0 and any(
-        ".lora_A" in name for name, _ in ours.model.named_parameters()
-    )
-    assert differ(Embedder.load(str(tmp_path), device="cpu", dtype="fp32").encode(TEXTS), before) < 2e-5
+    ours.save(tmp_path / "a")
+    assert differ(ours.encode(TEXTS), before) == 0
+    assert any(".lora_A" in name for name, _ in ours.model.named_parameters())
+    # as FSDP gives it: all tensors from elsewhere, none of them the model's own
+    state = {name.removeprefix("model."): p.clone() for name, p in ours.state_dict().items()}
+    for p in ours.parameters():
+        p.data.zero_()
+    ours.save(tmp_path / "b", state_dict=state)
+    for folder in ("a", "b"):
+        again = Embedder.load(str(tmp_path / folder), device="cpu", dtype="fp32")
+        assert differ(again.encode(TEXTS), before) < 2e-5
 
 
 @pytest.mark.parametrize("tokens, pooling, settings, reason", [
     ("encoder", "mean", dict(prompts={"query": "find: ", "document": ""}, pool_instruction=False),
      "prompt 'query' .'find: '.*leave . tokens out of the pool, we"),
-    ("encoder", "mean", dict(template=CHAT, pool_instruction=False), "one special token"),
+    ("encoder", "mean", dict(template=CHAT, pool_instruction=False), "than one token, a special"),
     ("bos", "mean", dict(template=Template("", "t in a book")), "its tokens would be"),
     ("encoder", "weighted_mean", dict(pool_instruction=False), "counts the instruction's"),
     ("encoder", "splade", dict(pool_instruction=False), "counts the instruction's"),

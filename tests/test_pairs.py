@@ -249,10 +249,11 @@ def test_st_triplets_complains(tmp_path):
         st(tmp_path, rows)
     with pytest.raises(ValueError, match=r"in.jsonl line 1: columns \['text'\], expected 2"):
         st(tmp_path, [{"text": "a", "label": 1}])
+    out = str(tmp_path / "out.jsonl")
     with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
-        st_triplets.main(["--input", str(tmp_path / "nothing.jsonl"), "--out", "x"])
+        st_triplets.main(["--input", str(tmp_path / "nothing.jsonl"), "--out", out])
     with pytest.raises(SystemExit, match="one of --input and --dataset"):
-        st_triplets.main(["--out", "x"])
+        st_triplets.main(["--out", out])
 
 
 # ---- hard negatives ----

@@ -242,11 +242,10 @@ def test_newest_model(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
     (tmp_path / "step3000").mkdir()  # nothing in it
-    assert sample.newest_model(str(tmp_path)) == str(tmp_path / "ext800")
-    assert sample.newest_model(str(tmp_path / "step90")) == str(tmp_path / "step90")
-    assert sample.newest_model("owner/name") == "owner/name"
-    with pytest.raises(SystemExit, match="no config.json, and no checkpoint"):
-        sample.newest_model(str(tmp_path / "step3000"))
+    assert M.resolve_folder(str(tmp_path)) == str(tmp_path / "ext800")
+    assert M.resolve_folder(str(tmp_path / "step90")) == str(tmp_path / "step90")
+    with pytest.raises(FileNotFoundError, match="no config.json, and no checkpoint"):
+        M.resolve_folder(str(tmp_path / "step3000"))
 
 
 def test_an_adapter_is_read_with_its_base(folders, tmp_path):
