@@ -253,10 +253,10 @@ def task_prompts(tasks, instructions, template, own):
             missing.append(name)
             continue
         given = given if isinstance(given, dict) else {"query": given}
-        if instructions != "model":
-            put = template.replace("\\n", "\n").replace
-            given = {side: text and put("{instruction}", text) for side, text in given.items()}
         prompts[name] = {"query": "", "document": own.get("document", "")} | given
+        if instructions != "model" and (text := prompts[name]["query"]):
+            text = template.replace("\\n", "\n").replace("{instruction}", text)
+            prompts[name]["query"] = text
     if missing:
         raise SystemExit(f'{instructions} has no line for {", ".join(missing)}; "" is for none')
     return prompts
@@ -305,7 +305,7 @@ class BM25:
         titles = corpus["title"] if "title" in corpus.column_names else [""] * len(corpus)
         doc, word, count = array("i"), array("i"), array("f")
         for i, (title, text) in enumerate(zip(titles, corpus["text"], strict=True)):
-            for w, n in Counter(re.findall(r"\w+", f"{title} {text}".lower())).items():
+            for w, n in Counter(re.findall(r"\w+", f"{title or ''} {text}".lower())).items():
                 doc.append(i)
                 word.append(self.vocab.setdefault(w, len(self.vocab)))
                 count.append(n)
@@ -415,8 +415,8 @@ def evaluate(encoder, tasks, folder, reuse=False):
             except Exception as e:  # hub, cache and builders raise what they like
                 raise SystemExit(
                     f"{meta.name}: cannot load {meta.dataset['path']}: {type(e).__name__}: {e}\n"
-                    "Tasks by name come from the Hugging Face hub, --local reads files. What is done "
-                    "by name is kept for the next run."
+                    "Tasks by name come from the Hugging Face hub, --local reads files.\n"
+                    "What is done by name is kept for the next run."
                 ) from e
             called = encoder
             if isinstance(encoder, Encoder):

@@ -86,7 +86,7 @@ def test_sts(tmp_path):
     rng = np.random.default_rng(1)
     rows = [{"sentence1": sentence(rng), "sentence2": sentence(rng), "score": float(s)}
             for s in rng.integers(0, 5, 30)]  # fmt: skip
-    rows[3]["sentence1"] = 'a "quoted word'  # a tsv has no quoting
+    rows[3]["sentence1"] = '"a quoted word'  # a tsv has no quoting
     rows[4]["sentence1"] = rows[3]["sentence1"] + " ta"
     for row in rows:
         row["sentence1"] += " tan"
@@ -266,6 +266,11 @@ def test_bm25_by_hand(tmp_path):
     assert got["1"] == pytest.approx({"y": y, "x": x}, rel=1e-6)  # z and w share no word
     assert got["2"] == pytest.approx({"y": 2 * idf[2] * 2 / (2 + k4), "x": 2 * x}, rel=1e-6)
     assert list(bm25.search(queries, top_k=1)["1"]) == ["y"]
+    titled = {"id": list(docs), "title": ["The", "the CAT", "", ""],
+              "text": ["cat sat.", "the dog", "a bird", ""]}  # fmt: skip
+    other = BM25()
+    other.index(Dataset.from_dict(titled))
+    assert other.search(queries, top_k=10) == got
     again = bm25.search(queries, top_k=10, top_ranked={"1": ["z", "x"], "2": ["w"]})
     assert again == {"1": {"z": 0.0, "x": pytest.approx(x)}, "2": {"w": 0.0}}
 
@@ -340,7 +345,7 @@ def test_task_prompts(tmp_path):
     file.write_text(json.dumps(lines | {"CQADupstackRetrieval": "c"}))
     got = task_prompts(tasks, str(file), "{instruction}: ", {})
     assert got["STSBenchmark"] == {"query": "", "document": ""}  # an empty one gets no template
-    assert got["SciFact"] == {"query": "a: ", "document": "b: "}
+    assert got["SciFact"] == {"query": "a: ", "document": "b"}
     assert got["CQADupstackAndroidRetrieval"] == {"query": "c: ", "document": ""}
     file.write_text(json.dumps(lines))
     with pytest.raises(SystemExit, match="instructions.json has no line for CQADupstackAndroid"):
