@@ -81,7 +81,7 @@ split = "test"  # with local: which qrels/<split>.tsv, which <split>.jsonl of a 
 instructions = "model"
 query_template = "{instruction}"  # around an instruction that is not the model's own; \n: new line
 # device
-batch_tokens = 16384  # tokens of one forward on one device
+batch_tokens: int | None = None  # tokens of one forward; None: 2,048 on the CPU, 16,384 on a GPU
 dtype = "auto"  # bf16, fp32, or what the device is good at
 
 
@@ -348,7 +348,7 @@ def fingerprint(module, *settings):
 
 def load_encoder(
     name, device, adapters=(), attention=None, pooling=None, max_length=None, similarity=None,
-    batch_tokens=16384, dtype="auto",
+    batch_tokens=None, dtype="auto",
 ):  # fmt: skip
     """A column of the table: bm25, random, st:name, or an Embedder."""
     bar = sys.stderr.isatty()

@@ -332,21 +332,21 @@ def gather_rows(x, counts):
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
-def embed_all(forward, chunks, n, s):
-    """Vectors of n texts in their own order from their chunks -> [n, C] or [n, L, C]."""
-    vectors = [None] * n
+def embed_all(forward, chunks, n_chunks):
+    """Vectors of all texts in their own order from their chunks -> [n, C] or [n, L, C]."""
+    vectors = [None] * sum(map(len, chunks))
     for i, chunk in enumerate(chunks):
         for text, vector in zip(chunk, forward(i), strict=True):
             vectors[text] = vector
-    for _ in range(n_forwards(chunks, s) - len(chunks)):
+    for _ in range(n_chunks - len(chunks)):
         forward(0)
     if vectors[0].dim() == 1:
         return torch.stack(vectors)
     return torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True)
 
 
-def n_forwards(chunks, s):
-    """One a chunk; under FSDP, whose forward is collective, on every rank as many as on any."""
+def count_chunks(chunks, s):
+    """How many forwards there are: under FSDP, where each is collective, the most of any rank."""
     if not s["fsdp"]:
         return len(chunks)
     of_rank = [len(chunks) * (r == s["rank"]) for r in range(s["world_size"])]
@@ -370,10 +370,10 @@ def cached_step(wrapped, batch, step, s):
             return padded(wrapped(*pack([encoded[j] for j in chunks[i]], device)))
 
     # 1. the vectors of all texts, without a graph unless they fit in one chunk
-    n_chunks = n_forwards(chunks, s)
+    n_chunks = count_chunks(chunks, s)
     cached = n_chunks > 1
     with torch.no_grad() if cached else nullcontext():
-        own = embed_all(forward, chunks, len(encoded), s)  # [n, C] or [n, L, C]
+        own = embed_all(forward, chunks, n_chunks)  # [n, C] or [n, L, C]
     # 2. the loss of this rank's queries among the passages of all ranks
     queries, passages = own[:n_queries].detach(), own[n_queries:].detach()
     if own.dim() == 3:  # queries are shorter than passages
@@ -465,7 +465,8 @@ def evaluate(embedder, file, settings, max_lines=1000):
             with s["autocast"]():
                 return padded(embedder.embed([encoded[j] for j in chunks[i]]))
 
-        return gather_rows(embed_all(forward, chunks, len(own), s), [len(m) for m in mine])
+        vectors = embed_all(forward, chunks, count_chunks(chunks, s))
+        return gather_rows(vectors, [len(m) for m in mine])
 
     queries = embed([p["query"] for p in pairs], asks, s["query_max_length"])
     texts = embed(passages, answer, s["passage_max_length"])
