@@ -372,7 +372,8 @@ def prune_checkpoints(out_dir, prefix, keep_last, keep_models, best=None):
 
 def _full(value):
     """On rank 0 the whole of a sharded tensor, on the CPU; None elsewhere. Collective."""
-    value = value.full_tensor() if isinstance(value, DTensor) else value
+    if isinstance(value, DTensor):
+        value = value.full_tensor().clone()  # uneven shards: a view of padded storage otherwise
     if _rank() != 0:
         return None
     return value.cpu() if torch.is_tensor(value) else value

@@ -581,9 +581,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         w = weight.to(x.dtype)
         # 64 MB of fp32 logits at a time on the CPU, 512 MB on a GPU
         step = max(1, 2 ** (24 if x.device.type == "cpu" else 27) // weight.size(0))
+        # one buffer for all chunks: on the CPU fresh memory costs a page fault for each 4 kB
+        buffer = torch.empty(min(step, x.size(0)), weight.size(0), dtype=wide, device=x.device)
         for start in range(0, x.size(0), step):
             x1, t1 = x[start : start + step], targets[start : start + step]  # [n, C], [n]
-            logits = (x1 @ w.t()).to(wide)  # [n, V]
+            logits = buffer[: x1.size(0)]  # [n, V]
+            if x.dtype == wide:
+                torch.mm(x1, w.t(), out=logits)
+            else:
+                logits.copy_(x1 @ w.t())
             if bias is not None:
                 logits += bias
             top = logits.amax(dim=1, keepdim=True)  # [n, 1]
@@ -600,7 +606,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_x:
                 dx[start : start + step] = (p @ w).to(wide) / s - w[t1]
             if need_w:
-                dw += p.t() @ (x1 / s).to(x.dtype)
+                if x.dtype == wide:
+                    dw.addmm_(p.t(), x1 / s)  # in place: no second [V, C]
+                else:
+                    dw += p.t() @ (x1 / s).to(x.dtype)
                 dw.index_add_(0, t1, -x1.to(wide))
         ctx.save_for_backward(dx, dw, db)
         ctx.types = weight.dtype, None if bias is None else bias.dtype

@@ -423,8 +423,11 @@ if __name__ == "__main__":
 
     # ---- loop ----
     columns = ["loss", "acc", "gnorm", "lr", "tok_s", "mfu", "eval_loss", "eval_ppl", "eval_acc"]
-    log = common.open_log(out_dir, columns, max_steps, step, tracker, config)
-    common.save_config(config, os.path.join(out_dir, "config.py"))
+    if dry_run:  # leaves nothing behind
+        log = lambda step, values: None  # noqa: E731
+    else:
+        log = common.open_log(out_dir, columns, max_steps, step, tracker, config)
+        common.save_config(config, os.path.join(out_dir, "config.py"))
     stop_requested = common.catch_sigterm()
     peak, bad_steps, since, seconds = common.peak_flops(device), 0, 0, 0.0
     batches = prefetch(train_batches(train, step, max_steps, settings))
