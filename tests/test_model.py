@@ -1364,7 +1364,8 @@ def test_folder_in_bf16(tmp_path):
 
 @pytest.mark.parametrize(
     "family, kinds, window",
-    [("llama", _KINDS, 4), ("neobert", _KINDS, 4), ("mistral", _KINDS, 4), ("modernbert", _KINDS, 0)],
+    [(family, _KINDS, 4) for family in ("llama", "neobert", "mistral")]
+    + [("modernbert", _KINDS, 0)],
 )
 def test_windows_that_a_folder_cannot_keep_are_refused(family, kinds, window):
     """config.json of Llama and NeoBERT has no windows, Mistral's one for all layers."""
