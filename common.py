@@ -8,7 +8,6 @@ import difflib
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -600,6 +599,8 @@ def peak_memory(device):
     """Most bytes held so far: of tensors on a GPU, of the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -609,8 +610,11 @@ def largest_batch(forward_backward, n, device):
     and 2n, on a straight line. An estimate; nothing is known beyond n where 2n does not fit."""
     forward_backward(n)
     one = peak_memory(device)
-    free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda"
-            else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:  # macOS tells only how much there is
+        pages = "SC_PHYS_PAGES" if sys.platform == "darwin" else "SC_AVPHYS_PAGES"
+        free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     try:
         forward_backward(2 * n)
     except torch.OutOfMemoryError:

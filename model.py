@@ -92,9 +92,11 @@ def attention(q, k, v, seqs, causal, window, dropout_p=0.0, backend="sdpa"):
     """softmax(q k^T / sqrt(D)) v within each text. q [T, H, D], k, v [T, H_kv, D] -> [T, H, D]."""
     if backend == "flash_attn":
         cu, longest = seqs.cu_seqlens, seqs.max_seqlen
+        exact = torch.are_deterministic_algorithms_enabled()
         return flash_attn_varlen_func(
-            q, k, v, cu, cu, longest, longest, dropout_p, causal=causal, window_size=window
-        )
+            q, k, v, cu, cu, longest, longest, dropout_p, causal=causal, window_size=window,
+            deterministic=exact,
+        )  # fmt: skip
     if backend == "varlen":
         cu, longest = seqs.cu_seqlens, seqs.max_seqlen
         grouped = {"enable_gqa": True} if q.size(1) != k.size(1) else {}

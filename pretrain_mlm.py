@@ -3,9 +3,9 @@ Pretrain an encoder (masked language modelling) or a decoder (causal) on packed 
 
     python data/pydocs/prepare.py                                    # real text, no download
     python pretrain_mlm.py configs/mlm_pydocs_tiny.py                # one GPU, a Mac or the CPU
-    torchrun --standalone --nproc_per_node=8 pretrain_mlm.py configs/mlm_ettin.py --model_size=...
+    torchrun --standalone --nproc_per_node=8 pretrain_mlm.py configs/pretrain_ettin.py
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-        pretrain_mlm.py configs/mlm_ettin.py                         # several machines
+        pretrain_mlm.py configs/pretrain_ettin.py                    # several machines
     python pretrain_mlm.py configs/x.py --resume=True                # go on where it stopped
 
 A row is max_seq_len tokens of the token file, a few whole documents and the cut ends of two; no
@@ -37,7 +37,7 @@ from data import (
     read_row,
     rows_of_step,
 )
-from model import choose_backend, from_pretrained, from_scratch
+from model import choose_backend, from_pretrained, from_scratch, resolve_folder
 
 # ---- defaults ----
 out_dir = "out/mlm"
@@ -64,8 +64,8 @@ mask_all = False  # all become the mask; else 80 % do, 10 % a random token, 10 %
 # batch, in tokens
 batch_size = 32768  # of one step, over all devices and micro-batches
 device_batch_size = 8192  # of one forward on one device
-# length: the first of these that is given
-max_steps: int | None = 1000
+# length: one of these
+max_steps: int | None = None
 max_tokens: int | None = None
 num_epochs: float | None = None
 # optimizer
@@ -79,9 +79,9 @@ adam_eps = 1e-6
 grad_clip = 1.0  # largest norm of the gradient; 0: none
 schedule = "cosine"  # cosine, linear, constant, wsd (constant, then a decay)
 decay_shape = "sqrt"  # of wsd: 1 - sqrt(t), or linear
-warmup_steps: int | None = None  # warmup: in steps, tokens or as a share of the run
+warmup_steps: int | None = None  # warmup: in steps, tokens or as a share of the run; None: none
 warmup_tokens: int | None = None
-warmup_ratio = 0.0
+warmup_ratio: float | None = None
 decay_steps: int | None = None  # the decay: the end of a wsd run; cosine and linear begin with it
 decay_tokens: int | None = None
 decay_ratio: float | None = None  # None: wsd 10 % of the run, the others all after the warmup
@@ -193,10 +193,12 @@ def learning_rate_at(step, max_steps, peak, floor, schedule, warmup, decay, deca
 
 
 def in_steps(steps, tokens, ratio, batch_size, max_steps):
-    """A length given in steps, in tokens or as a share of the run, in steps."""
-    if steps is not None:
-        return steps
-    return round(tokens / batch_size) if tokens is not None else round(ratio * max_steps)
+    """A length given in steps, in tokens or as a share of the run, in steps; None if in none."""
+    if sum(x is not None for x in (steps, tokens, ratio)) > 1:
+        raise SystemExit(f"give one of steps={steps}, tokens={tokens}, ratio={ratio}, not several")
+    if tokens is not None:
+        return round(tokens / batch_size)
+    return round(ratio * max_steps) if ratio is not None else steps
 
 
 def make_optimizers(model, kind, lr, betas, eps, weight_decay, fused, zero1):
@@ -289,6 +291,17 @@ if __name__ == "__main__":
     }.items():  # fmt: skip
         if config[key] not in values:
             raise SystemExit(f"{key}={config[key]!r}: expected one of {', '.join(values)}")
+    if sum(x is not None for x in (max_steps, max_tokens, num_epochs)) != 1:
+        raise SystemExit(
+            f"the length of training: {max_steps=}, {max_tokens=}, {num_epochs=}; expected one "
+            "of them (--max_steps=None takes back what a config gives)"
+        )
+    if lora_rank and init_from in ("scratch", "resume"):
+        raise SystemExit(f"LoRA needs a base in init_from, not {init_from!r}; see --resume=True")
+    if (fsdp or zero1) and "RANK" not in os.environ:
+        raise SystemExit("fsdp and zero1 share work between ranks: start with torchrun")
+    if zero1 and (fsdp or optimizer == "muon"):
+        raise SystemExit("zero1 goes with adamw and stable_adamw, and not with fsdp")
 
     # ---- distributed and seed ----
     rank, world_size, local_rank, device = common.setup_distributed()
@@ -312,26 +325,32 @@ if __name__ == "__main__":
     if accumulation * device_batch_size * world_size != batch_size:
         raise SystemExit(f"{batch_size=} must be k x {device_batch_size=} x {world_size=}")
     n_rows = len(train.tokens) // max_seq_len
+    if n_rows == 0:
+        raise SystemExit(f"{data_dir}: {len(train.tokens)} tokens are no row of {max_seq_len=}")
+    if objective == "mlm" and train.meta["mask_id"] is None:
+        raise SystemExit(f"{data_dir}: its tokenizer has no mask token, as objective='mlm' needs")
     if max_steps is None:
         all_tokens = max_tokens if max_tokens is not None else num_epochs * n_rows * max_seq_len
         max_steps = math.ceil(all_tokens / batch_size)
-    warmup = in_steps(warmup_steps, warmup_tokens, warmup_ratio, batch_size, max_steps)
-    if decay_ratio is None:
-        decay_ratio = 0.1 if schedule == "wsd" else 1 - warmup / max_steps
+    warmup = in_steps(warmup_steps, warmup_tokens, warmup_ratio, batch_size, max_steps) or 0
     decay = in_steps(decay_steps, decay_tokens, decay_ratio, batch_size, max_steps)
+    if decay is None:
+        decay = round(0.1 * max_steps) if schedule == "wsd" else max_steps - warmup
     settings = dict(
         objective=objective, max_seq_len=max_seq_len, mask_prob=mask_prob, mask_all=mask_all,
         mask_id=train.meta["mask_id"], seed=seed, rank=rank, world_size=world_size, n_rows=n_rows,
         ordinary=np.setdiff1d(np.arange(train.meta["vocab_size"]), train.meta["special_ids"]),
         rows_per_step=rows_per_step, rows_per_batch=rows_per_batch,
     )  # fmt: skip
-    val = open_tokens(data_dir, "val") if eval_interval else None
+    has_val = eval_interval and "val" in train.meta["splits"]
+    val = open_tokens(data_dir, "val") if has_val else None
     eval_rows = min(eval_tokens, len(val.tokens)) // max_seq_len if val else 0
     print0(
         f"{data_dir}: {len(train.tokens):,} tokens = {n_rows:,} rows of {max_seq_len}\n"
         f"a step: {rows_per_batch} rows x {accumulation} micro-batches x {world_size} ranks "
         f"= {batch_size:,} tokens\n{max_steps:,} steps = {max_steps * batch_size:,} tokens "
-        f"= {max_steps * rows_per_step / n_rows:.2f} epochs; warmup {warmup:,} steps"
+        f"= {max_steps * rows_per_step / n_rows:.2f} epochs; warmup {warmup:,} steps; "
+        f"evaluation on {eval_rows:,} rows of val.bin"
     )
     if show_batch:
         epochs, rows = rows_of_step(0, rows_per_step, n_rows, seed)
@@ -345,22 +364,26 @@ if __name__ == "__main__":
     last = common.latest_checkpoint(out_dir, checkpoint_prefix)
     if last and not (resume or dry_run):
         raise SystemExit(f"{last} exists: --resume=True goes on, or choose another out_dir")
-    last = last if resume else None
+    last = last if resume and not dry_run else None
+    if init_from == "resume" and not last:
+        raise SystemExit(f"init_from='resume': {out_dir} has no checkpoint to go on from")
     attention = "causal" if objective == "clm" else "bidirectional"
     source = last if last and not lora_rank else init_from
     if source in ("scratch", "resume"):
         changes = {"max_seq_len": max_seq_len, "causal": objective == "clm"}
         changes |= {"vocab_size": vocab_size} if vocab_size else {}
+        if rope_theta:
+            rope = {"theta": rope_theta, "scaling": None}
+            changes["rope"] = {"global": rope, "local": rope}
         model = from_scratch(model_size, **changes)
     else:
         frozen = compute_dtype if lora_rank else torch.float32
         model = from_pretrained(source, attention, rope_theta=rope_theta, dtype=frozen)
         model.config.max_seq_len = max(model.config.max_seq_len, max_seq_len)
     check_tokenizer(tokenizer, model.config.vocab_size)
-    model.config.hf |= {
-        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
-        for name in ("pad", "bos", "eos", "cls", "sep", "mask")
-    }
+    specials = [f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep", "mask")]
+    # what a base's config.json says stays: Llama 3 has several EOS
+    model.config.hf = {key: getattr(tokenizer, key) for key in specials} | model.config.hf
     if attn_dropout is not None:
         model.config.attn_dropout = attn_dropout
     if out_dropout is not None:
@@ -411,7 +434,8 @@ if __name__ == "__main__":
         folder = common.begin_checkpoint(out_dir, f"{checkpoint_prefix}{step}")
         if rank == 0:
             if lora_rank:
-                lora.save_adapter(raw, folder, init_from, weights)
+                base = resolve_folder(init_from) if os.path.isdir(init_from) else init_from
+                lora.save_adapter(raw, folder, base, weights)
             else:
                 raw.save_pretrained(folder, weights)
             tokenizer.save_pretrained(folder)
@@ -452,7 +476,8 @@ if __name__ == "__main__":
             save()
             break
 
-        total = torch.zeros(2, device=device, dtype=torch.float64)  # loss, hits of this rank
+        wide = torch.float32 if device.type == "mps" else torch.float64  # a Mac has no float64
+        total = torch.zeros(2, device=device, dtype=wide)  # loss, hits of this rank
         for i, batch in enumerate(micro_batches):
             sync = i == len(micro_batches) - 1  # gradients meet once a step, at the last backward
             if fsdp:
@@ -470,7 +495,7 @@ if __name__ == "__main__":
         loss, hits = (x / max(n_labels, 1) for x in common.all_reduce_sum(total.tolist()))
 
         if not math.isfinite(loss + gnorm):
-            bad_steps += 1
+            bad_steps += 1  # in the whole run: a good one has none
             epochs, rows = rows_of_step(step, rows_per_step, n_rows, seed)
             print0(
                 f"step {step + 1}: loss {loss}, gradient norm {gnorm}: skipped. Rows of {data_dir}"
@@ -487,7 +512,9 @@ if __name__ == "__main__":
         step += 1
         since, seconds = since + batch_size, seconds + time.perf_counter() - start
 
-        if dry_run and step == 2:  # the first was slow: allocation, compilation
+        if dry_run and step < min(2, max_steps):  # the first is slow: allocation, compilation
+            continue
+        if dry_run:
 
             def forward_backward(n):
                 some = [i % n_rows for i in range(n)]

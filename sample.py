@@ -2,7 +2,7 @@
 Use a model: fill in masked tokens, write on from a prompt, or rank texts by a question.
 
     python sample.py --model=out/mlm_pydocs_tiny --text="Return the [MASK] of the list."
-    python sample.py --model=out/mlm_pydocs_tiny/step500 --file=lines.txt     # one text a line
+    python sample.py --model=out/mlm_pydocs_tiny/step1600 --file=lines.txt     # one text a line
     python sample.py --model=out/clm_pydocs_tiny --prompt="Return the" --num_samples=3
     python sample.py --model=owner/name@revision --text=- < letter.txt        # from stdin
     python sample.py --model=out/contrastive_pydocs_tiny --rank="How do I split a string?"
@@ -58,7 +58,10 @@ def load(name, device, torch_dtype):
     adapter = os.path.join(folder, "adapter_config.json")
     if os.path.exists(adapter):
         with open(adapter, encoding="utf-8") as f:
-            net = from_pretrained(json.load(f)["base_model_name_or_path"], dtype=torch_dtype)
+            config = json.load(f)
+        base, revision = config["base_model_name_or_path"], config.get("revision")
+        at = f"@{revision}" if revision and not os.path.isdir(base) else ""
+        net = from_pretrained(base + at, dtype=torch_dtype)
         lora.load_adapter(net, folder)
         lora.merge(net)
     else:

@@ -1,7 +1,7 @@
 """
 One minute of trust in a model folder, on this machine.
 
-    python verify.py out/mlm_pydocs_tiny/step500
+    python verify.py out/mlm_pydocs_tiny
     python verify.py owner/name@revision
 
 A line for each check: PASS, FAIL or skipped, and the figure behind it. The exit code is 1 if one

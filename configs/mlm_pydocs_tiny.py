@@ -11,7 +11,7 @@ vocab_size = 8192
 batch_size = 4 * max_seq_len
 device_batch_size = batch_size
 max_steps = 1600
-warmup_steps = max_steps // 20
+warmup_ratio = 0.05
 
 mask_prob = 0.3
 learning_rate = 1e-3

@@ -4,7 +4,7 @@
 base = "pretrain_ettin.py"
 init_from = f"out/{model_size}-{objective}/step360277"  # phase 1's last
 out_dir = f"out/{model_size}-{objective}-ext"
-data_dir = "data/ettin_8k"
+data_dir = "data/ettin_8k"  # likewise, of the longer documents
 checkpoint_prefix = "ext"
 
 # 576 rows x 8,192 tokens = 4,718,592 tokens/step as before; 250B tokens = 52,982 steps

@@ -192,8 +192,10 @@ def test_learning_rates():
     assert rate(85, "wsd", decay=20, decay_shape="linear") == pytest.approx(0.1 + 0.9 * 0.75)
     assert rate(60, "cosine", decay=40) == 0.1
     assert rate(50, "cosine", decay=40) == pytest.approx(0.1)
-    assert pretrain_mlm.in_steps(None, 1000, 0.5, 100, 7) == 10
-    assert pretrain_mlm.in_steps(3, 1000, 0.5, 100, 7) == 3
+    assert pretrain_mlm.in_steps(None, 1000, None, 100, 7) == 10
+    assert pretrain_mlm.in_steps(3, None, None, 100, 7) == 3
+    with pytest.raises(SystemExit, match="one of steps=3, tokens=1000"):
+        pretrain_mlm.in_steps(3, 1000, None, 100, 7)
     assert pretrain_mlm.in_steps(None, None, 0.5, 100, 8) == 4
 
 
@@ -284,12 +286,15 @@ def test_two_ranks_equal_one(tiny, tmp_path):
     """DDP, FSDP and ZeRO-1, each whole and in two halves: the losses and weights of one rank."""
     more = ["--out_dropout=0.0", "--optimizer=stable_adamw", "--device_batch_size=192"]
     one = run(tiny, tmp_path / "one", *more)
+    adamw = run(tiny, tmp_path / "adamw", *more, "--optimizer=adamw")
     kinds = {"ddp": [], "fsdp": ["--fsdp=True"], "zero1": ["--zero1=True", "--optimizer=adamw"]}
     argvs = []
     for kind, flags in kinds.items():
         argvs.append(arguments(tiny, tmp_path / kind, *more, *flags))
-        half = arguments(tiny, tmp_path / (kind + "-half"), *more, *flags)
-        argvs += [half + ["--max_steps=4", "--schedule=constant"], half + ["--resume=True"]]
+        constant = [*more, *flags, "--schedule=constant"]
+        argvs.append(arguments(tiny, tmp_path / (kind + "-constant"), *constant))
+        half = arguments(tiny, tmp_path / (kind + "-half"), *constant)
+        argvs += [half + ["--max_steps=4"], half + ["--resume=True"]]
     run_ranks(2, argvs)
     want = from_pretrained(str(tmp_path / "one" / "step8")).state_dict()
     for kind in ("ddp", "fsdp"):
@@ -300,8 +305,10 @@ def test_two_ranks_equal_one(tiny, tmp_path):
         have = from_pretrained(str(tmp_path / kind / "step8")).state_dict()
         for name in want:
             assert (have[name] - want[name]).norm() <= 1e-3 * want[name].norm(), (kind, name)
+    assert losses(tmp_path / "zero1") == pytest.approx(adamw, rel=1e-5)
     for kind in kinds:
-        assert list(losses(tmp_path / (kind + "-half"))) == list(range(1, 9)), kind
+        whole, half = tmp_path / (kind + "-constant"), tmp_path / (kind + "-half")
+        assert losses(half) == losses(whole) and weights(half) == weights(whole), kind
 
 
 def test_other_objective_lora_and_muon(tiny, unbroken, tmp_path):
@@ -374,6 +381,11 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path, capsys)
         (["--objective=rtd"], "objective"),
         (["--schedule=cosin"], "schedule"),
         (["--init_from=nowhere/at/all"], "no such folder"),
+        (["--num_epochs=3"], "max_steps=8, max_tokens=None, num_epochs=3.0"),
+        (["--init_from=resume"], "no checkpoint to go on from"),
+        (["--lora_rank=4"], "LoRA needs a base"),
+        (["--zero1=True"], "start with torchrun"),
+        (["--max_seq_len=100000", "--batch_size=100000", "--device_batch_size=100000"], "no row"),
     ],
 )
 def test_bad_settings_say_what_is_expected(tiny, tmp_path, more, message):
