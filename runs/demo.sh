@@ -30,10 +30,15 @@ $python train_contrastive.py configs/contrastive_pydocs_tiny.py --resume=True
 
 say "6/6 retrieval over modules that no training saw"
 [ -d out/untrained ] || $python - <<'PYTHON'
+import torch
 from data import load_tokenizer
 from model import from_scratch
-from_scratch("modernbert-tiny").save_pretrained("out/untrained")
-load_tokenizer("data/pydocs/tokenizer").save_pretrained("out/untrained")
+torch.manual_seed(1337)
+tokenizer = load_tokenizer("data/pydocs/tokenizer")
+specials = [f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep")]
+ids = {key: getattr(tokenizer, key) for key in specials}
+from_scratch("modernbert-tiny", hf=ids).save_pretrained("out/untrained")
+tokenizer.save_pretrained("out/untrained")
 PYTHON
 $python eval_mteb.py --local=data/pydocs/test.jsonl --out_dir=out/eval_pydocs \
     --model=out/untrained,out/mlm_pydocs_tiny,out/contrastive_pydocs_tiny
