@@ -481,6 +481,12 @@ def read_pair(file: PairFile, i: int) -> dict:
     return {"query": query, "pos": pos, "neg": neg, "prompt": prompt} | scores
 
 
+def is_held_out(query: str, share: float) -> bool:
+    """By a hash: a query that comes twice is on one side both times."""
+    digest = hashlib.sha256(query.encode("utf-8", "replace")).hexdigest()
+    return int(digest[:8], 16) < share * 2**32
+
+
 # ---- reading ahead ----
 
 

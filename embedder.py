@@ -548,7 +548,7 @@ def merged_state(model, state):
     for name, layer in lora_layers(model).items():
         a, b = state.pop(f"{name}.lora_A"), state.pop(f"{name}.lora_B")
         w = state.pop(f"{name}.base.weight")
-        state[f"{name}.weight"] = (w.float() + layer.scale * (b @ a)).to(w.dtype)
+        state[f"{name}.weight"] = layer.add_to(w, a, b)
         if f"{name}.base.bias" in state:
             state[f"{name}.bias"] = state.pop(f"{name}.base.bias")
     return state

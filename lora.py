@@ -54,9 +54,11 @@ class LoRALinear(nn.Module):
         return y + F.linear(a * self.scale, self.lora_B.to(x.dtype))
 
     def merged_weight(self):
+        return self.add_to(self.base.weight, self.lora_A, self.lora_B)
+
+    def add_to(self, w, a, b):
         """W + scale B A, added in fp32, in the type of W."""
-        w = self.base.weight
-        return (w.float() + self.scale * (self.lora_B @ self.lora_A)).to(w.dtype)
+        return (w.float() + self.scale * (b @ a)).to(w.dtype)
 
 
 def lora_layers(model):

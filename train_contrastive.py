@@ -561,7 +561,7 @@ if __name__ == "__main__":
     last = common.latest_checkpoint(out_dir, "step")
     if last and not (resume or dry_run):
         raise SystemExit(f"{last} exists: --resume=True goes on, or choose another out_dir")
-    last = last if resume else None
+    last = last if resume and not dry_run else None
     if pooling == "tokens" and projection_dim and (lora_rank or fsdp):
         raise SystemExit("the projection of pooling='tokens' trains without LoRA and without FSDP")
     weights_type = compute_dtype if lora_rank else torch.float32  # what trains is fp32

@@ -11,7 +11,6 @@ beside this file (or in --out): train.jsonl and val.jsonl, see readme.md. Consta
 
 import argparse
 import glob
-import hashlib
 import json
 import os
 import sys
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the project, for data.py
-from data import read_jsonl, require  # noqa: E402
+from data import is_held_out, read_jsonl, require  # noqa: E402
 
 
 def rows_of(args):
@@ -70,12 +69,6 @@ def pair_of(record: dict, path: str, line: int, separator: str, counts: dict) ->
     if record.get("prompt"):
         pair["prompt"] = require(record, "prompt", str, path, line) + separator
     return pair if query.strip() and pair["pos"] else None
-
-
-def is_held_out(query: str, share: float) -> bool:
-    """By a hash: a query that comes twice is on one side both times."""
-    digest = hashlib.sha256(query.encode("utf-8", "replace")).hexdigest()
-    return int(digest[:8], 16) < share * 2**32
 
 
 def main(argv=None):

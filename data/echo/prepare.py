@@ -10,7 +10,6 @@ file (or in --out): NAME.jsonl for each data set and val.jsonl, see readme.md. C
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the project, for data.py
-from data import read_jsonl, require  # noqa: E402
+from data import is_held_out, read_jsonl, require  # noqa: E402
 
 # The instructions of E5-Mistral (Wang et al. 2024, arXiv 2401.00368), as LLM2Vec trains with them.
 # Where a data set has two, line 0, 2, .. of its file takes the first and line 1, 3, .. the second.
@@ -69,12 +68,6 @@ def outputs(name: str, separator: str) -> list[tuple[str, str, bool]]:
     tasks = DATASETS[name]
     names = [name] if len(tasks) == 1 else [f"{name}_split{i + 1}" for i in range(len(tasks))]
     return [(n, text + separator, both) for n, (text, both) in zip(names, tasks, strict=True)]
-
-
-def is_held_out(query: str, share: float) -> bool:
-    """By a hash: a query that comes twice is on one side both times."""
-    digest = hashlib.sha256(query.encode("utf-8", "replace")).hexdigest()
-    return int(digest[:8], 16) < share * 2**32
 
 
 def convert(name: str, args, val) -> dict:

@@ -13,7 +13,6 @@ is a text or a list of texts. Rows of the older form {"set": [anchor, positive]}
 
 import argparse
 import glob
-import hashlib
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the project, for data.py
-from data import read_jsonl, require  # noqa: E402
+from data import is_held_out, read_jsonl, require  # noqa: E402
 
 NO_TEXTS = ("score", "scores", "label", "labels")  # columns that sentence-transformers passes over
 
@@ -67,12 +66,6 @@ def pair_of(record: dict, columns: list[str], path: str, line: int) -> dict | No
     pos, neg = list(dict.fromkeys(pos)), list(dict.fromkeys(neg))  # each text once
     neg = [text for text in neg if text not in pos]
     return {"query": query, "pos": pos, "neg": neg} if query.strip() and pos else None
-
-
-def is_held_out(query: str, share: float) -> bool:
-    """By a hash: a query that comes twice is on one side both times."""
-    digest = hashlib.sha256(query.encode("utf-8", "replace")).hexdigest()
-    return int(digest[:8], 16) < share * 2**32
 
 
 def main(argv=None):
