@@ -455,14 +455,19 @@ class Transformer(nn.Module):
         if self.config.tied and self.config.head != "none":
             self.lm_head.weight = self.embed.weight
 
-    def forward(self, tokens, seqs, rows=None, targets=None):
+    def forward(self, tokens, seqs, rows=None, targets=None, vectors=None, at=None):
         """tokens [T] int64 of a packed row ->
 
         - hidden [T, C] after the final norm,
         - with `rows` [L] int64: logits [L, V] at these rows of the hidden states,
         - with `rows` and `targets` [L] int64: (sum of cross-entropies, sum of hits) at these rows.
+
+        vectors [A, C]: stand in for the embeddings of the tokens at rows `at` [A] int64, whatever
+        these tokens are; gradients flow into them.
         """
         x = self.embed(tokens)
+        if vectors is not None:
+            x = x.index_copy(0, at, vectors.to(x.dtype))
         if self.stream_dtype is not None:  # bf16 under LoRA, also where the embedding is fp32
             x = x.to(self.stream_dtype)
         if self.embed_norm is not None:

@@ -4,19 +4,13 @@ whole, killed and resumed, on 1-3 ranks.
     python -m pytest tests/test_contrastive.py
 """
 
-import csv
 import json
 import os
 import random
 import re
-import runpy
-import signal
-import subprocess
-import sys
-import time
-import types
 from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,9 +19,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import common
+import harness
 import train_contrastive as T
 from data import load_tokenizer, open_pairs, read_pair
 from embedder import Embedder, Template
+from harness import kill_at_step, losses, run_ranks, saved, start
 from model import from_pretrained, from_scratch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -594,29 +590,8 @@ def tiny(model_folder, hard_file, tmp_path_factory):
     return str(path)
 
 
-def arguments(config, out_dir, *more):
-    return [os.path.join(ROOT, "train_contrastive.py"), config, f"--out_dir={out_dir}", *more]
-
-
-def run(config, out_dir, *more):
-    """The script in this process, as `python train_contrastive.py` runs it -> its globals."""
-    old, sys.argv = sys.argv, arguments(config, out_dir, *more)
-    try:
-        return types.SimpleNamespace(**runpy.run_path(sys.argv[0], run_name="__main__"))
-    finally:
-        sys.argv = old
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def losses(out_dir, column="loss"):
-    """{step: value} of log.csv, every bit of it."""
-    with open(os.path.join(out_dir, "log.csv"), newline="") as f:
-        return {int(row["step"]): float(row[column]) for row in csv.DictReader(f) if row[column]}
-
-
-def saved(out_dir, step=6, name="model.safetensors"):
-    with open(os.path.join(out_dir, f"step{step}", name), "rb") as f:
-        return f.read()
+SCRIPT = "train_contrastive.py"
+arguments, run = partial(harness.arguments, SCRIPT), partial(harness.run, SCRIPT)
 
 
 @pytest.fixture(scope="module")
@@ -700,16 +675,8 @@ def test_chunks_change_nothing(tiny, unbroken, tmp_path):
 def test_killed_and_resumed_is_bit_equal(tiny, tmp_path, capsys):
     more = ["--max_steps=40", "--attn_dropout=0.2"]
     run(tiny, tmp_path / "whole", *more)
-    process = subprocess.Popen(
-        [sys.executable, *arguments(tiny, tmp_path / "broken", *more)], cwd=ROOT,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    stop, log, deadline = random.randint(4, 24), tmp_path / "broken" / "log.csv", time.time() + 120
-    while not log.exists() or stop not in losses(tmp_path / "broken"):
-        assert process.poll() is None and time.time() < deadline, process.stdout.read()[-3000:]
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
+    process = start(1, SCRIPT, tiny, tmp_path / "broken", *more)
+    kill_at_step(process, tmp_path / "broken", random.randint(4, 24))
     capsys.readouterr()
     run(tiny, tmp_path / "broken", *more, "--resume=True")
     step = int(re.search(r"resumed .*, after step (\d+)", capsys.readouterr().out)[1])
@@ -745,28 +712,13 @@ def test_lora_resumed_is_bit_equal(tiny, model_folder, tmp_path):
         run(tiny, half, *keys, "--resume=True")
         for column in ("loss", "gnorm", "eval_loss"):
             assert losses(half, column) == losses(whole, column) and losses(half)
-        assert saved(half) == saved(whole)
+        assert saved(half, 6) == saved(whole, 6)
         a, b = (load_file(x / "step6/adapter/adapter_model.safetensors") for x in (half, whole))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
         loaded = Embedder.load(str(whole / "step6"), dtype="fp32")
         ours = embedder.encode(["tan mos", "ris"])
         assert np.abs(loaded.encode(["tan mos", "ris"]) - ours).max() < 1e-5
     assert losses(tmp_path / "whole2") != losses(tmp_path / "whole")
-
-
-def run_ranks(ranks, argvs):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch += [f"--nproc_per_node={ranks}", os.path.join(ROOT, "tests", "run_many.py")]
-    with subprocess.Popen(
-        launch + [json.dumps(argvs)], cwd=ROOT, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    ) as process:  # fmt: skip
-        try:
-            out, _ = process.communicate(timeout=200)
-        except subprocess.TimeoutExpired:  # ranks that wait for each other
-            process.terminate()
-            raise
-    assert process.returncode == 0, out[-6000:]
 
 
 def equal_runs(got, want):
@@ -828,7 +780,7 @@ def test_three_ranks_equal_one_and_resumed_are_bit_equal(tiny, toy_tokens, tmp_p
     equal_runs(tmp_path / "three", tmp_path / "one")
     for column in ("loss", "gnorm", "eval_loss"):
         assert losses(tmp_path / "half", column) == losses(tmp_path / "whole", column)
-    assert saved(tmp_path / "half") == saved(tmp_path / "whole")
+    assert saved(tmp_path / "half", 6) == saved(tmp_path / "whole", 6)
 
 
 def test_sigterm_saves_and_exits(tiny, unbroken, tmp_path, monkeypatch, capsys):
@@ -838,7 +790,7 @@ def test_sigterm_saves_and_exits(tiny, unbroken, tmp_path, monkeypatch, capsys):
     assert f"saved {tmp_path}/step4" in capsys.readouterr().out and max(losses(tmp_path)) == 4
     monkeypatch.undo()
     run(tiny, tmp_path, "--resume=True")
-    assert losses(tmp_path) == losses(unbroken) and saved(tmp_path) == saved(unbroken)
+    assert losses(tmp_path) == losses(unbroken) and saved(tmp_path, 6) == saved(unbroken, 6)
 
 
 def test_show_batch_and_dry_run(tiny, unbroken, tmp_path, capsys):

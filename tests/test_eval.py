@@ -12,8 +12,8 @@ import sys
 import mteb
 import numpy as np
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from data import load_tokenizer
 from embedder import Embedder
 from eval_mteb import (

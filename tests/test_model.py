@@ -198,6 +198,32 @@ def test_logits_equal_transformers_and_folders_go_both_ways(case, causal, tmp_pa
         assert after[key] == before[key], key
 
 
+@pytest.mark.parametrize("case", ["llama3-tied", "qwen3-untied", "modernbert-decoder"])
+def test_injected_vectors_equal_inputs_embeds(case, tmp_path):
+    """Vectors in place of the first and another token: logits and the vectors' gradients."""
+    other = theirs(case)
+    other.save_pretrained(tmp_path)
+    model = M.from_pretrained(tmp_path).eval()
+    lengths, generator = [5, 30], torch.Generator().manual_seed(0)
+    tokens, at = random_tokens(lengths), torch.tensor([0, 5, 12])
+    vectors = torch.randn(3, 64, generator=generator).requires_grad_()
+    rows = torch.arange(len(tokens))
+    logits = model(tokens, make_seqs(lengths), rows, vectors=vectors, at=at)
+    embeds = other.get_input_embeddings()(tokens)
+    kept = vectors.detach().clone().requires_grad_()
+    embeds = torch.stack([kept[at.tolist().index(i)] if i in at else embeds[i] for i in rows])
+    want = [other(inputs_embeds=x[None]).logits[0] for x in embeds.split(lengths)]
+    want = torch.cat(want)
+    assert (logits - want).abs().max() < TOLERANCE
+    probe = torch.randn(want.shape, generator=generator)
+    ((logits * probe).sum()).backward()
+    ((want * probe).sum()).backward()
+    assert (vectors.grad - kept.grad).abs().max() < 1e-3 * kept.grad.abs().max()
+    changed = torch.where(torch.isin(rows, at), 3, tokens)  # what stood there does not matter
+    again = model(changed, make_seqs(lengths), rows, vectors=vectors, at=at)
+    assert torch.equal(again, logits)
+
+
 @pytest.mark.parametrize("case", ["llama", "modernbert", "modernbert-decoder", "qwen3-untied"])
 def test_base_folder_gives_a_model_without_a_head(case, tmp_path):
     hf = theirs(case)

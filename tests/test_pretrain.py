@@ -3,26 +3,22 @@
     python -m pytest tests/test_pretrain.py
 """
 
-import csv
-import json
 import os
 import random
 import re
-import runpy
 import signal
-import subprocess
-import sys
-import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+import harness
 import pretrain_mlm
 from data import make_seqs, open_tokens, read_row
+from harness import kill_at_step, losses, run_ranks, saved, start, wait_for_step
 from model import from_pretrained
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = """
 model_size = "modernbert-tiny"
 vocab_size = 512
@@ -47,61 +43,13 @@ def tiny(toy_tokens, tmp_path_factory):
     return str(path)
 
 
-def arguments(config, out_dir, *more):
-    return [os.path.join(ROOT, "pretrain_mlm.py"), config, f"--out_dir={out_dir}", *more]
+SCRIPT = "pretrain_mlm.py"
+arguments = partial(harness.arguments, SCRIPT)
 
 
 def run(config, out_dir, *more):
-    """The script in this process, as `python pretrain_mlm.py` runs it."""
-    old, sys.argv = sys.argv, arguments(config, out_dir, *more)
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    finally:
-        sys.argv = old
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    harness.run(SCRIPT, config, out_dir, *more)
     return losses(out_dir)
-
-
-def start(ranks, config, out_dir, *more):
-    """The script in processes of its own group, to be waited for or killed."""
-    launch = [sys.executable]
-    if ranks > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.Popen(
-        launch + arguments(config, out_dir, *more), cwd=ROOT, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def run_ranks(ranks, argvs):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch += [f"--nproc_per_node={ranks}", os.path.join(ROOT, "tests", "run_many.py")]
-    done = subprocess.run(
-        launch + [json.dumps(argvs)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-
-
-def losses(out_dir, column="loss"):
-    """{step: value} of log.csv, every bit of it."""
-    with open(os.path.join(out_dir, "log.csv"), newline="") as f:
-        return {int(row["step"]): float(row[column]) for row in csv.DictReader(f) if row[column]}
-
-
-def weights(out_dir, step=8):
-    with open(os.path.join(out_dir, f"step{step}", "model.safetensors"), "rb") as f:
-        return f.read()
-
-
-def wait_for_step(process, out_dir, step):
-    """Until log.csv has the step and a checkpoint is there; fails if the process ends before."""
-    path, deadline = os.path.join(out_dir, "log.csv"), time.time() + 120
-    while time.time() < deadline:
-        if os.path.exists(path) and step in losses(out_dir):
-            return
-        assert process.poll() is None, process.stdout.read()[-3000:]
-        time.sleep(0.01)
-    raise AssertionError(f"step {step} did not come")
 
 
 @pytest.fixture(scope="module")
@@ -229,21 +177,19 @@ def test_accumulation_equals_one_batch(tiny, unbroken, tmp_path):
 
 def test_killed_and_resumed_is_bit_equal(tiny, tmp_path, capsys):
     whole = run(tiny, tmp_path / "whole", "--max_steps=20")
-    process = start(1, tiny, tmp_path / "broken", "--max_steps=20")
-    wait_for_step(process, tmp_path / "broken", random.randint(6, 14))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process = start(1, SCRIPT, tiny, tmp_path / "broken", "--max_steps=20")
+    kill_at_step(process, tmp_path / "broken", random.randint(6, 14))
     capsys.readouterr()
     resumed = run(tiny, tmp_path / "broken", "--max_steps=20", "--resume=True")
     step = int(re.search(r"resumed .*, after step (\d+)", capsys.readouterr().out)[1])
     assert step < 20 and resumed == whole
     evals = [losses(tmp_path / name, "eval_loss") for name in ("whole", "broken")]
     assert evals[0] == evals[1] and sorted(evals[0]) == [4, 8, 12, 16, 20]
-    assert weights(tmp_path / "broken", 20) == weights(tmp_path / "whole", 20)
+    assert saved(tmp_path / "broken", 20) == saved(tmp_path / "whole", 20)
 
 
 def test_sigterm_saves_and_exits(tiny, unbroken, tmp_path):
-    process = start(1, tiny, tmp_path, "--save_interval=1000", "--max_steps=9999")
+    process = start(1, SCRIPT, tiny, tmp_path, "--save_interval=1000", "--max_steps=9999")
     wait_for_step(process, tmp_path, 3)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
@@ -266,20 +212,17 @@ def test_three_ranks_killed_and_resumed_are_bit_equal(tiny, tmp_path):
     # Qwen's gradients arrive in another order than its parameters are listed: DDP reorders its
     # buckets after the first backward
     more = ["--max_steps=20", "--attn_dropout=0.1", "--model_size=qwen3-tiny"]
-    whole = start(3, tiny, tmp_path / "whole", *more)
+    whole = start(3, SCRIPT, tiny, tmp_path / "whole", *more)
     out, _ = whole.communicate(timeout=200)
     assert whole.returncode == 0, out[-3000:]
-    broken = start(3, tiny, tmp_path / "broken", *more)
-    wait_for_step(broken, tmp_path / "broken", random.randint(6, 12))
-    subprocess.run(["pkill", "-KILL", "-P", str(broken.pid)], check=True)  # the ranks themselves
-    os.killpg(broken.pid, signal.SIGKILL)
-    broken.wait()
-    resumed = start(3, tiny, tmp_path / "broken", *more, "--resume=True")
+    broken = start(3, SCRIPT, tiny, tmp_path / "broken", *more)
+    kill_at_step(broken, tmp_path / "broken", random.randint(6, 12))
+    resumed = start(3, SCRIPT, tiny, tmp_path / "broken", *more, "--resume=True")
     out, _ = resumed.communicate(timeout=200)
     assert resumed.returncode == 0, out[-3000:]
     assert int(re.search(r"resumed .*, after step (\d+)", out)[1]) < 20
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
-    assert weights(tmp_path / "broken", 20) == weights(tmp_path / "whole", 20)
+    assert saved(tmp_path / "broken", 20) == saved(tmp_path / "whole", 20)
 
 
 def test_two_ranks_equal_one(tiny, tmp_path):
@@ -308,7 +251,7 @@ def test_two_ranks_equal_one(tiny, tmp_path):
     assert losses(tmp_path / "zero1") == pytest.approx(adamw, rel=1e-5)
     for kind in kinds:
         whole, half = tmp_path / (kind + "-constant"), tmp_path / (kind + "-half")
-        assert losses(half) == losses(whole) and weights(half) == weights(whole), kind
+        assert losses(half) == losses(whole) and saved(half, 8) == saved(whole, 8), kind
 
 
 def test_other_objective_lora_and_muon(tiny, unbroken, tmp_path):
@@ -355,9 +298,7 @@ def test_show_batch_and_dry_run(tiny, tmp_path, capsys):
         run(tiny, tmp_path, "--show_batch=True")
     shown = capsys.readouterr().out
     assert "--- document 0:" in shown and "[MASK]" in shown
-    sys.argv, old = arguments(tiny, tmp_path / "dry", "--dry_run=True"), sys.argv
-    runpy.run_path(sys.argv[0], run_name="__main__")
-    sys.argv = old
+    harness.run(SCRIPT, tiny, tmp_path / "dry", "--dry_run=True")
     out = capsys.readouterr().out
     assert re.search(r"dry run: [\d.]+ s/step, [\d,]+ tok/s, peak memory [\d.]+ GB", out)
     assert not os.path.exists(tmp_path / "dry" / "step8")

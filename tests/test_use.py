@@ -14,13 +14,13 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import lora
 import model as M
 import sample
 import verify
+from conftest import ROOT
 from data import load_tokenizer, make_seqs
 
 transformers.logging.set_verbosity_error()
