@@ -1,14 +1,19 @@
 """
-Side by side with the peers: same weights, documents, precision and threads, in one run.
+Side by side with the peers: same weights, texts, precision and threads, in one run.
 
-    python bench.py mlm                                # CPU, fp32; writes out/bench_mlm.json
+    python bench.py mlm            # pretraining, against transformers
+    python bench.py mntp           # LoRA on a Llama, against transformers + peft
+    python bench.py contrastive    # plain and cached, against sentence-transformers
+    python bench.py encode         # texts -> vectors, against sentence-transformers
+    python bench.py reconstruct    # against four padded forwards of transformers
+    python bench.py memory         # of the gradient cache, as the batch grows
     python bench.py mlm --dtype=both --rounds=20
     python bench.py mlm --device=cuda --dtype=bf16
 
 Each side runs in a process of its own and they take turns: a round is a step of ours, the same step
 of each peer and a plain matmul, so that whatever else the machine does meets all of them. Each
 round has a new batch. Ratios are medians over the rounds. Memory is a process's peak less what it
-held before the model was loaded.
+held before the model was loaded. The result is written to out/bench_<name>.json.
 """
 
 import argparse
@@ -21,16 +26,23 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast
 
+import lora
+import train_contrastive
+import train_reconstruct
 from common import peak_memory
-from data import make_seqs
+from data import load_tokenizer, make_seqs
+from embedder import Embedder, Template
 from model import choose_backend, from_pretrained, from_scratch
 
-SHORTEST, LONGEST, MASK_PROB, LEARNING_RATE = 16, 512, 0.3, 1e-3  # tokens of a document
+LEARNING_RATE, TEMPERATURE, WEIGHTS = 1e-3, 0.05, (0.8, 0.2)  # of d2q and q2d
 FIELDS = ("ids", "rows", "targets")  # of a batch: [T], where the L labels are, what they are
 
 # ---- sides ----
@@ -38,27 +50,45 @@ FIELDS = ("ids", "rows", "targets")  # of a batch: [T], where the L labels are, 
 # has computed after each step. `job` is what main() made: see there.
 
 
-def train(model, loss_of, batches, job):
+def adamw(model):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
+
+
+def half(job):
+    return torch.autocast(job["device"], torch.bfloat16, enabled=job["dtype"] == "bf16")
+
+
+def train(model, step_of, batches, job):
     """The step all training benches share: forward, loss, backward, AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    optimizer = adamw(model)
     yield
     for batch in batches:
-        with torch.autocast(job["device"], torch.bfloat16, enabled=job["dtype"] == "bf16"):
-            loss = loss_of(batch)
+        with half(job):
+            loss = step_of(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         yield loss.item()
 
 
-def mlm_ours(job):
-    yield
+def our_model(job):
     device, dtype = torch.device(job["device"]), getattr(torch, DTYPES[job["dtype"]])
     model = from_pretrained(job["folder"]).to(device).train()
     model.backend = choose_backend("auto", device, dtype)
-    batches = []
+    return model
+
+
+def labels_ours(job):
+    """Packed rows with labels, by ours: masked language modelling and MNTP."""
+    yield
+    model, device, batches = our_model(job), job["device"], []
+    if job["rank"]:
+        lora.inject(model, job["rank"], 2 * job["rank"], 0.0, "all")
+        model.to(device)
     for b in job["batches"]:
         tokens, rows, targets = (torch.tensor(b[k], device=device) for k in FIELDS)
+        rows = rows - 1 if job["rank"] else rows  # MNTP: from the position before
         batches.append((tokens, make_seqs(b["lengths"], device), rows, targets))
 
     def loss_of(batch):
@@ -67,18 +97,28 @@ def mlm_ours(job):
     yield from train(model, loss_of, batches, job)
 
 
-def mlm_transformers(job, **settings):
-    from transformers import ModernBertForMaskedLM
+def labels_transformers(job, **settings):
+    """What Hugging Face's collator and model make of them: rows padded to the longest."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    if job["rank"]:
+        from peft import LoraConfig, get_peft_model
     yield
     device, batches = torch.device(job["device"]), []
-    model = ModernBertForMaskedLM.from_pretrained(job["folder"], **settings).to(device).train()
-    for b in job["batches"]:  # what Hugging Face's collator makes: padded to the longest
+    cls = AutoModelForCausalLM if job["rank"] else AutoModelForMaskedLM
+    model = cls.from_pretrained(job["folder"], **settings).to(device).train()
+    if job["rank"]:
+        config = LoraConfig(
+            r=job["rank"], lora_alpha=2 * job["rank"], lora_dropout=0.0,
+            target_modules="all-linear", task_type="CAUSAL_LM",
+        )  # fmt: skip
+        model = get_peft_model(model, config)
+    for b in job["batches"]:
         tokens = torch.tensor(b["ids"])  # [T]
         labels = torch.full_like(tokens, -100)
-        labels[b["rows"]] = torch.tensor(b["targets"])
+        labels[b["rows"]] = torch.tensor(b["targets"])  # a causal model's class shifts them itself
         flat = {"input_ids": (tokens, 0), "labels": (labels, -100)}
         flat["attention_mask"] = torch.ones_like(tokens), 0
         batches.append({
@@ -88,8 +128,140 @@ def mlm_transformers(job, **settings):
     yield from train(model, lambda batch: model(**batch).loss, batches, job)
 
 
-def mlm_transformers_best(job):
-    yield from mlm_transformers(job, attn_implementation="sdpa", sparse_prediction=True)
+BEST = {"attn_implementation": "sdpa", "sparse_prediction": True}
+
+
+def our_embedder(job):
+    dtype = getattr(torch, DTYPES[job["dtype"]])
+    return Embedder(our_model(job), load_tokenizer(job["folder"]), max_length=256, dtype=dtype)
+
+
+def contrastive_ours(job, chunk_tokens=10**9, n=None):
+    """n: the batch's texts in steps of n pairs."""
+    yield
+    embedder, device = our_embedder(job).train(), torch.device(job["device"])
+    s = dict(
+        seed=1337, rank=0, world_size=1, fsdp=False, device=device, autocast=partial(half, job),
+        template=Template(), query_max_length=256, passage_max_length=256, pool_instruction=True,
+        instructions=(("",), ("",)), chunk_tokens=chunk_tokens, pooling="mean", normalize=True,
+        temperature=TEMPERATURE, both_directions=False, false_negative_margin=None,
+        matryoshka_dims=(), negatives_cross_device=True, distill_weight=0.0,
+    )  # fmt: skip
+    optimizer = adamw(embedder)
+    yield
+    for batch in job["batches"]:
+        whole = list(zip(*batch["texts"], strict=True))
+        for step in range(0, len(whole), n or len(whole)):
+            pairs = [
+                {"query": q, "known": [p], "passages": [p], "scores": None, "prompt": None}
+                for q, p in whole[step : step + (n or len(whole))]
+            ]
+            share = pairs, range(len(pairs)), 0, embedder.tokenizer, s
+            encoded, n_queries = train_contrastive.encode_share(*share)
+            texts = encoded, n_queries, train_contrastive.layout(pairs), [n_queries]
+            loss, _ = train_contrastive.cached_step(embedder, texts, step, s)
+            optimizer.step()
+            optimizer.zero_grad()
+        yield loss
+
+
+def contrastive_st(job, cached=False, **settings):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import losses
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    yield
+    model = SentenceTransformer(job["st_folder"], device=job["device"]).train()
+    name = "CachedMultipleNegativesRankingLoss" if cached else "MultipleNegativesRankingLoss"
+    loss = getattr(losses, name)(model, scale=1 / TEMPERATURE, **settings)
+
+    def loss_of(batch):
+        texts = [model.preprocess(list(texts)) for texts in batch["texts"]]
+        features = [{k: v.to(job["device"]) for k, v in x.items() if torch.is_tensor(v)}
+                    for x in texts]  # fmt: skip
+        return loss(features, None)
+
+    yield from train(model, loss_of, job["batches"], job)
+
+
+def encode_ours(job):
+    yield
+    embedder = our_embedder(job)
+    yield
+    for batch in job["batches"]:
+        yield checksum(embedder.encode(batch["texts"][0]))
+
+
+def encode_st(job, batch_size):
+    from sentence_transformers import SentenceTransformer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    yield
+    model = SentenceTransformer(job["st_folder"], device=job["device"])
+    yield
+    for batch in job["batches"]:
+        with half(job):
+            vectors = model.encode(
+                batch["texts"][0], batch_size=batch_size, show_progress_bar=False
+            )
+        yield checksum(vectors)
+
+
+def checksum(vectors):
+    """One number that other vectors, or the same in another order, do not have. [N, C]"""
+    probe = torch.randn(*vectors.shape, generator=torch.Generator().manual_seed(0))
+    return float((torch.from_numpy(vectors) * probe).sum(1).square().mean())
+
+
+def reconstruct_ours(job):
+    yield
+    model, device = train_reconstruct.Reconstruction(our_model(job)), torch.device(job["device"])
+    batches = []
+    for b in job["batches"]:
+        encoded = [(ids, (0, len(ids))) for side in b["pairs"] for ids in side]
+        counts = train_reconstruct.n_targets(encoded)
+        weights = torch.tensor(WEIGHTS, device=device) / torch.tensor(counts, device=device)
+        packed = train_reconstruct.pack_pairs(encoded, len(b["pairs"][0]), device)
+        batches.append((packed, weights))
+    yield from train(model, lambda batch: (model(batch[0])[0] * batch[1]).sum(), batches, job)
+
+
+def reconstruct_transformers(job):
+    """Encode queries, encode documents, write queries, write documents: four padded forwards."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    yield
+    device, batches = torch.device(job["device"]), []
+    model = AutoModelForCausalLM.from_pretrained(job["folder"]).to(device).train()
+    for b in job["batches"]:
+        sides = []
+        for side in b["pairs"]:
+            ids = pad_sequence([torch.tensor(ids) for ids in side], True, 0)  # [B, longest]
+            n = torch.tensor([len(ids) for ids in side])
+            mask = (torch.arange(ids.size(1)) < n[:, None]).long()
+            sides.append([x.to(device) for x in (ids, mask, n - 1)])
+        batches.append(sides)
+
+    def loss_of(sides):
+        anchors = []
+        for ids, mask, last in sides:
+            hidden = model.model(ids, attention_mask=mask).last_hidden_state
+            anchors.append(hidden[torch.arange(len(ids)), last])  # [B, C]
+        loss = 0.0
+        for weight, anchor, (ids, mask, _) in zip(WEIGHTS, anchors[::-1], sides, strict=True):
+            embeds = torch.cat((anchor[:, None], model.get_input_embeddings()(ids)), 1)
+            one = torch.ones_like(mask[:, :1])
+            labels = torch.cat((-100 * one, ids.masked_fill(mask == 0, -100)), 1)
+            mask = torch.cat((one, mask), 1)
+            out = model(inputs_embeds=embeds, attention_mask=mask, labels=labels)
+            loss = loss + weight * out.loss
+        return loss
+
+    yield from train(model, loss_of, batches, job)
 
 
 def matmul(job):
@@ -105,16 +277,109 @@ def matmul(job):
         yield 2 * n**3 * times
 
 
-# our side first; the name of a peer is what the table says
-SIDES = {
-    "mlm": {
-        "nanoembed": mlm_ours,
-        "transformers, best setting": mlm_transformers_best,
-        "transformers, default": mlm_transformers,
-    },
-}
+# ---- batches, and what they cost at least ----
+
+
+def token_batch(config, n, lengths, labelled, rng):
+    """Documents of random ids (speed does not depend on them), a share of them labelled and masked,
+    never a document's first."""
+    lengths = [rng.randint(*lengths) for _ in range(n)]
+    ids = [rng.randrange(6, config.vocab_size) for _ in range(sum(lengths))]
+    firsts = {sum(lengths[:i]) for i in range(n)}
+    rows = [i for i in range(len(ids)) if i not in firsts and rng.random() < labelled]
+    targets = [ids[i] for i in rows]
+    for i in rows:
+        ids[i] = 5  # the mask
+    return {"ids": ids, "lengths": lengths, "rows": rows, "targets": targets}
+
+
+def text_batch(config, n, lengths, sides, rng):
+    """`sides` lists of n texts of random words, each word a token."""
+    counts = [[rng.randint(*lengths) for _ in range(n)] for _ in range(sides)]
+    words = range(2, config.vocab_size)
+    texts = [[" ".join(f"w{i}" for i in rng.choices(words, k=k)) for k in side] for side in counts]
+    return {"texts": texts, "lengths": [k for side in counts for k in side]}
+
+
+def pair_batch(config, n, rng):
+    """n queries of 8 to 64 and documents of 32 to 512 random ids: each is read and written."""
+    pairs = [
+        [[rng.randrange(6, config.vocab_size) for _ in range(rng.randint(*length))]
+         for _ in range(n)]
+        for length in ((8, 64), (32, 512))
+    ]  # fmt: skip
+    lengths = [len(ids) for side in pairs for ids in side]
+    return {"pairs": pairs, "lengths": lengths + [n + 1 for n in lengths],
+            "rows": range(sum(lengths))}  # fmt: skip
+
+
+def step_flops(model, batch, case):
+    """Of one step: each token in the blocks, each label in the head; `passes` in units of a forward
+    (3: with its backward; 2: with frozen weights; 4: the cache's extra forward)."""
+    c = model.config
+    blocks = sum(n * model.flops_per_token(n) for n in batch["lengths"]) / 3
+    labels = len(batch.get("rows", ()))
+    dense = c.n_embd**2 if c.head == "dense" else 0
+    return case["passes"] * (blocks + 2 * labels * (c.n_embd * c.vocab_size + dense))
+
+
+# ---- the benches: cases, our side first; the name of a peer is what the table says ----
+
+HF = "transformers"
+ST = "sentence-transformers"
+
+
+def labels_case(label, size, causal, rank, n, lengths, labelled, passes, peers):
+    make = partial(token_batch, lengths=lengths, labelled=labelled)
+    return dict(label=label, size=size, causal=causal, rank=rank, n=n, rounds=10, passes=passes,
+                unit="tokens", make=make, sides={"nanoembed": labels_ours} | peers)  # fmt: skip
+
+
+def mntp_case(label, lengths, n):
+    peers = {"transformers + peft, all logits": labels_transformers}
+    return labels_case(label, "llama-8x512", False, 16, n, lengths, 0.2, 2, peers)
+
+
+def texts_case(label, n, rounds, passes, sides, unit="pairs", lengths=(16, 256)):
+    make = partial(text_batch, lengths=lengths, sides=2 if unit == "pairs" else 1)
+    return dict(label=label, size="ettin-17m", causal=False, rank=0, n=n, rounds=rounds,
+                passes=passes, unit=unit, make=make, sides=sides)  # fmt: skip
+
+
+BENCHES = {
+    "mlm": [labels_case(
+        "mlm", "ettin-17m", False, 0, 16, (16, 512), 0.3, 3,
+        {f"{HF}, best setting": partial(labels_transformers, **BEST),
+         f"{HF}, default": labels_transformers},
+    )],
+    "mntp": [
+        mntp_case("mntp, chunks of 512", (512, 512), 8),
+        mntp_case("mntp, 16 to 512 tokens", (16, 512), 16),
+    ],
+    "contrastive": [
+        texts_case("contrastive", 64, 6, 3, {
+            "nanoembed": contrastive_ours, f"{ST}, MNRL": contrastive_st}),
+        texts_case("cached", 512, 3, 4, {
+            "nanoembed, chunks of 4096": partial(contrastive_ours, chunk_tokens=4096),
+            **{f"{ST}, CachedMNRL {n}":
+               partial(contrastive_st, cached=True, mini_batch_size=n) for n in (4, 16, 64)}}),
+    ],
+    "encode": [texts_case("encode", 5000, 3, 1, {
+        "nanoembed": encode_ours,
+        **{f"{ST}, batches of {n}": partial(encode_st, batch_size=n) for n in (8, 16, 32)},
+    }, "texts")],
+    "reconstruct": [dict(
+        label="reconstruct", size="llama-8x512", causal=True, rank=0, n=16, rounds=6, passes=3,
+        unit="pairs", make=pair_batch,
+        sides={"nanoembed": reconstruct_ours,
+               "transformers, four padded forwards": reconstruct_transformers},
+    )],
+    "memory": [texts_case("memory", 4096, 1, 4, {
+        f"batch {n}": partial(contrastive_ours, chunk_tokens=4096, n=n)
+        for n in (256, 1024, 4096)}, lengths=(16, 64))],
+}  # fmt: skip
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-# of the first measured loss, near 11
+# of the first result, of fresh weights: a loss, or a checksum near 1
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 
 # ---- processes ----
@@ -166,30 +431,6 @@ def take_turns(sides, job):
     return out
 
 
-# ---- the benches ----
-
-
-def mlm_batch(model, n_docs, rng):
-    """Documents of random ids (speed does not depend on them), 30 % masked."""
-    lengths = [rng.randint(SHORTEST, LONGEST) for _ in range(n_docs)]
-    ids = [rng.randrange(6, model.config.vocab_size) for _ in range(sum(lengths))]
-    rows = [i for i in range(len(ids)) if rng.random() < MASK_PROB]
-    targets = [ids[i] for i in rows]
-    for i in rows:
-        ids[i] = 5  # the mask
-    return {"ids": ids, "lengths": lengths, "rows": rows, "targets": targets}
-
-
-def mlm_flops(model, batch):
-    """Of one training step: each token in the blocks, each label in the head."""
-    c = model.config
-    blocks = sum(n * model.flops_per_token(n) for n in batch["lengths"])
-    return blocks + 6 * len(batch["rows"]) * (c.n_embd * c.vocab_size + c.n_embd**2)
-
-
-WORK = {"mlm": (mlm_batch, mlm_flops)}
-
-
 def cpu_name():
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as f:
@@ -199,23 +440,25 @@ def cpu_name():
     return platform.processor() or platform.machine()
 
 
-def compare(name, model, job):
-    """Run one precision, print its table -> (rows of the json, numbers of each side)."""
+def compare(model, job, case):
+    """One case in one precision, its table printed -> (rows of the json, numbers of each side)."""
     try:
-        runs = take_turns(SIDES[name] | {"matmul": matmul}, job)
+        runs = take_turns(case["sides"] | {"matmul": matmul}, job)
     except EOFError:
         raise SystemExit("a side's process has died: its error stands above") from None
+    ours, *peers = case["sides"]
+    results = {side: [result for _, result, _ in runs[side]] for side in case["sides"]}
     batches, runs = job["batches"][1:], {side: run[1:] for side, run in runs.items()}  # 0 warms up
-    ours, *peers = SIDES[name]
-    sides, rows = {}, []
-    print(f"\n{job['dtype']:27} {'tokens/s':>9} {'memory':>9}   ours against it")
+    unit, sides, rows = case["unit"] + "_per_s", {}, []
+    head = f"{case['label'] + ', ' + job['dtype']:37} {case['unit'] + '/s':>9} {'memory':>9}"
+    print(f"\n{head}   ours against it")
     for side in (ours, *peers):
-        speeds = [sum(b["lengths"]) / r[0] for b, r in zip(batches, runs[side], strict=True)]
+        speeds = [count(b, case) / r[0] for b, r in zip(batches, runs[side], strict=True)]
         sides[side] = {
-            "tokens_per_s": statistics.median(speeds), "memory": runs[side][-1][2],
-            "losses": [loss for _, loss, _ in runs[side]],
+            unit: statistics.median(speeds), "memory": runs[side][-1][2],
+            "results": results[side],
         }  # fmt: skip
-        line = f"{side:27} {sides[side]['tokens_per_s']:9,.0f} {runs[side][-1][2] / 1e6:6,.0f} MB"
+        line = f"{side:37} {sides[side][unit]:9,.4g} {runs[side][-1][2] / 1e6:6,.0f} MB"
         if side in peers:
             ratios = [theirs[0] / o[0] for o, theirs in zip(runs[ours], runs[side], strict=True)]
             low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
@@ -223,69 +466,129 @@ def compare(name, model, job):
             line += f"   {ratio:.2f}x the speed (half of the rounds {low:.2f}-{high:.2f}), "
             line += f"{memory_ratio:.2f}x the memory"
             rows.append({
-                "name": f"{name} {job['dtype']}: {side}", "ours": sides[ours]["tokens_per_s"],
-                "peer": sides[side]["tokens_per_s"], "ratio": ratio, "memory_ratio": memory_ratio,
+                "name": f"{case['label']} {job['dtype']}: {side}", "ours": sides[ours][unit],
+                "peer": sides[side][unit], "ratio": ratio, "memory_ratio": memory_ratio,
             })  # fmt: skip
         print(line)
 
     peaks = [flops / seconds for seconds, flops, _ in runs["matmul"]]
-    reached = [WORK[name][1](model, b) / r[0] for b, r in zip(batches, runs[ours], strict=True)]
+    reached = [step_flops(model, b, case) / r[0] for b, r in zip(batches, runs[ours], strict=True)]
     share = statistics.median(r / p for r, p in zip(reached, peaks, strict=True))
     sides["matmul"] = {"flops_per_s": statistics.median(peaks), "our_share": share}
     print(f"ours reaches {share:.0%} of a large matmul's {statistics.median(peaks):.3g} flop/s")
     for side in peers:
-        pairs = zip(sides[ours]["losses"], sides[side]["losses"], strict=True)
-        gaps = [abs(a - b) for a, b in pairs]
-        print(f"{side}: losses differ by {gaps[0]:.1e} at first, at most by {max(gaps):.1e}")
+        gaps = [abs(a - b) for a, b in zip(results[ours], results[side], strict=True)]
+        print(f"{side}: results differ by {gaps[0]:.1e} at first, at most by {max(gaps):.1e}")
         if not gaps[0] <= TOLERANCE[job["dtype"]]:
-            raise SystemExit(f"{side} computed another loss than ours: this is no comparison")
+            raise SystemExit(f"{side} computed another result than ours: this is no comparison")
     return rows, sides
+
+
+def count(batch, case):
+    """What is counted of a batch: tokens, pairs or texts."""
+    return sum(batch["lengths"]) if case["unit"] == "tokens" else case["n"]
+
+
+def memory_growth(job, case):
+    """Peak memory against the batch, of the same pairs in many or few steps -> rows: growth over
+    the smallest batch as `ours`, the bytes of the cached vectors as `peer`, `memory_ratio` the peak
+    over the smallest's."""
+    runs = take_turns(case["sides"], job)
+    sizes = [side.keywords["n"] for side in case["sides"].values()]
+    peaks = [run[-1][2] for run in runs.values()]
+    vectors = [2 * n * job["dim"] * 4 for n in sizes]  # a query and a passage each, fp32
+    rows = []
+    for name, n_bytes, peak in zip(runs, vectors, peaks, strict=True):
+        grown = peak - peaks[0]
+        print(f"{name:12} vectors {n_bytes / 1e6:5.1f} MB   peak {peak / 1e6:7,.0f} MB"
+              f"   {grown / 1e6:+7,.0f} MB")  # fmt: skip
+        rows.append({"name": name, "ours": grown, "peer": n_bytes, "ratio": grown / n_bytes,
+                     "memory_ratio": peak / peaks[0]})  # fmt: skip
+    return rows, {}
+
+
+def fresh_model(size, causal):
+    changes = {"out_dropout": 0.0, "causal": causal}
+    if size == "llama-8x512":
+        size, more = "llama-tiny", dict(n_layer=8, n_embd=512, n_head=8, n_hidden=1376)
+        changes |= more | dict(vocab_size=32000, tied=False)
+    names = ("pad", "bos", "eos", "cls", "sep")  # 0 to 4 here: theirs need a larger vocabulary
+    return from_scratch(size, hf={f"{name}_token_id": i for i, name in enumerate(names)}, **changes)
+
+
+def save_model(model, folder, texts):
+    """The model's folder; with texts, a tokenizer of words and a sentence-transformers folder."""
+    if texts:
+        model.drop_head()
+    model.save_pretrained(folder)
+    if not texts:
+        return
+    words = {"[PAD]": 0, "[UNK]": 1} | {f"w{i}": i for i in range(2, model.config.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+    )
+    tokenizer.save_pretrained(folder)
+    Embedder(model, tokenizer, max_length=256).save(os.path.join(folder, "st"))
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", choices=list(SIDES))
-    parser.add_argument("--size", default="ettin-17m", help="a ModernBERT of model.SIZES")
+    parser.add_argument("name", choices=list(BENCHES))
+    parser.add_argument("--size", help="another shape: a name of model.SIZES")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "both"])
-    parser.add_argument("--docs", type=int, default=16, help="documents of a batch")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--n", type=int, help="documents, pairs or texts of a batch")
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out_dir", default="out")
     args = parser.parse_args()
-    if args.rounds < 2:
+    if args.rounds is not None and args.rounds < 2:
         parser.error("--rounds: at least 2, for medians")
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # for the processes to come
 
-    torch.manual_seed(1337)
-    names = ("pad", "bos", "eos", "cls", "sep")  # 0 to 4 here: theirs need a larger vocabulary
-    ids = {f"{name}_token_id": i for i, name in enumerate(names)}
-    model = from_scratch(args.size, out_dropout=0.0, hf=ids)
-    rng = random.Random(1337)
-    batches = [WORK[args.name][0](model, args.docs, rng) for _ in range(args.rounds + 1)]
+    packages = ("transformers", "peft", "sentence-transformers")
     setting = {
-        "bench": args.name, "size": args.size, "vocab_size": model.config.vocab_size,
-        "documents": f"{args.docs} a batch, {SHORTEST} to {LONGEST} tokens, uniform",
-        "tokens": sum(sum(b["lengths"]) for b in batches[1:]),
-        "padded_tokens": sum(args.docs * max(b["lengths"]) for b in batches[1:]),
-        "labels": sum(len(b["rows"]) for b in batches[1:]), "rounds": args.rounds,
-        "step": f"forward, loss, backward, AdamW (fused, lr {LEARNING_RATE}); no dropout",
+        "bench": args.name, "step": f"training: AdamW (fused, lr {LEARNING_RATE}); no dropout",
         "precision": f"{args.dtype}; bf16 is autocast over fp32 weights", "threads": args.threads,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu_name(),
-        "torch": torch.__version__, "transformers": version("transformers"),
+        "torch": torch.__version__, **{name: version(name) for name in packages}, "cases": [],
     }  # fmt: skip
-    for key, value in setting.items():
-        print(f"{key:13} {value:,}" if type(value) is int else f"{key:13} {value}")
-
     rows, sides = [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        job = {"folder": folder, "batches": batches, "device": args.device, "threads": args.threads}
-        for dtype in ("fp32", "bf16") if args.dtype == "both" else (args.dtype,):
-            new, sides[dtype] = compare(args.name, model, job | {"dtype": dtype})
-            rows += new
+    for case in BENCHES[args.name]:
+        given = {"size": args.size, "n": args.n, "rounds": args.rounds}
+        case = case | {key: value for key, value in given.items() if value}
+        torch.manual_seed(1337)
+        rng, model = random.Random(1337), fresh_model(case["size"], case["causal"])
+        n_batches = 1 if args.name == "memory" else case["rounds"] + 1
+        batches = [case["make"](model.config, case["n"], rng=rng) for _ in range(n_batches)]
+        lengths = [n for b in batches for n in b["lengths"]]
+        about = {
+            "case": case["label"], "size": case["size"], "vocab_size": model.config.vocab_size,
+            "batch": case["n"], "rounds": case["rounds"],
+            "lengths": f"{min(lengths)} to {max(lengths)} tokens, uniform", "tokens": sum(lengths),
+            "labels": sum(len(b.get("rows", ())) for b in batches),
+        }  # fmt: skip
+        setting["cases"].append(about)
+        for key, value in (setting | about).items():
+            if key != "cases":
+                print(f"{key:21} {value:,}" if type(value) is int else f"{key:21} {value}")
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(model, folder, "texts" in batches[0])
+            job = {"folder": folder, "batches": batches, "device": args.device,
+                   "threads": args.threads, "rank": case["rank"], "dim": model.config.n_embd,
+                   "st_folder": os.path.join(folder, "st")}  # fmt: skip
+            for dtype in ("fp32", "bf16") if args.dtype == "both" else (args.dtype,):
+                job["dtype"] = dtype
+                if args.name == "memory":
+                    new, numbers = memory_growth(job, case)
+                else:
+                    new, numbers = compare(model, job, case)
+                rows += new
+                sides[f"{case['label']} {dtype}"] = numbers
     os.makedirs(args.out_dir, exist_ok=True)
     path = os.path.join(args.out_dir, f"bench_{args.name}.json")
     with open(path, "w") as f:

@@ -7,6 +7,7 @@ Text and tokens on disk, and the order in which training sees them. Nothing here
     load_tokenizer, check_tokenizer, fast_encode       tokenizers
     read_jsonl, require                                JSONL; complaints name file and line
     open_pairs, read_pair                              pairs for contrastive training
+    join_spans, trim_span                              spans of characters, for token retrieval
     prefetch                                           read ahead in a thread
 
 Token files are a folder that a data/<name>/prepare.py writes:
@@ -17,6 +18,7 @@ Token files are a folder that a data/<name>/prepare.py writes:
     tokenizer/          the tokenizer itself
 """
 
+import gzip
 import hashlib
 import json
 import mmap
@@ -372,8 +374,9 @@ def tiktoken_for(tokenizer):
 
 
 def read_jsonl(path: str):
-    """Yield (line number from 1, dict) for each line of a file; blank lines are passed over."""
-    with open(path, "rb") as f:
+    """Yield (line number from 1, dict) for each line of a file, which may be a .gz; blank lines are
+    passed over."""
+    with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
@@ -434,16 +437,8 @@ def open_pairs(path: str) -> PairFile:
     return PairFile(path, text, *np.array(starts, dtype=np.int64).T)
 
 
-def read_pair(file: PairFile, i: int) -> dict:
-    """{"query": str, "pos": [str, ..], "neg": [str, ..], "pos_scores", "neg_scores": [float, ..] or
-    None, "prompt": str or None} of the i-th line, from any of the three forms:
-
-        {"query", "pos": [..], "neg": [..], "pos_scores": [..], "neg_scores": [..], "prompt"}
-        {"query" or "anchor", "positive", "negative"}    one of each, the negative may be missing
-        {"text"}                                         SimCSE: its own positive
-
-    ValueError names file, line and field.
-    """
+def read_line(file: PairFile, i: int) -> tuple[dict, int]:
+    """(the object of the i-th line, its line number). ValueError where it is none."""
     start, line = int(file.starts[i]), int(file.numbers[i])
     end = file.text.find(b"\n", start)
     raw = file.text[start : end if end >= 0 else len(file.text)]
@@ -454,6 +449,20 @@ def read_pair(file: PairFile, i: int) -> dict:
     if not isinstance(record, dict):
         kind = type(record).__name__
         raise ValueError(f"{file.path} line {line}: a {kind}, expected an object: {{...}}")
+    return record, line
+
+
+def read_pair(file: PairFile, i: int) -> dict:
+    """{"query": str, "pos": [str, ..], "neg": [str, ..], "pos_scores", "neg_scores": [float, ..] or
+    None, "prompt": str or None} of the i-th line, from any of the three forms:
+
+        {"query", "pos": [..], "neg": [..], "pos_scores": [..], "neg_scores": [..], "prompt"}
+        {"query" or "anchor", "positive", "negative"}    one of each, the negative may be missing
+        {"text"}                                         SimCSE: its own positive
+
+    ValueError names file, line and field.
+    """
+    record, line = read_line(file, i)
 
     def get(field, kind, default=None):
         missing = default is not None and record.get(field) is None
@@ -485,6 +494,27 @@ def is_held_out(query: str, share: float) -> bool:
     """By a hash: a query that comes twice is on one side both times."""
     digest = hashlib.sha256(query.encode("utf-8", "replace")).hexdigest()
     return int(digest[:8], 16) < share * 2**32
+
+
+# ---- spans ----
+
+
+def join_spans(spans) -> list[list[int]]:
+    """[start, end) spans in order; those that overlap or touch become one."""
+    out = []
+    for start, end in sorted(spans):
+        if out and start <= out[-1][1]:
+            out[-1][1] = max(out[-1][1], end)
+        else:
+            out.append([start, end])
+    return out
+
+
+def trim_span(text: str, span) -> list[int]:
+    """A span of `text` without the spaces at its ends."""
+    start, end = span
+    inside = text[start:end]
+    return [start + len(inside) - len(inside.lstrip()), end - len(inside) + len(inside.rstrip())]
 
 
 # ---- reading ahead ----

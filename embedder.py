@@ -7,6 +7,7 @@ Texts to embeddings: one path for training, evaluation and use.
     tokenize    texts -> ids and the range that is pooled: the one place where ids are made
     pack, pool  lists of ids -> one packed row; hidden states of a packed row -> vectors
     Embedder    a model with its tokenizer, template, pooling and prompts; embed, encode, save, load
+    score_tokens    each token of a passage, by how much it matters for a query
 
 `save` writes a sentence-transformers folder: prefix + instruction become its prompts, the suffix
 its tokenizer's post-processor. Where that cannot give equal embeddings, `save` says why.
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 from common import dtype_of, print0
 from data import check_tokenizer, load_tokenizer, make_seqs, prefetch
-from lora import load_adapter, lora_layers, merge
+from lora import attention_of, load_adapter, lora_layers, merge
 from model import choose_backend, config_to_hf, from_pretrained, resolve_folder, to_compute
 
 # ---- ids ----
@@ -73,13 +74,9 @@ def tokenize(tokenizer, texts, instruction, template, max_length, pool_instructi
     instructions = [instruction] * len(texts) if isinstance(instruction, str) else instruction
     heads = [template.prefix + i for i in instructions]
     joined = [h + t + template.suffix for h, t in zip(heads, texts, strict=True)]
-    backend = tokenizer.backend_tokenizer
-    if backend.truncation is not None:
-        backend.no_truncation()
-    if backend.padding is not None:
-        backend.no_padding()
+    encodings = whole_backend(tokenizer).encode_batch(joined)
     out = []
-    for head, text, e in zip(heads, texts, backend.encode_batch(joined), strict=True):
+    for head, text, e in zip(heads, texts, encodings, strict=True):
         ids, start = e.ids, 0
         skip = head and not pool_instruction
         if skip or len(ids) > max_length:
@@ -102,6 +99,16 @@ def tokenize(tokenizer, texts, instruction, template, max_length, pool_instructi
             ids = ids[:room] + ids[tail:]
         out.append((ids or [0], (start, len(ids))))  # a row needs a token: it is not pooled
     return out
+
+
+def whole_backend(tokenizer):
+    """The tokenizer without the truncation and padding that its file may ask for."""
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    return backend
 
 
 # ---- packed rows ----
@@ -495,6 +502,8 @@ class Embedder(nn.Module):
 
         dtype = dtype_of(dtype, device)
         base = os.path.join(folders[0], said.pop("path", ""))
+        if attention is None:  # an adapter may say it of its model, as train_mntp.py's do
+            attention = next(filter(None, map(attention_of, folders[1:])), None)
         model = from_pretrained(base, attention, dtype=dtype)
         for folder in folders[1:]:
             load_adapter(model, folder)
@@ -523,6 +532,96 @@ class Embedder(nn.Module):
                f"{embedder.pooling} -> {embedder.dim} numbers, up to {embedder.max_length} tokens; "
                f"{dtype} on {device}, attention {model.backend}")  # fmt: skip
         return embedder
+
+
+# ---- scores of tokens ----
+# How much each token of a passage matters for a query: the cosine of the query's embedding and the
+# token's hidden state (train_token_retrieval.py trains this). A passage longer than memory goes in
+# windows: slices of the whole's ids, so that no token and no character moves.
+
+
+def tokenize_passage(tokenizer, passage, instruction, template):
+    """-> (ids, rows int64 [n], spans int64 [n, 2]): the ids that `tokenize` gives, nothing cut;
+    which of them hold a character of the passage; and which characters [start, end) they hold.
+
+    The pieces of one character, bytes of an emoji, have it each. Tokens that hold no character of
+    the passage (BOS, the instruction, a space that the tokenizer trims) are none of its n tokens.
+    """
+    head = template.prefix + instruction
+    e = whole_backend(tokenizer).encode(head + passage + template.suffix)
+    spans = np.array(e.offsets, dtype=np.int64).reshape(-1, 2) - len(head)
+    spans = spans.clip(0, len(passage))
+    rows = np.flatnonzero(spans[:, 0] < spans[:, 1])
+    return e.ids or [0], rows, spans[rows]
+
+
+def windows_of(n, window, overlap, causal):
+    """n tokens in windows of `window` -> [(start, stop, first, last), ..], ends exclusive.
+
+    Tokens start..stop are encoded together; the hidden states of first..last are taken from there.
+    Neighbours share `overlap` tokens, the last two perhaps more. A shared token is taken where it
+    sees most: if causal in the earlier window, else where it is further from the border.
+    """
+    if window and not 0 <= overlap < window:
+        raise ValueError(f"windows of {window} tokens cannot share {overlap}")
+    if not window or n <= window:
+        return [(0, n, 0, n)]
+    starts = [*range(0, n - window, window - overlap), n - window]  # the last one is full, too
+    borders = [0]
+    for before, after in zip(starts[:-1], starts[1:], strict=True):
+        borders.append(before + window if causal else (after + before + window) // 2)
+    borders.append(n)
+    stops = [start + window for start in starts]
+    return list(zip(starts, stops, borders[:-1], borders[1:], strict=True))
+
+
+def cosines(queries, hidden, block=8192):
+    """queries [Q, C] of length 1, hidden [n, C] of any type -> [Q, n] fp32 (fp64 if hidden is):
+
+        s_j = q . t_j / |t_j|
+
+    The normalised tokens exist for a block at a time, in the backward pass again.
+    """
+
+    def some(queries, part):
+        return queries @ F.normalize(part.to(queries.dtype), dim=-1).t()
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        if torch.is_grad_enabled():
+            parts = [checkpoint(some, queries, x, use_reentrant=False) for x in hidden.split(block)]
+        else:
+            parts = [some(queries, x) for x in hidden.split(block)]
+    return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+def score_tokens(embedder, queries, passage, window=0, overlap=0, progress=False):
+    """-> (scores float32 [Q, n], spans int64 [n, 2]): for each query the cosine of its embedding
+    and of every token of the passage; and each token's characters [start, end) in the raw passage.
+
+    queries get the instruction prompts["query"], the passage prompts["document"]; it is never cut.
+    window: tokens that are encoded at a time, 0 for the whole; neighbours share `overlap`. Ids and
+    spans are the whole's, scores differ a little: a token sees no further than its window.
+    """
+    model, device = embedder.model, embedder.model.embed.weight.device
+    if embedder.pooling in ("splade", "tokens"):
+        raise ValueError(f"score_tokens compares with one vector, not with {embedder.pooling!r}")
+    instruction = embedder.prompts.get("document", "")
+    ids, rows, spans = tokenize_passage(embedder.tokenizer, passage, instruction, embedder.template)
+    was_training = embedder.training
+    embedder.eval()
+    half, scores = embedder.dtype != torch.float32, []
+    with torch.autocast(device.type, embedder.dtype, enabled=half):
+        asked = embedder.embed(embedder.tokenize(queries, embedder.prompts.get("query", "")))
+        asked = F.normalize(asked, dim=-1)  # [Q, C]
+        bar = windows_of(len(ids), window, overlap, model.config.causal)
+        for start, stop, first, last in tqdm(bar, "score", unit=" windows", disable=not progress):
+            tokens = torch.tensor(ids[start:stop], device=device)
+            hidden = model(tokens, make_seqs([stop - start], device))  # [window, C]
+            own = rows[(rows >= first) & (rows < last)] - start
+            scores.append(cosines(asked, hidden[torch.from_numpy(own).to(device)]).cpu())
+    embedder.train(was_training)
+    return torch.cat(scores, dim=1).numpy(), spans
 
 
 # ---- what folders say ----

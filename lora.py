@@ -8,7 +8,8 @@ LoRA: low-rank adapters on a frozen model, and PEFT folders in and out.
     load_adapter(model, "out/simcse")                                 #   + adapter 2
 
 An adapter belongs to one base: the same weights (earlier adapters merged), and the same attention.
-A PEFT folder does not say whether the model was bidirectional: who loads it has to know.
+A PEFT folder does not say whether the model was bidirectional: who loads it has to know, unless a
+config.json beside the adapter has is_causal, as train_mntp.py writes it.
 """
 
 import json
@@ -267,6 +268,10 @@ def load_adapter(model, folder, trainable=False):
             raise ValueError(f"{folder}: adapter_config.json has {key} = {value!r}: not supported")
     if config["peft_type"] != "LORA":
         raise ValueError(f"{folder}: peft_type {config['peft_type']!r}, expected LORA")
+    wanted, present = attention_of(folder), "causal" if c.causal else "bidirectional"
+    if wanted not in (None, present):
+        raise ValueError(f"{folder} belongs to a {wanted} model, this one is {present}: load the "
+                         f"base with attention={wanted!r}")  # fmt: skip
 
     own, linear = dict(model.named_parameters(remove_duplicate=False)), _linear_layers(model)
     tensors = {}  # by our names: blocks.0.attn.q_proj.lora_A, embed.weight
@@ -325,6 +330,17 @@ def load_adapter(model, folder, trainable=False):
         p.data = tensor.to(torch.float32 if trains else torch.promote_types(tensor.dtype, p.dtype))
         p.requires_grad_(trains)
     model.trained_along = [name for name in own if name in along]
+
+
+def attention_of(folder):
+    """"causal" or "bidirectional": what the adapter's model was, for `from_pretrained`; None where
+    no config.json beside the adapter says it."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.exists(path):
+        return None
+    with open(path) as f:
+        causal = json.load(f).get("is_causal")
+    return {None: None, True: "causal", False: "bidirectional"}[causal]
 
 
 def _read_tensors(folder, device):

@@ -686,6 +686,8 @@ ARCHITECTURES = {  # with a language modelling head, without
     "neobert": ("NeoBERTLMHead", "NeoBERT"),
 }
 
+CLASSIFIERS = ("score.", "classifier.", "linear.")  # the last layer of a classifier's folder
+
 
 def hf_module(module, family):
     """"blocks.3.attn.q_proj" -> "model.layers.3.self_attn.q_proj" """
@@ -843,8 +845,10 @@ def _interleave_qkv(w, c, back):
     return w.reshape(*shape, c.head_dim, -1).transpose(0, 1).reshape(w.shape)
 
 
-def write_folder(folder, config, state):
-    """`state`: our names -> tensors, of any device. Writes config.json and safetensors."""
+def write_folder(folder, config, state, classifier=None):
+    """`state`: our names -> tensors, of any device. Writes config.json and safetensors.
+    `classifier`: (tensors by transformers' names, keys of config.json) of a ...Classification
+    model, whose other names are those of a model with a head."""
     c, out = config, {}
     for name, tensor in state.items():
         if name == "lm_head.weight" and c.tied:
@@ -853,10 +857,13 @@ def write_folder(folder, config, state):
             tensor = _interleave_qkv(tensor, c, back=True)
         module, leaf = name.rsplit(".", 1)
         key = f"{hf_module(module, c.family)}.{leaf}"
-        out[key.removeprefix("model.") if c.head == "none" else key] = tensor.detach().contiguous()
+        bare = c.head == "none" and classifier is None
+        out[key.removeprefix("model.") if bare else key] = tensor.detach().contiguous()
+    more, keys = classifier or ({}, {})
+    out |= {key: tensor.detach().contiguous() for key, tensor in more.items()}
     os.makedirs(folder, exist_ok=True)
     save_torch_state_dict(out, folder, max_shard_size="5GB", metadata={"format": "pt"})
-    hf = config_to_hf(c) | {"dtype": str(state["embed.weight"].dtype).removeprefix("torch.")}
+    hf = config_to_hf(c) | {"dtype": str(state["embed.weight"].dtype).removeprefix("torch.")} | keys
     with open(os.path.join(folder, "config.json"), "w") as f:
         json.dump(hf, f, indent=2)
 
@@ -921,7 +928,7 @@ def from_pretrained(
     window: of the local layers (see ModelConfig.window_of), 0 makes every layer global.
     rope_theta, rope_scaling, max_seq_len: for training at a longer context.
     Raises ValueError for a missing, unexpected or misshapen weight; a folder without any
-    language modelling head gives a model without one.
+    language modelling head, a classifier's too, gives a model without one.
     """
     folder = resolve_folder(name)
     with open(os.path.join(folder, "config.json")) as f:
@@ -941,6 +948,9 @@ def from_pretrained(
 
     tensors = {}
     files = _read_tensors(folder)
+    classifier = any(key.startswith(CLASSIFIERS) for key in files)
+    if classifier:  # train_classifier.py reads its last layers
+        files = {k: read for k, read in files.items() if not k.startswith((*CLASSIFIERS, "head."))}
     for key, read in files.items():
         module, _, leaf = key.rpartition(".")
         if leaf in ("inv_freq", "freqs_cis"):
@@ -953,7 +963,8 @@ def from_pretrained(
         tensors.pop("lm_head.weight", None)
     untied = c.head != "none" and not (c.tied and c.head == "linear" and not c.head_bias)
     bare = not any(key.startswith("model.") for key in files)  # saved without a head: AutoModel
-    if untied and bare and not any(k.startswith(("head.", "lm_head.")) for k in tensors):
+    headless = untied and bare and not any(k.startswith(("head.", "lm_head.")) for k in tensors)
+    if headless or classifier:
         c.head = "none"
 
     with torch.device("meta"):

@@ -7,6 +7,9 @@ Use a model: fill in masked tokens, write on from a prompt, or rank texts by a q
     python sample.py --model=owner/name@revision --text=- < letter.txt        # from stdin
     python sample.py --model=out/contrastive_pydocs_tiny --rank="How do I split a string?"
     python sample.py --model=any/embedder --rank="a question" --file=mine.txt # one text a line
+    python sample.py --model=out/token_retrieval_pydocs_tiny --compress="How is the pool closed?" \
+        --file=passage.txt --ratio=8 --html=out.html
+    python sample.py --model=out/reconstruct_pydocs_tiny --reconstruct="Return a copy of the list."
 
 The model is a Hugging Face folder, a hub id, an adapter of ours or peft's (its base is read, too),
 or the out_dir of a run: then the newest checkpoint in it. Masked models fill, causal ones write.
@@ -15,15 +18,27 @@ or the out_dir of a run: then the newest checkpoint in it. Masked models fill, c
 import json
 import math
 import os
+import re
 import sys
+from html import escape
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import common
 import lora
-from data import check_tokenizer, load_tokenizer, make_seqs, open_pairs, read_pair
-from embedder import Embedder
+from data import (
+    check_tokenizer,
+    join_spans,
+    load_tokenizer,
+    make_seqs,
+    open_pairs,
+    read_jsonl,
+    read_pair,
+    require,
+)
+from embedder import Embedder, pack, score_tokens
 from model import choose_backend, from_pretrained, resolve_folder
 
 # ---- defaults ----
@@ -43,6 +58,19 @@ top_p = 1.0  # draw from the fewest tokens that together have this probability; 
 rank: str | None = None
 rank_pairs: tuple = ("data/pydocs/train.jsonl", "data/pydocs/val.jsonl", "data/pydocs/test.jsonl")
 num_ranked = 5
+# reconstruct: what a model of train_reconstruct.py writes from a text's embedding alone, greedily
+reconstruct: str | None = None  # "-" reads it from stdin
+reconstruct_side = "query"  # what the text is: a query, then a document is written, or a document
+# compress: the part of the passage in file that matters most for a question, in its order
+compress: str | None = None  # the question; "" takes the line's, where file is a .jsonl
+line = 1  # of a .jsonl file {"query", "passage", "spans"}; a .txt is one passage
+ratio = 8.0  # 1 token of 8 is kept
+unit = "words"  # or tokens. What is written without spaces, as Chinese, wants tokens
+neighbours = 0  # units on each side that are kept with each of the best
+window = 0  # tokens encoded at a time, for passages longer than memory; 0: the whole
+overlap = 0  # tokens that windows share
+html: str | None = None  # writes a page there: the passage as a heat map
+spans: tuple = ()  # gold ((start, end), ..) characters, underlined in the page; or a .jsonl's own
 seed = 1337  # sample i is drawn with seed + i, whatever num_samples is
 # device
 attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
@@ -61,7 +89,7 @@ def load(name, device, torch_dtype):
             config = json.load(f)
         base, revision = config["base_model_name_or_path"], config.get("revision")
         at = f"@{revision}" if revision and not os.path.isdir(base) else ""
-        net = from_pretrained(base + at, dtype=torch_dtype)
+        net = from_pretrained(base + at, lora.attention_of(folder), dtype=torch_dtype)
         lora.load_adapter(net, folder)
         lora.merge(net)
     else:
@@ -88,12 +116,13 @@ def check_fills(net, tokenizer):
 
 
 @torch.no_grad()
-def fill(net, tokenizer, texts, n):
+def fill(net, tokenizer, texts, n, before=0):
     """The n most probable tokens for each mask, each by itself: two masks of a text do not know of
     each other's fill. The mask is written [MASK] or as the tokenizer writes it.
 
     -> for each text (ids, places [M] of the masks in ids, probabilities [M, n], tokens [M, n]).
-    SystemExit for a text without a mask.
+    before: 1 for models of train_mntp.py, which are read one place before the mask.
+    SystemExit for a text without a mask, or with one that nothing stands before.
     """
     device, mask = net.embed.weight.device, tokenizer.mask_token
     # A word carries the space in front of it, and so does the mask that stands for a word.
@@ -103,10 +132,12 @@ def fill(net, tokenizer, texts, n):
     for text, text_ids in zip(texts, ids, strict=True):
         if tokenizer.mask_token_id not in text_ids:
             raise SystemExit(f"no {mask} to fill in the text {text[:60]!r}")
+        if before and text_ids[0] == tokenizer.mask_token_id:
+            raise SystemExit(f"nothing stands before the {mask} of the text {text[:60]!r}")
     lengths = [len(text_ids) for text_ids in ids]
     row = torch.tensor([i for text_ids in ids for i in text_ids])  # [T], all texts end to end
     rows = (row == tokenizer.mask_token_id).nonzero()[:, 0]  # [L], every mask
-    logits = net(row.to(device), make_seqs(lengths, device), rows.to(device))  # [L, V]
+    logits = net(row.to(device), make_seqs(lengths, device), rows.to(device) - before)  # [L, V]
     p, best = logits.float().softmax(-1).topk(min(n, logits.size(-1)))  # [L, n]
     places = [
         [k for k, i in enumerate(text_ids) if i == tokenizer.mask_token_id] for text_ids in ids
@@ -173,7 +204,7 @@ def draw(logits, temperature, top_k, top_p, generators):
 @torch.no_grad()
 def generate(
     net, prompt_ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, num_samples=1,
-    eos_ids=(), seed=1337,
+    eos_ids=(), seed=1337, anchor=None,
 ):  # fmt: skip
     """-> num_samples lists of new ids. A sample ends with an id of eos_ids, which is in its list,
     or after max_new_tokens.
@@ -181,7 +212,7 @@ def generate(
     There is no KV cache: every step runs the whole text again. n new tokens after a prompt of p
     cost n * (p + n/2) tokens of forward instead of p + n, about 200 times as much for n = 400:
     fine for a look at a model, not for serving one. The samples are the texts of one packed row,
-    which one that has ended leaves.
+    which one that has ended leaves. anchor [C]: stands in for the prompt's first token.
     """
     if min(temperature, top_k) < 0 or not 0 < top_p <= 1 or min(num_samples, max_new_tokens) < 1:
         raise SystemExit(
@@ -195,7 +226,9 @@ def generate(
     for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
         row = torch.tensor([i for s in running for i in samples[s]], device=device)  # [T]
         seqs = make_seqs([len(samples[s]) for s in running], device)
-        logits = net(row, seqs, seqs.cu_seqlens[1:].long() - 1)  # [S, V], behind each last token
+        ends = seqs.cu_seqlens.long()
+        vectors = None if anchor is None else anchor.expand(len(running), -1)  # [S, C]
+        logits = net(row, seqs, ends[1:] - 1, vectors=vectors, at=ends[:-1])  # [S, V]
         new = draw(logits, temperature, top_k, top_p, [generators[s] for s in running])
         for s, i in zip(running, new, strict=True):
             samples[s].append(i)
@@ -231,6 +264,38 @@ def print_sample(tokenizer, number, prompt_ids, new, eos_ids):
     print(tokenizer.decode(prompt_ids + new, skip_special_tokens=True))
 
 
+# ---- reconstruct ----
+
+
+@torch.no_grad()
+def write_back(embedder, text, side, max_new_tokens):
+    """What the model writes of the other side of a pair from the embedding of a text, a "query" or
+    a "document" -> (ids, ids that end a text).
+
+    The rows are those of train_reconstruct.py: the anchor, then BOS, prefix and instruction of the
+    side that is written, then the text. Greedy: the most probable token each time.
+    """
+    net, tokenizer, prompts = embedder.model, embedder.tokenizer, embedder.prompts
+    if side not in ("query", "document"):
+        raise SystemExit(f"reconstruct_side={side!r}: expected query or document")
+    if not net.config.causal or net.config.head == "none":
+        raise SystemExit("--reconstruct wants a causal model that has kept its head, as saved by "
+                         "train_reconstruct.py")  # fmt: skip
+    encoded = embedder.tokenize([text], prompts.get(side, ""))
+    tokens, seqs, where = pack(encoded, net.embed.weight.device)
+    anchor = net(tokens, seqs)[where.last[0]]  # [C], not normalized: as in training
+    other = prompts.get("document" if side == "query" else "query", "")
+    backend, template = tokenizer.backend_tokenizer, embedder.template
+    plain = backend.encode("a")
+    given = plain.ids[: plain.special_tokens_mask.index(0)]  # BOS
+    # a space at the end is a part of the first word, which the model writes
+    given += backend.encode((template.prefix + other).rstrip(" "), add_special_tokens=False).ids
+    eos_ids = embedder.tokenize(["a"])[0][0][-1:]
+    room = min(max_new_tokens, net.config.max_seq_len - 1 - len(given))
+    (new,) = generate(net, [0, *given], room, 0, eos_ids=eos_ids, anchor=anchor)
+    return new, eos_ids
+
+
 # ---- rank ----
 
 
@@ -253,11 +318,198 @@ def nearest(embedder, question, texts, n):
     return [(float(scores[i]), int(i)) for i in (-scores).argsort(kind="stable")[:n]]
 
 
+# ---- compress ----
+
+
+def units_of(passage, spans, unit):
+    """Token spans [n, 2] -> (tokens of each unit [[first, end), ..], characters of each [[start,
+    end), ..]), in order. Tokens: each is a unit. Words: what stands between spaces; words that
+    share a token are one unit, and a token of nothing but spaces is in none."""
+    if unit == "tokens":
+        return [(i, i + 1) for i in range(len(spans))], spans.tolist()
+    if unit != "words":
+        raise ValueError(f"unit {unit!r}: expected words or tokens")
+    words = [match.span() for match in re.finditer(r"\S+", passage)]
+    tokens, places, w = [], [], 0
+    for i, (start, end) in enumerate(spans.tolist()):
+        while w < len(words) and words[w][1] <= start:
+            w += 1
+        own = [word for word in words[w : w + end - start] if word[0] < end]  # a token may have two
+        if own and places and own[0][0] < places[-1][1]:  # the same word as the last token's
+            tokens[-1] = (tokens[-1][0], i + 1)
+            places[-1][1] = own[-1][1]
+        elif own:
+            tokens.append((i, i + 1))
+            places.append([own[0][0], own[-1][1]])
+    return tokens, places
+
+
+def keep(scores, spans, passage, ratio, unit="words", neighbours=0):
+    """Scores [n] and spans [n, 2] of a passage's tokens -> the spans that are kept, in order.
+
+    At most ceil(n / ratio) tokens, and just as many with unit="tokens". The best units come first,
+    each by its best token, of equal ones the first; with each come its neighbours, the nearest
+    first. What has more tokens than are left is passed over. Units that follow one another are one
+    span, with the spaces between them.
+    """
+    if not ratio >= 1 or neighbours < 0:
+        raise ValueError(f"expected {ratio=} >= 1 and {neighbours=} >= 0")
+    tokens, places = units_of(passage, spans, unit)
+    best = np.array([scores[first:end].max() for first, end in tokens])
+    near = sorted(range(-neighbours, neighbours + 1), key=abs)  # 0, -1, 1, -2, 2
+    left, kept = math.ceil(len(scores) / ratio), set()
+    for i in np.argsort(-best, kind="stable").tolist():
+        for j in (i + k for k in near):
+            size = tokens[j][1] - tokens[j][0] if 0 <= j < len(tokens) else math.inf
+            if j not in kept and size <= left:
+                kept.add(j)
+                left -= size
+            elif j == i and j not in kept:
+                break  # no neighbours of what did not fit
+        if not left:
+            break
+    out = []
+    for i in sorted(kept):
+        if i - 1 in kept:
+            out[-1][1] = max(out[-1][1], places[i][1])
+        else:
+            out.append(list(places[i]))
+    return join_spans(out)
+
+
+def text_of(passage, spans):
+    """The kept spans as one text: a space stands for what is left out, if none is there already."""
+    text = ""
+    for start, end in spans:
+        piece = passage[start:end]
+        text += " " * bool(text and not text[-1].isspace() and not piece[0].isspace()) + piece
+    return text
+
+
+def compress_text(embedder, query, passage, ratio, unit="words", neighbours=0):
+    """-> (kept text, kept spans [[start, end], ..]): the 1/ratio of a passage's tokens that matter
+    most for a query, in order; see `keep`."""
+    scores, of_tokens = score_tokens(embedder, [query], passage)
+    kept = keep(scores[0], of_tokens, passage, ratio, unit, neighbours)
+    return text_of(passage, kept), kept
+
+
+def share_of(inside, spans):
+    """Of the characters in spans, the share that is in the spans `inside`."""
+    both = sum(max(0, min(b, d) - max(a, c)) for a, b in inside for c, d in spans)
+    return both / max(1, sum(d - c for c, d in spans))
+
+
+STYLE = """
+:root { color-scheme: light dark; --text: #111; --faint: #4c4c4c; --page: #fff;
+  --heat: 255 150 0; --gold: #0a58ca }
+@media (prefers-color-scheme: dark) { :root { --text: #fff; --faint: #b5b5b5; --page: #141414;
+  --heat: 170 80 0; --gold: #7db4ff } }
+body { background: var(--page); color: var(--text); max-width: 46rem; margin: 2rem auto;
+  padding: 0 1rem; font: 1rem/1.7 Georgia, serif }
+h1 { font-size: 1.4rem; line-height: 1.3 }
+.facts, .legend { color: var(--faint); font: .85rem/1.5 system-ui, sans-serif }
+.passage { white-space: pre-wrap; overflow-wrap: anywhere; color: var(--faint) }
+.k { color: var(--text); font-weight: bold }
+.g { text-decoration: underline 2px var(--gold); text-underline-offset: .2em }
+"""
+
+
+def page(query, passage, scores, of_tokens, kept, gold=()):
+    """The passage as a heat map of its tokens' scores: one page of HTML that needs no other file.
+
+    The ground of a token is the stronger, the higher its score: 10 steps from the median to the
+    best. Kept characters are bold, the others grey; gold spans are underlined.
+    """
+    heat = np.full(len(passage) + 1, -1)  # [characters], the step of each
+    low, high = np.median(scores), scores.max()
+    steps = (9 * (scores - low) / max(high - low, 1e-9)).clip(0, 9).round().astype(int)
+    for (start, end), step in zip(of_tokens.tolist(), steps, strict=True):
+        heat[start:end] = np.maximum(heat[start:end], step)  # a character may have several
+    mark = np.zeros((2, len(passage) + 1), bool)
+    for row, spans in zip(mark, (kept, gold), strict=True):
+        for start, end in spans:
+            row[start:end] = True
+    state = np.stack((heat, *mark))  # [3, characters]
+    cuts = (np.flatnonzero((state[:, 1:] != state[:, :-1]).any(0)) + 1).tolist()
+    parts = []
+    for start, end in zip([0, *cuts], [*cuts, len(passage)], strict=True):
+        step, is_kept, is_gold = state[:, start].tolist()
+        names = [f"h{step}"] * (step > 0) + ["k"] * is_kept + ["g"] * is_gold
+        text = escape(passage[start:end])
+        parts.append(f'<span class="{" ".join(names)}">{text}</span>' if names else text)
+    before = np.append(0, mark[0].cumsum())  # kept characters in front of each
+    n_kept = int((before[of_tokens[:, 1]] > before[of_tokens[:, 0]]).sum())
+    facts = f"{n_kept:,} of {len(scores):,} tokens kept"
+    facts += f"; of the gold {share_of(kept, gold):.0%}" if gold else ""
+    ground = "".join(f".h{i} {{ background: rgb(var(--heat) / {i / 14:.2f}) }}" for i in range(10))
+    legend = "<span class=k>bold: kept</span>, <span class=h9>ground: score</span>"
+    legend += ", <span class=g>underlined: gold</span>" if gold else ""
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(query)}</title>
+<style>{STYLE}{ground}</style></head>
+<body><h1>{escape(query)}</h1>
+<p class="facts">{facts}</p><p class="legend">{legend}</p>
+<div class="passage">{"".join(parts)}</div>
+</body></html>
+"""
+
+
+def read_passage(path, line):
+    """(passage, query or None, gold spans) of a text, or of a line of a .jsonl."""
+    if not path.endswith(".jsonl"):
+        with open(path, encoding="utf-8", newline="") as f:
+            return f.read(), None, []
+    for number, record in read_jsonl(path):
+        if number == line:
+            passage = require(record, "passage", str, path, line)
+            return passage, record.get("query"), record.get("spans", [])
+    raise SystemExit(f"{path} has no line {line}")
+
+
 if __name__ == "__main__":
     # ---- configure ----
     config = common.configure(globals())
-    if not model or sum(x is not None for x in (text, prompt, rank or file)) != 1:
-        raise SystemExit("give --model=... and one of --text=, --file=, --prompt= or --rank=")
+    ways = (text, prompt, reconstruct, compress, rank if compress is not None else rank or file)
+    if not model or sum(x is not None for x in ways) != 1:
+        raise SystemExit(
+            "give --model=... and one of --text=, --file=, --prompt=, --rank=, --reconstruct= or "
+            "--compress="
+        )
+
+    # ---- reconstruct ----
+    if reconstruct is not None:
+        reconstruct = sys.stdin.read().rstrip("\n") if reconstruct == "-" else reconstruct
+        embedder = Embedder.load(model, dtype=dtype, attention_backend=attention_backend)
+        new, eos_ids = write_back(embedder, reconstruct, reconstruct_side, max_new_tokens)
+        ended = "ended by its EOS" if new[-1] in eos_ids else "cut"
+        print(f"\n--- from this {reconstruct_side}'s embedding: {len(new)} tokens, {ended} ---")
+        print(embedder.tokenizer.decode(new, skip_special_tokens=True))
+        raise SystemExit
+
+    # ---- compress ----
+    if compress is not None:
+        if file is None:
+            raise SystemExit("--compress wants the passage: --file=passage.txt or a .jsonl")
+        passage, asked, gold = read_passage(file, line)
+        asked, gold = compress or asked, spans or gold
+        if not asked or not passage.strip():
+            raise SystemExit(f"{file}: there is no question, or nothing in the passage")
+        if wrong := [x for x in gold if not 0 <= x[0] < x[1] <= len(passage)]:
+            raise SystemExit(f"{file}: span {wrong[0]} is not in its {len(passage)} characters")
+        embedder = Embedder.load(model, dtype=dtype, attention_backend=attention_backend)
+        scores, of_tokens = score_tokens(embedder, [asked], passage, window, overlap, True)
+        kept = keep(scores[0], of_tokens, passage, ratio, unit, neighbours)
+        if html is not None:
+            with open(html, "w", encoding="utf-8", newline="") as f:
+                f.write(page(asked, passage, scores[0], of_tokens, kept, gold))
+        print(f"\n{asked}\n\n{text_of(passage, kept)}\n")
+        print(f"spans: {kept}")
+        if gold:
+            print(f"of the gold's characters {share_of(kept, gold):.0%} are kept")
+        raise SystemExit
 
     # ---- rank ----
     if rank is not None:
@@ -300,11 +552,13 @@ if __name__ == "__main__":
     # ---- fill ----
     else:
         check_fills(net, tokenizer)
+        before = int(os.path.exists(os.path.join(folder, "mntp.json")))  # of train_mntp.py
         if file is not None:
             texts = read_lines(file)
         else:
             texts = [sys.stdin.read().rstrip("\n") if text == "-" else text]
         for start in range(0, len(texts), 32):  # 32 texts are one packed row
             some = texts[start : start + 32]
-            for one, result in zip(some, fill(net, tokenizer, some, num_fills), strict=True):
+            filled = fill(net, tokenizer, some, num_fills, before)
+            for one, result in zip(some, filled, strict=True):
                 print_fill(tokenizer, one, *result)

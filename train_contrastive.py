@@ -454,7 +454,7 @@ def evaluate(embedder, file, settings, max_lines=1000):
 
     def embed(texts, instruction, length):
         mine = np.array_split(np.arange(len(texts)), s["world_size"])
-        own = mine[s["rank"]]
+        own = mine[s["rank"]] if len(mine[s["rank"]]) else [0]  # or one, not counted
         if not isinstance(instruction, str):
             instruction = [instruction[i] for i in own]
         how = s["template"], length, s["pool_instruction"]
@@ -466,7 +466,7 @@ def evaluate(embedder, file, settings, max_lines=1000):
                 return padded(embedder.embed([encoded[j] for j in chunks[i]]))
 
         vectors = embed_all(forward, chunks, count_chunks(chunks, s))
-        return gather_rows(vectors, [len(m) for m in mine])
+        return gather_rows(vectors[: len(mine[s["rank"]])], [len(m) for m in mine])
 
     queries = embed([p["query"] for p in pairs], asks, s["query_max_length"])
     texts = embed(passages, answer, s["passage_max_length"])
@@ -583,9 +583,12 @@ if __name__ == "__main__":
     projection = None
     if pooling == "tokens" and projection_dim:
         projection = torch.nn.Linear(c.n_embd, projection_dim, bias=False)
-        if last:
-            state = load_file(os.path.join(last, "1_Dense", "model.safetensors"))
-            projection.weight.data = state["linear.weight"]
+        trained = os.path.join(last or base, "1_Dense", "model.safetensors")
+        if os.path.exists(trained):
+            weight = load_file(trained)["linear.weight"]
+            if weight.size(0) != projection_dim:
+                raise SystemExit(f"{projection_dim=}: {trained} projects to {weight.size(0)}")
+            projection.weight.data = weight
     model.gradient_checkpointing = gradient_checkpointing
     gqa = c.n_head != c.n_kv_head
     model.backend = choose_backend(attention_backend, device, compute_dtype, c.attn_dropout, gqa)

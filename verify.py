@@ -10,6 +10,8 @@ two CPU cores a model of 150M weights takes 10 seconds, one of 1B a minute or tw
 """
 
 import argparse
+import contextlib
+import io
 import math
 import os
 import sys
@@ -21,6 +23,7 @@ import torch
 import common
 import model as M
 from data import check_tokenizer, load_tokenizer, make_seqs
+from embedder import Embedder
 
 # Of the largest number that is compared. Two fp32 implementations differ by the rounding of their
 # largest numbers, about 1e-6 of them; a wrong mask or a wrong weight by more than 1e-3.
@@ -253,6 +256,28 @@ def tokenizer_fits(net, folder):
     )
 
 
+def same_ids(folder):
+    """An embedder's ids, by which it was trained, are those of the folder's plain tokenizer."""
+    from transformers import AutoTokenizer
+
+    in_post_processor = os.path.exists(os.path.join(folder, "modules.json"))  # the suffix is, and
+    if not in_post_processor and not os.path.exists(os.path.join(folder, "nanoembed.json")):
+        return None, "no embedder's folder"  # else a plain tokenizer would cut it
+    with contextlib.redirect_stdout(io.StringIO()):
+        embedder = Embedder.load(folder, device="cpu", dtype="fp32")
+    theirs, instructions = AutoTokenizer.from_pretrained(folder), set(embedder.prompts.values())
+    prefix, suffix = embedder.template.prefix, embedder.template.suffix
+    embedder.max_length = embedder.max_length if in_post_processor else 10**9
+    for instruction in sorted(instructions):
+        for text in PROBES:
+            joined = prefix + instruction + text + ("" if in_post_processor else suffix)
+            ids = theirs(joined, truncation=in_post_processor, max_length=embedder.max_length)
+            ids = ids["input_ids"]
+            if ids != embedder.tokenize([text], instruction)[0][0]:
+                return False, f"{joined!r} has other ids by transformers"
+    return True, f"{len(PROBES)} texts, each with {len(instructions)} instructions"
+
+
 def in_one_line(error):
     return " ".join(f"{type(error).__name__}: {error}".split())
 
@@ -291,6 +316,7 @@ def check(name, device):
         checks.append((f"attention: {backend}", backend_agrees, (net, backend, tokens, lengths)))
     checks.append(("save -> reload", save_and_reload, (net, tokens, lengths)))
     checks.append(("tokenizer", tokenizer_fits, (net, folder)))
+    checks.append(("training ids = encode ids", same_ids, (folder,)))
     for title, function, arguments in checks:
         try:
             ok, figure = function(*arguments)

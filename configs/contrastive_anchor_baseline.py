@@ -1,5 +1,5 @@
 # Anchor-Embedding's baseline (EMNLP 2025): LLM2Vec's supervised recipe on a causal model, without
-# stage I. Four bases, told apart by init_from.
+# stage I. Five bases, told apart by init_from.
 #   python data/echo/prepare.py --input echo-data
 #   torchrun --standalone --nproc_per_node=8 train_contrastive.py \
 #       configs/contrastive_anchor_baseline.py --init_from=meta-llama/Llama-3.2-3B-Instruct
@@ -13,8 +13,9 @@ _wraps = {  # prefix, suffix: each base its own; the published code gives Llama'
     "Llama-3.2-3B-Instruct": _llama,
     "Llama-3.1-8B-Instruct": _llama,
     "Qwen2.5-1.5B-Instruct": _qwen,
+    "Qwen3-0.6B": _qwen,
 }
-# the part of the path that names the base, also in out/anchor-stage1/Llama-3.2-1B-Instruct/step2000
+# the part of the path that names the base, also in out/anchor-stage1/Llama-3.2-1B-Instruct
 _parts = [part.split("@")[0].replace("Meta-Llama", "Llama") for part in init_from.split("/")]
 _name = ([part for part in _parts if part in _wraps] or _parts)[-1]
 prefix, suffix = _wraps[_name]
@@ -32,6 +33,7 @@ passage_max_length = 512
 # 128 queries x 8 GPUs = 1,024 queries/step, each among 2,048 passages; 1,000 steps = 1.0M of 1.5M.
 # (Theirs: 1,024 by accumulation, each among the passages of its own micro-batch.)
 batch_size = 128 * 8
+group_size = 2  # the positive and one hard negative
 max_steps = 1000  # LLM2Vec's; one published config stops at 200, inside its own warmup
 temperature = 0.02  # scale 50
 

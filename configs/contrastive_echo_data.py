@@ -17,4 +17,3 @@ data = tuple(f"data/echo/{file}.jsonl" for file in _files)
 passage_instruction = tuple(_both[file] + _sep if file in _both else "" for file in _files)
 eval_data = "data/echo/val.jsonl"
 sampling_alpha = 1.0  # in proportion to size
-group_size = 2  # the positive and one hard negative

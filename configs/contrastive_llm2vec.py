@@ -35,6 +35,7 @@ passage_max_length = 400
 
 # 64 queries x 8 GPUs = 512 queries/step, each among 1,024 passages; 1,000 steps = 512,000 of 1.5M
 batch_size = 64 * 8
+group_size = 2  # the positive and one hard negative
 max_steps = 1000
 temperature = 0.02  # scale 50
 

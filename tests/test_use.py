@@ -22,6 +22,7 @@ import sample
 import verify
 from conftest import ROOT
 from data import load_tokenizer, make_seqs
+from embedder import Embedder, Template
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -283,13 +284,30 @@ def failures(folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_verify_passes(family, folders):
     ok, figures = verdicts(folders[family])
-    skipped = {"attention: varlen", "attention: flash_attn"}
+    skipped = {"attention: varlen", "attention: flash_attn", "training ids = encode ids"}
     skipped |= {"logits equal transformers'"} if family == "neobert" else set()
     assert {title for title in ok if ok[title] is None} == skipped
     assert all(ok[title] for title in ok.keys() - skipped), figures
-    assert len(ok) == 10
+    assert len(ok) == 11
     causal = family in ("llama", "mistral", "qwen2", "qwen3", "modernbert-decoder")
     assert ("causal, truly" if causal else "bidirectional, truly") in ok
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["for sentence-transformers", "ours alone"])
+def test_verify_compares_an_embedders_ids(whole, folders, tmp_path):
+    net, tokenizer, _ = sample.load(folders["qwen3"], CPU, torch.float32)
+    net.drop_head()
+    prompts = {"query": "find: ", "document": ""}
+    embedder = Embedder(net, tokenizer, "last", Template("<< ", " >>"), prompts, max_length=30)
+    embedder.save(tmp_path, whole)
+    title = "training ids = encode ids"
+    assert verdicts(str(tmp_path))[0][title] is True, verdicts(str(tmp_path))[1][title]
+    settings = json.loads((tmp_path / "nanoembed.json").read_text())
+    settings["template"]["prefix"] = "<<< "
+    (tmp_path / "nanoembed.json").write_text(json.dumps(settings))
+    tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.save_pretrained(tmp_path)
+    assert verdicts(str(tmp_path))[0][title] is False
 
 
 def _leak(monkeypatch):

@@ -4,8 +4,9 @@ The embedded data set: the documentation that ships with Python, numpy and torch
     python data/pydocs/prepare.py
 
 No download. Docstrings are read with `ast` from source files; nothing of them is imported. Written
-beside this file (or in --out): tokenizer/, train.bin, val.bin and so on, and pairs in train.jsonl,
-val.jsonl and test.jsonl. See readme.md for what is in them and what the end should look like.
+beside this file (or in --out): tokenizer/, train.bin, val.bin and so on, pairs in train.jsonl,
+val.jsonl and test.jsonl, and spans_train.jsonl and so on for token retrieval. See readme.md for
+what is in them and what the end should look like.
 """
 
 import argparse
@@ -33,6 +34,8 @@ SEED = 41  # of the split and the order: at 41 each source gives about 5 % to va
 VOCAB_SIZE = 8192
 MIN_WORDS = 20  # of a document
 MIN_BODY_WORDS = 12  # of a pair's positive
+MIN_ENTRIES = 4  # documents of a passage: what is looked for is a small part of it
+PASSAGE_CHARS = 20_000  # a longer module is several passages, about 4,500 tokens each
 RUN = 8  # words: documents that share most of their runs of 8 are taken for the same
 
 # tests, other people's code inside torch, and what programs wrote
@@ -374,6 +377,61 @@ def pair_of(doc: dict) -> dict | None:
     return {"query": query, "pos": [doc["body"]], "module": doc["module"], "name": doc["name"]}
 
 
+# ---- spans, for token retrieval ----
+
+
+def passages_of(docs: list[dict]) -> list[list[dict]]:
+    """The documents of each module, in the order of its source; a long module in several parts."""
+    modules = {}
+    for doc in docs:
+        if doc["module"] != "pydoc_data.topics":
+            modules.setdefault(doc["module"], []).append(doc)
+    passages = []
+    for of_module in modules.values():
+        size = PASSAGE_CHARS
+        for doc in of_module:
+            if size + len(entry_of(doc)) > PASSAGE_CHARS or doc is of_module[0]:
+                passages.append([])
+                size = 0
+            passages[-1].append(doc)
+            size += len(entry_of(doc))
+    return [passage for passage in passages if len(passage) >= MIN_ENTRIES]
+
+
+def entry_of(doc: dict) -> str:
+    """What a passage has of a document: its body. The summary is what a query asks for it with, so
+    it stands in the passage only where there is nothing else."""
+    return doc["body"] or doc["summary"]
+
+
+def span_lines(docs: list[dict]):
+    """Yield {"query": summary, "passage", "spans": [its document's body], "module", "name"} for the
+    documents of a passage that make a pair, and whose summary is not written anywhere in it and
+    not another document's as well."""
+    passage = "\n\n".join(map(entry_of, docs))
+    words = f" {' '.join(words_of(passage))} "
+    summaries = [" ".join(words_of(doc["summary"])) for doc in docs]
+    start = 0
+    for doc, summary in zip(docs, summaries, strict=True):
+        end = start + len(entry_of(doc))
+        if pair_of(doc) and f" {summary} " not in words and summaries.count(summary) == 1:
+            line = {"query": doc["summary"], "passage": passage, "spans": [[start, end]]}
+            yield line | {"module": doc["module"], "name": doc["name"]}
+        start = end + 2
+
+
+def write_spans(docs: list[dict], out: str):
+    """Write spans_{split}.jsonl. The lines of a passage follow one another."""
+    for split in ("train", "val", "test"):
+        passages = passages_of([doc for doc in docs if split_of(doc["module"]) == split])
+        path, lines = os.path.join(out, f"spans_{split}.jsonl"), 0
+        with open(path, "w", encoding="utf-8", newline="\n") as f:
+            for line in (line for passage in passages for line in span_lines(passage)):
+                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+                lines += 1
+        print(f"{split} spans {lines:>8,}, of {len(passages):,} passages")
+
+
 # ---- files ----
 
 
@@ -494,6 +552,7 @@ if __name__ == "__main__":
         docs = [doc for of_file in found for doc in of_file] + topics()
     kept = without_repeats(docs)
     print(f"{len(docs):,} docstrings, {len(docs) - len(kept):,} left out as repeats")
+    write_spans(kept, args.out)  # first: write_all shuffles
     made = manifest_of(args.out, write_all(kept, args.out))
     for key, value in made["counts"].items():
         print(f"{key:12s} {value:>9,}")
@@ -507,6 +566,9 @@ if __name__ == "__main__":
 
 # The end, under the versions of manifest.json (15 seconds on 2 cores):
 # 12,703 docstrings, 1,077 left out as repeats
+# train spans    7,595, of 771 passages
+# val spans      413, of 43 passages
+# test spans      404, of 39 passages
 # tokenizing with tiktoken
 # train docs      10,538
 # train tokens 1,436,737

@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# AceRAG (TacZip) at toy size, on two CPU cores: a decoder trained here, then passage retrieval
+# (stage 1), then token retrieval (stage 2), against stage 2 alone and what learns nothing; 3 seeds.
+#   bash runs/acerag.sh                  # on Python's documentation
+#   bash runs/acerag.sh path/to/qed      # and on QED: a folder with train.jsonl.gz and dev.jsonl.gz
+# Runs that are done are not done again. PYTHON=python bash ... takes your own environment.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+python=${PYTHON:-.venv/bin/python}
+qed=${1:-}
+out=out/acerag
+stage1=80 stage2=100 # steps, of 64 pairs and of 16 queries
+mkdir -p $out
+
+say "data and the decoder"
+if [ "$python" = .venv/bin/python ] && [ ! -x $python ]; then
+    python3 -m venv .venv
+    $python -m pip install -q --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
+    $python -m pip install -q --disable-pip-version-check -r requirements.txt
+fi
+[ -f data/pydocs/spans_test.jsonl ] || $python data/pydocs/prepare.py
+$python pretrain_mlm.py configs/clm_pydocs_tiny.py --resume=True
+pairs="'data/pydocs/train.jsonl'"
+tasks=pydocs
+if [ -n "$qed" ]; then
+    tasks="pydocs qed"
+    for part in train dev; do
+        [ -f $out/qed_$part.jsonl ] || $python data/qa_spans/prepare.py --format=qed \
+            --input "$qed/$part.jsonl.gz" --out $out/qed_$part.jsonl
+    done
+    # question -> paragraph, for stage 1
+    $python - $out <<'PYTHON'
+import json, sys
+with open(f"{sys.argv[1]}/qed_train.jsonl") as f, open(f"{sys.argv[1]}/qed_pairs.jsonl", "w") as g:
+    for record in map(json.loads, f):
+        g.write(json.dumps({"query": record["query"], "pos": [record["passage"]]}) + "\n")
+PYTHON
+    pairs="$pairs,'$out/qed_pairs.jsonl'"
+fi
+
+for seed in 1 2 3; do
+    say "seed $seed, stage 1: passage retrieval"
+    $python train_contrastive.py configs/contrastive_pydocs_tiny.py --seed=$seed --resume=True \
+        --init_from=out/clm_pydocs_tiny --pooling=last --data="($pairs,)" --batch_size=64 \
+        --max_steps=$stage1 --eval_interval=0 --out_dir=$out/stage1-$seed
+    for task in $tasks; do
+        if [ $task = pydocs ]; then
+            files="--data=data/pydocs/spans_train.jsonl --eval_data=data/pydocs/spans_test.jsonl"
+        else
+            files="--data=$out/qed_train.jsonl --eval_data=$out/qed_dev.jsonl --passage_max_length=384"
+        fi
+        for start in stage1 none; do
+            from=out/clm_pydocs_tiny
+            [ $start = none ] || from=$out/stage1-$seed
+            run=$out/$task-$start-$seed
+            say "seed $seed, stage 2: $task from $from"
+            # the test data is looked at once, when all is done
+            $python train_token_retrieval.py configs/token_retrieval_pydocs_tiny.py $files \
+                --seed=$seed --resume=True --init_from=$from --batch_size=16 --max_steps=$stage2 \
+                --eval_interval=0 --out_dir=$run
+            [ -f $run/results.json ] || $python train_token_retrieval.py $files \
+                configs/token_retrieval_pydocs_tiny.py --seed=$seed --init_from=$from \
+                --out_dir=$run --eval_only=True --eval_lines=0
+        done
+    done
+done
+
+say "results: mean (min-max) over the seeds"
+$python - $out $tasks <<'PYTHON'
+import glob, json, sys
+out, tasks = sys.argv[1], sys.argv[2:]
+columns = ["ap", "ndcg", "recall_16x", "recall_8x", "recall_4x", "answer_16x", "answer_8x", "answer_4x"]
+for task in tasks:
+    rows = {}
+    for start, name in (("none", "stage 2 alone"), ("stage1", "stage 1, then stage 2")):
+        for path in sorted(glob.glob(f"{out}/{task}-{start}-*/results.json")):
+            with open(path) as f:
+                found = json.load(f)
+            for way, numbers in found["results"].items():
+                rows.setdefault(name if way == "model" else way, []).append(numbers)
+    have = [c for c in columns if c in rows["random"][0]]
+    print(f"\n{task}, {found['queries']} queries, {len(rows['stage 2 alone'])} seeds\n")
+    print("| | " + " | ".join(have) + " |\n" + "|---" * (len(have) + 1) + "|")
+    for name, runs in rows.items():
+        cells = []
+        for column in have:
+            x = [100 * run[column] for run in runs]
+            mean, spread = sum(x) / len(x), f" ({min(x):.1f}-{max(x):.1f})" if max(x) > min(x) else ""
+            cells.append(f"{mean:.1f}{spread}")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+PYTHON

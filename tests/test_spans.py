@@ -1,0 +1,622 @@
+"""Data for token retrieval: qa_spans, acerag, annotate.py and the spans of pydocs.
+
+    python -m pytest tests/test_spans.py
+
+About 10 s on one CPU core.
+"""
+
+import gzip
+import importlib.util
+import json
+import os
+import random
+import re
+
+import numpy as np
+import pytest
+import tokenizers as tk
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+import data as data_py
+from conftest import ROOT
+
+
+def script(path):
+    name = path.replace("/", "_").removesuffix(".py")
+    spec = importlib.util.spec_from_file_location(name, os.path.join(ROOT, path))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+qa, acerag, pydocs = (script(f"data/{n}/prepare.py") for n in ("qa_spans", "acerag", "pydocs"))
+annotate = script("data/annotate.py")
+
+
+def read(path):
+    return [record for _, record in data_py.read_jsonl(str(path))]
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+    return str(path)
+
+
+def quoted(line):
+    return [line["passage"][start:end] for start, end in line["spans"]]
+
+
+# ---- spans ----
+
+
+def test_join_and_trim():
+    rng = random.Random(0)
+    for _ in range(200):
+        spans = [sorted(rng.sample(range(30), 2)) for _ in range(rng.randint(0, 6))]
+        inside = {i for start, end in spans for i in range(start, end)}
+        joined = data_py.join_spans(spans)
+        assert {i for start, end in joined for i in range(start, end)} == inside
+        assert all(a[1] < b[0] for a, b in zip(joined[:-1], joined[1:], strict=True))  # no touch
+    assert data_py.trim_span("ab  cd \n e", [2, 8]) == [4, 6]
+    start, end = data_py.trim_span("a   b", [1, 4])
+    assert start >= end
+
+
+def test_sentences():
+    text = (
+        "Mr. J. Smith of the U.S. Army paid $3.50 (approx. 3 euros) in Washington D.C. on 3 Feb. "
+        'He said: "It works!" Then he left for $3.50. É. Zola wrote no. 5... What? Yes.\n'
+        "A title\n\nNo end"
+    )
+    pieces = [text[start:end] for start, end in qa.sentences(text)]
+    assert "".join(pieces) == text
+    assert [piece.strip() for piece in pieces] == [
+        "Mr. J. Smith of the U.S. Army paid $3.50 (approx. 3 euros) in Washington D.C. on 3 Feb. "
+        'He said: "It works!"',
+        "Then he left for $3.50.", "É. Zola wrote no. 5...", "What?", "Yes.", "A title", "No end",
+    ]  # fmt: skip
+    assert qa.sentences("") == [(0, 0)]
+
+
+# ---- SQuAD ----
+
+CONTEXT = "Köln lies on the Rhine. Its cathedral took 632 years. It is tall 😀. The Rhine is long."
+
+
+def squad_file(tmp_path, qas, context=CONTEXT):
+    articles = {"version": "1.1", "data": [{"paragraphs": [{"context": context, "qas": qas}]}]}
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps(articles))
+    return str(path)
+
+
+def answered(question, *texts, start=None, **more):
+    places = [CONTEXT.index(text) if start is None else start for text in texts]
+    answers = zip(texts, places, strict=True)
+    return {"question": question, "answers": [{"text": t, "answer_start": p} | more
+                                              for t, p in answers]}  # fmt: skip
+
+
+def test_squad(tmp_path, capsys):
+    qas = [
+        answered("how long?", "Its cathedral", "632 years", "632 years"),  # the most frequent
+        answered("first?", "Köln", "the Rhine"),  # the first of equals
+        answered("two sentences?", "tall 😀. The Rhine"),
+        {"question": "impossible?", "answers": [], "is_impossible": True},
+        answered("moved?", "Köln", start=1),
+        answered("where?", "Rhine", n_occurrences=2),
+    ]
+    path = squad_file(tmp_path, qas)
+    qa.main(["--format=squad", f"--input={path}", f"--out={tmp_path}/new/out.jsonl"])
+    lines = read(tmp_path / "new" / "out.jsonl")
+    assert [line["query"] for line in lines] == ["how long?", "first?", "two sentences?"]
+    assert quoted(lines[0]) == ["Its cathedral took 632 years."]
+    assert quoted(lines[1]) == ["Köln lies on the Rhine."]
+    assert quoted(lines[2]) == ["It is tall 😀. The Rhine is long."]
+    answers = [line["passage"][slice(*line["answer"])] for line in lines]
+    assert answers == ["632 years", "Köln", "tall 😀. The Rhine"]
+    assert all(line["passage"] == CONTEXT for line in lines)
+    told = capsys.readouterr().out
+    assert "out.jsonl: 3 questions" in told
+    assert "left out, no answer: 1" in told and "place of the answer not known: 1" in told
+    assert "left out, the answer is not where it should be: 1" in told
+
+    with open(path, "rb") as f, gzip.open(path + ".gz", "wb") as z:
+        z.write(f.read())
+    qa.main(["--format=squad", "--gold=answer", f"--input={path}.gz", f"--out={tmp_path}/a.jsonl"])
+    assert [quoted(line) for line in read(tmp_path / "a.jsonl")] == [[a] for a in answers]
+
+
+def test_squad_from_the_hub(tmp_path, monkeypatch):
+    """Its rows have columns of answers; the lines are those of the file."""
+    given = answered("how long?", "632 years", "years")
+    columns = {"text": ["632 years", "years"],
+               "answer_start": [a["answer_start"] for a in given["answers"]]}  # fmt: skip
+    rows = Dataset.from_list([{"question": "how long?", "context": CONTEXT, "answers": columns}])
+
+    def load(name, config, split):
+        assert (name, config, split) == ("rajpurkar/squad", None, "validation")
+        return rows
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    out = ["--split=validation", f"--out={tmp_path}/hub.jsonl"]
+    qa.main(["--format=squad", *out])
+    path = squad_file(tmp_path, [given])
+    qa.main(["--format=squad", f"--input={path}", f"--out={tmp_path}/file.jsonl"])
+    assert read(tmp_path / "hub.jsonl") == read(tmp_path / "file.jsonl") != []
+    with pytest.raises(SystemExit, match="QED is not on the hub"):
+        qa.main(["--format=qed", *out])
+
+
+# ---- QED ----
+
+QED = "Howl is a film . It was made by Miyazaki in Tokyo . The book , by Jones , came first ."
+
+
+def span(text, field="string"):
+    start = QED.index(text)
+    return {"start": start, "end": start + len(text), field: text}
+
+
+def qed_records():
+    """One of each type in the published form, and the same in the short one."""
+    starts = [0, QED.index("It was"), QED.index("The book")]
+    base = {"paragraph_text": QED, "sentence_starts": starts, "title_text": "Howl"}
+    refs = [("It", False), ("a film", False)]
+    single = base | {
+        "question_text": "who made howl",
+        "original_nq_answers": [[span("Miyazaki in Tokyo")]],
+        "annotation": {
+            "explanation_type": "single_sentence",
+            "selected_sentence": span("It was made by Miyazaki in Tokyo . "),
+            "answer": [{"paragraph_reference": span("Miyazaki"),
+                        "sentence_reference": span("Miyazaki")}],
+            "referential_equalities": [
+                {"question_reference": {"start": 9, "end": 13, "string": "howl"},
+                 "sentence_reference": span(text) | {"bridge": bridge}} for text, bridge in refs
+            ] + [{"question_reference": {"start": 9, "end": 13, "string": "howl"},
+                  "sentence_reference": {"start": -1, "end": -1, "string": "", "bridge": "of"}}],
+        },
+    }  # fmt: skip
+    multi = base | {
+        "question_text": "who were they",
+        "original_nq_answers": [[span("Miyazaki")], [span("Jones")]],
+        "annotation": {"explanation_type": "multi_sentence"},  # no other key is there
+    }
+    none = multi | {"annotation": {"explanation_type": "none"}}
+
+    def pair(text):
+        return [QED.index(text), QED.index(text) + len(text)]
+
+    short = {"paragraph": QED, "sentence_starts": starts}
+    shorts = [
+        short | {"question": "who made howl", "type": "single_sentence",
+                 "answers": [pair("Miyazaki")],
+                 "selected_sentence": pair("It was made by Miyazaki in Tokyo . "),
+                 "refs": [{"paragraph": pair("It")}, {"paragraph": pair("a film")},
+                          {"paragraph": [-1, -1]}]},
+        short | {"question": "who were they", "type": "multi_sentence", "selected_sentence": None,
+                 "answers": [pair("Miyazaki"), pair("Jones")], "refs": []},
+        short | {"question": "who", "type": "none", "selected_sentence": None,
+                 "answers": [pair("Howl")], "refs": []},
+    ]  # fmt: skip
+    return [single, multi, none], shorts
+
+
+def test_qed(tmp_path, capsys):
+    published, short = qed_records()
+    for name, records in (("published", published), ("short", short)):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", records)
+        if name == "short":
+            with open(path, "rb") as f, gzip.open(path + ".gz", "wb") as z:
+                z.write(f.read())
+            path += ".gz"
+        out = tmp_path / f"{name}_out.jsonl"
+        qa.main(["--format=qed", f"--input={path}", f"--out={out}"])
+        assert "left out, no correct answer (type none): 1" in capsys.readouterr().out
+        single, multi = read(out)
+        assert quoted(single) == ["a film", "It was made by Miyazaki in Tokyo ."]
+        assert single["query"] == "who made howl"
+        assert QED[slice(*single["answer"])] == "Miyazaki"
+        assert quoted(multi) == [  # two neighbours: one span
+            "It was made by Miyazaki in Tokyo . The book , by Jones , came first ."
+        ]
+        qa.main(["--format=qed", "--gold=answer", f"--input={path}", f"--out={out}"])
+        assert [quoted(line) for line in read(out)] == [["Miyazaki"], ["Miyazaki", "Jones"]]
+    moved = json.loads(json.dumps(published[0]))
+    moved["annotation"]["answer"][0]["paragraph_reference"]["start"] += 1
+    path = write_jsonl(tmp_path / "moved.jsonl", [moved, published[1]])
+    qa.main(["--format=qed", f"--input={path}", f"--out={out}"])
+    assert len(read(out)) == 1
+    assert "left out, a span is not where it should be: 1" in capsys.readouterr().out
+
+
+def test_val_and_without(tmp_path):
+    """A passage is on one side, with all of its questions; the sides together are all."""
+    contexts = [f"Passage number {i} is short." for i in range(60)]
+    records = [
+        {"question": f"q{k} {c}", "type": "multi_sentence", "paragraph": c, "sentence_starts": [0],
+         "selected_sentence": None, "answers": [[0, 7]], "refs": []}
+        for c in contexts for k in range(2)
+    ]  # fmt: skip
+    path = write_jsonl(tmp_path / "in.jsonl", records)
+    test = write_jsonl(tmp_path / "test.jsonl", [{"passage": contexts[3]}, {"passage": "other"}])
+    qa.main(["--format=qed", f"--input={path}", f"--out={tmp_path}/t.jsonl", "--val_share=0.3",
+             f"--val_out={tmp_path}/v.jsonl", f"--without={test}"])  # fmt: skip
+    train, val = (read(tmp_path / f"{s}.jsonl") for s in "tv")
+    sides = [{line["passage"] for line in side} for side in (train, val)]
+    assert not sides[0] & sides[1] and sides[0] | sides[1] == set(contexts) - {contexts[3]}
+    assert len(train) + len(val) == 118 and 20 < len(val) < 56
+
+
+# ---- HotpotQA ----
+
+
+def test_hotpot(tmp_path, monkeypatch, capsys):
+    context = [["Ed Wood", ["Ed Wood is a film.", " It stars Woody, a woodsman.", " The end."]],
+               ["Scott D.", ["Scott was born in 1966.", " He likes wood."]]]  # fmt: skip
+    base = {"_id": "1", "type": "bridge", "level": "hard", "context": context}
+    facts = [["Ed Wood", 1], ["Ed Wood", 2], ["Scott D.", 1]]
+    records = [
+        base | {"question": "what?", "answer": "wood", "supporting_facts": facts},
+        base | {"question": "same?", "answer": "yes", "supporting_facts": facts[:1]},
+        base | {"question": "gone?", "answer": "x", "supporting_facts": [["Ed Wood", 9]]},
+    ]
+    path = tmp_path / "hotpot.json"
+    path.write_text(json.dumps(records))
+    qa.main(["--format=hotpot", f"--input={path}", f"--out={tmp_path}/file.jsonl"])
+    first, second = read(tmp_path / "file.jsonl")
+    assert first["passage"] == (
+        "Ed Wood\nEd Wood is a film. It stars Woody, a woodsman. The end.\n\n"
+        "Scott D.\nScott was born in 1966. He likes wood."
+    )
+    assert quoted(first) == ["It stars Woody, a woodsman. The end.", "He likes wood."]
+    start, end = first["answer"]  # the word, not a part of Woody or woodsman
+    assert first["passage"][start - 6 : end + 1] == "likes wood."
+    assert quoted(second) == ["It stars Woody, a woodsman."] and "answer" not in second
+    assert "left out, a supporting sentence is not there: 1" in capsys.readouterr().out
+    qa.main(["--format=hotpot", "--gold=answer", f"--input={path}", f"--out={tmp_path}/a.jsonl"])
+    assert [quoted(line) for line in read(tmp_path / "a.jsonl")] == [["wood"]]
+
+    columns = {"title": [t for t, _ in context], "sentences": [s for _, s in context]}
+    rows = [
+        r | {"context": columns, "supporting_facts": {
+            "title": [t for t, _ in r["supporting_facts"]],
+            "sent_id": [i for _, i in r["supporting_facts"]]}}
+        for r in records
+    ]  # fmt: skip
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, split: Dataset.from_list(rows))
+    qa.main(["--format=hotpot", f"--out={tmp_path}/hub.jsonl"])
+    assert read(tmp_path / "hub.jsonl") == [first, second]
+
+
+def test_qa_errors(tmp_path):
+    _, short = qed_records()
+    out = f"--out={tmp_path}/out.jsonl"
+    long = short[0] | {"selected_sentence": [0, 999]}
+    path = write_jsonl(tmp_path / "a.jsonl", [short[1], long])
+    with pytest.raises(ValueError, match=r"a\.jsonl line 2: span \[0, 999\] is not in the passage"):
+        qa.main(["--format=qed", f"--input={path}", out])
+    path = write_jsonl(tmp_path / "b.jsonl", [{"type": "single_sentence", "paragraph": "x"}])
+    with pytest.raises(ValueError, match=r"b\.jsonl line 1: not qed: KeyError\('answers'\)"):
+        qa.main(["--format=qed", f"--input={path}", out])
+    (tmp_path / "c.json").write_text("[{")
+    with pytest.raises(ValueError, match=r"c\.json: not JSON"):
+        qa.main(["--format=hotpot", f"--input={tmp_path}/c.json", out])
+    assert not os.path.exists(tmp_path / "out.jsonl")
+
+
+# ---- AceRAG ----
+
+PROMPT = f"Answer with the passages.\n{acerag.TAG}\n\nQuestion: who?\nAnswer:"
+TEMPLATE = (
+    "{% for m in messages %}[INST] {{ m['content'].strip() }} [/INST]{% endfor %}"
+    "{% if add_generation_prompt %} {% endif %}"
+)
+WORDS = "the red fox Köln jumps over 日本語 lazy dogs 😀 and naïve cats sleep 12345 nights".split()
+
+
+def texts(n, seed=0):
+    rng = random.Random(seed)
+    for _ in range(n):
+        gaps = (" ", " ", " ", "  ", "\n", "\n\n")
+        yield "".join(rng.choice(WORDS) + rng.choice(gaps) for _ in range(rng.randint(20, 60)))
+
+
+@pytest.fixture(scope="module", params=["bytes", "metaspace", "wordpiece"])
+def tokenizer(request):
+    """Offsets with the space in front (bytes, sentencepiece) and without any space (WordPiece)."""
+    size = dict(vocab_size=420, show_progress=False)
+    if request.param == "bytes":
+        inner = tk.Tokenizer(tk.models.BPE())
+        inner.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = tk.decoders.ByteLevel()
+        alphabet = tk.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tk.trainers.BpeTrainer(initial_alphabet=alphabet, **size)
+    elif request.param == "metaspace":
+        inner = tk.Tokenizer(tk.models.BPE(unk_token="<unk>"))
+        inner.pre_tokenizer = tk.pre_tokenizers.Metaspace()
+        inner.decoder = tk.decoders.Metaspace()
+        trainer = tk.trainers.BpeTrainer(special_tokens=["<unk>"], **size)
+    else:
+        inner = tk.Tokenizer(tk.models.WordPiece(unk_token="[UNK]"))
+        inner.normalizer = tk.normalizers.BertNormalizer(lowercase=True, strip_accents=False)
+        inner.pre_tokenizer = tk.pre_tokenizers.BertPreTokenizer()
+        inner.decoder = tk.decoders.WordPiece()
+        trainer = tk.trainers.WordPieceTrainer(special_tokens=["[UNK]"], **size)
+    inner.train_from_iterator([*texts(40), PROMPT, "[INST] [/INST]"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=TEMPLATE)
+
+
+def as_acerag_does(tokenizer, prompt, context, window):
+    """The ids that gold_indices count, by its rule, on ids alone."""
+
+    def ids(content):
+        chat = [{"role": "user", "content": content}]
+        encoded = tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)
+        return encoded["input_ids"]
+
+    a, b = ids(prompt), ids(prompt.replace(acerag.TAG, context))
+    head = 0
+    while a[head] == b[head]:
+        head += 1
+    tail = 0
+    while a[-1 - tail] == b[-1 - tail]:
+        tail += 1
+    middle = b[head : len(b) - tail]
+    room = (window - head - tail) * 8
+    return middle if len(middle) <= room else middle[: room // 2] + middle[-(room // 2) :]
+
+
+def squeezed(text):
+    return re.sub(r"\s", "", text).lower()
+
+
+def test_acerag_spans_have_the_gold_tokens_text(tokenizer):
+    """Whatever tokens are gold, the spans spell what these tokens spell, and nothing else."""
+    rng = random.Random(1)
+    exact = 0
+    for context in texts(30, seed=2):
+        ids = as_acerag_does(tokenizer, PROMPT, context, 4096)
+        places, cut = acerag.context_tokens(tokenizer, PROMPT, context, acerag.TAG, 4096)
+        assert len(places) == len(ids) and cut == 0
+        starts = rng.sample(range(len(ids)), 3)
+        gold = sorted({k for s in starts for k in range(s, min(s + rng.randint(1, 6), len(ids)))})
+        spans, empty, more = acerag.spans_of(places, gold)
+        assert not any(context[start:end] == "" for start, end in spans)
+        if empty or more:
+            continue  # reported: a prefix space, or some bytes of a character
+        got = squeezed("".join(context[start:end] for start, end in spans))
+        # token by token: WordPiece's decoder would put its own spaces
+        said = squeezed("".join(tokenizer.decode([ids[k]]).removeprefix("##") for k in gold))
+        unknown = re.compile(re.escape(said).replace(re.escape("<unk>"), ".+?")
+                             .replace(re.escape("[unk]"), ".+?").replace("�+", ".+?"))  # fmt: skip
+        if "�" not in said:
+            assert unknown.fullmatch(got), (said, got)
+            exact += 1
+        hit = {k for k, (a, b) in enumerate(places) for s, e in spans if a < e and s < b}
+        assert hit == set(gold)
+    assert exact >= 12
+
+
+def test_acerag_cuts_the_middle_as_it_does(tokenizer):
+    context = " ".join(texts(20, seed=3))
+    window = 60
+    ids = as_acerag_does(tokenizer, PROMPT, context, window)
+    places, cut = acerag.context_tokens(tokenizer, PROMPT, context, acerag.TAG, window)
+    assert len(places) == len(ids) and cut > 0
+    call = dict(add_special_tokens=False, return_offsets_mapping=True)
+    whole = tokenizer(acerag.rendered(tokenizer, PROMPT.replace(acerag.TAG, context)), **call)
+    assert len(whole["input_ids"]) > len(ids) + cut
+    assert (np.diff(places[:, 0]) >= 0).all()
+    half = len(places) // 2
+    assert places[half, 0] - places[half - 1, 1] > cut / 2  # the gap
+    for k in (0, half - 1, half, len(ids) - 1):
+        spans, empty, more = acerag.spans_of(places, [k])
+        piece = tokenizer.decode([ids[k]]).removeprefix("##")
+        if not (empty or more or "�" in piece or "unk" in piece.lower()):
+            ((start, end),) = spans
+            assert squeezed(context[start:end]) == squeezed(piece)
+
+
+def row(query, context, gold, prompt=PROMPT):
+    chats = [{"prompt": prompt, "context": context}, {"role": "assistant", "content": "x"}]
+    return {"query": query, "conversations": chats, "gold_indices": [gold]}
+
+
+def test_acerag_main(tokenizer, tmp_path, capsys):
+    tokenizer.save_pretrained(tmp_path / "tok")
+    context = next(texts(1, seed=5))
+    n = len(as_acerag_does(tokenizer, PROMPT, context, 4096))
+    rows = [
+        row("ok", context, [4, 5, 9]),
+        row("past the end", context, [n]),
+        row("negative", context, [-1]),
+        row("no gold", context, []),
+        row("no tag", context, [1], "Answer:"),
+        row("two lists", context, [1]) | {"gold_indices": [[1], [2]]},
+        row("stripped", context + "\n", [1], acerag.TAG),  # the template strips it
+    ]
+    lists = tmp_path / "list.json"
+    lists.write_text(json.dumps(rows), "utf-8")
+    write_jsonl(tmp_path / "lines.json", rows)
+    for name in ("list", "lines"):
+        acerag.main([f"--input={tmp_path}/{name}.json", f"--tokenizer={tmp_path}/tok",
+                     f"--out={tmp_path}/{name}.jsonl"])  # fmt: skip
+        told = capsys.readouterr().out
+        assert [line["query"] for line in read(tmp_path / f"{name}.jsonl")] == ["ok"]
+        assert "refused: 6, reported as not exact: 0" in told
+        assert f"line 2: refused: token {n} of {n}: not the tokenizer" in told
+        assert "line 5: refused: the prompt has" in told
+        assert "line 6: refused: 1 contexts for 2 lists" in told
+        assert "line 7: refused: the chat template changes the context" in told
+    (line,) = read(tmp_path / "list.jsonl")
+    assert line["passage"] == context and all(quoted(line))
+
+    late = write_jsonl(tmp_path / "late.jsonl", [row("late", context, [2, 25])])
+    call = [f"--input={late}", f"--tokenizer={tmp_path}/tok", f"--out={tmp_path}/late_out.jsonl"]
+    acerag.main([*call, "--window=20", f"--tag={acerag.TAG}"])
+    assert "refused: " in capsys.readouterr().out and not read(tmp_path / "late_out.jsonl")
+    front = len(as_acerag_does(tokenizer, PROMPT, "x", 4096))
+    assert front
+    acerag.main([*call, "--late", "--window=4096"])
+    assert len(read(tmp_path / "late_out.jsonl")) == 1
+
+    bad = write_jsonl(tmp_path / "bad.jsonl", [rows[0], row("x", context, ["1"])])
+    with pytest.raises(ValueError, match=r"bad\.jsonl line 2: field 'gold_indices' is \['1'\]"):
+        acerag.main([f"--input={bad}", *call[1:]])
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        acerag.main([f"--input={tmp_path}/none*", *call[1:]])
+
+
+def test_acerag_reports_bytes_of_a_character(tmp_path, capsys):
+    inner = tk.Tokenizer(tk.models.BPE(vocab={c: i for i, c in enumerate(
+        sorted(tk.pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))  # fmt: skip
+    inner.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=TEMPLATE).save_pretrained(
+        tmp_path / "tok"
+    )
+    path = write_jsonl(tmp_path / "in.jsonl", [row("q", "ab😀cd", [1, 3])])  # b, one of 4 bytes
+    acerag.main([f"--input={path}", f"--tokenizer={tmp_path}/tok", f"--out={tmp_path}/out.jsonl"])
+    told = capsys.readouterr().out
+    assert "line 1: not exact: 3 more tokens share a character with the gold ones" in told
+    assert "refused: 0, reported as not exact: 1" in told
+    (line,) = read(tmp_path / "out.jsonl")
+    assert quoted(line) == ["b😀"]
+    plain = PreTrainedTokenizerFast(tokenizer_object=inner)
+    plain.save_pretrained(tmp_path / "plain")
+    with pytest.raises(SystemExit, match="no chat template"):
+        acerag.main([f"--input={path}", f"--tokenizer={tmp_path}/plain", f"--out={tmp_path}/o"])
+
+
+# ---- annotate.py ----
+
+
+def answer_to(name, content, status=200, error=None):
+    body = {"choices": [{"message": {"role": "assistant", "content": content}}]}
+    return {"custom_id": name, "response": {"status_code": status, "body": body}, "error": error}
+
+
+def test_annotate_round_trip(tmp_path, capsys):
+    passage = "The  cat sat.\nThe cat ran to Köln 😀 in 1999 (it was {wet}). A dog sat.\n"
+    source = write_jsonl(tmp_path / "in.jsonl", [
+        {"query": f"query {i}", "passage": f"{i}: {passage}"} for i in range(9)
+    ])  # fmt: skip
+    annotate.main(["ask", "--input", source, "--out", str(tmp_path / "ask"), "--model=some-model",
+                   "--max_requests=4"])  # fmt: skip
+    names = sorted(os.listdir(tmp_path / "ask"))
+    assert names == [f"requests_00{i}.jsonl" for i in (1, 2, 3)]
+    requests = [r for name in names for r in read(tmp_path / "ask" / name)]
+    assert len({r["custom_id"] for r in requests}) == len(requests) == 9
+    for i, request in enumerate(requests):
+        assert (request["method"], request["url"]) == ("POST", "/v1/chat/completions")
+        assert request["body"]["model"] == "some-model"
+        (message,) = request["body"]["messages"]
+        assert f"query {i}\n" in message["content"] and f"{i}: {passage}" in message["content"]
+
+    def quotes(*some):
+        return json.dumps({"quotes": some}, ensure_ascii=False)
+
+    contents = [
+        quotes("Köln 😀 in 1999", "A dog"),
+        quotes("The cat sat."),  # two spaces in the passage
+        quotes("ran to", "to Köln", "(it was {wet})"),  # the first two overlap
+        quotes("The cat", "a horse", "A dog sat."),  # twice, not at all, once
+        quotes("köln"),  # not as it is written
+        "```json\n" + quotes("1999") + "\n```",
+        "I think it is 1999",
+        quotes(),
+    ]
+    answers = [answer_to(r["custom_id"], c) for r, c in zip(requests, contents, strict=False)]
+    answers[7] = answer_to(requests[7]["custom_id"], "", status=429)
+    random.Random(0).shuffle(answers)
+    answers.append(answer_to("77-abc", quotes("x")))
+    files = [write_jsonl(tmp_path / f"a{i}.jsonl", answers[i::2]) for i in (0, 1)]
+    capsys.readouterr()
+    read_them = ["read", "--input", source, "--out", str(tmp_path / "new" / "spans.jsonl")]
+    annotate.main([*read_them, "--answers", *files])
+    lines = read(tmp_path / "new" / "spans.jsonl")
+    assert [(line["query"], quoted(line)) for line in lines] == [
+        ("query 0", ["Köln 😀 in 1999", "A dog"]),
+        ("query 1", ["The  cat sat."]),
+        ("query 2", ["ran to Köln", "(it was {wet})"]),
+        ("query 3", ["A dog sat."]),
+        ("query 5", ["1999"]),
+    ]
+    told = capsys.readouterr().out
+    for expected in (
+        "line 4: a quote that occurs more than once: 'The cat'",
+        "line 4: a quote that does not occur: 'a horse'", "line 5: left out, nothing is marked",
+        "line 5: a quote that does not occur: 'köln'",
+        "line 7: left out: the answer is not the JSON that was asked for",
+        "line 8: left out: no answer: 429", "line 9: left out, there is no answer to it",
+        "1 answers are to no line", "77-abc", "spans.jsonl: 5 lines", "quotes found: 8",
+    ):  # fmt: skip
+        assert expected in told, (expected, told)
+
+    other = write_jsonl(tmp_path / "other.jsonl", [{"query": "q", "passage": "the cat"}])
+    annotate.main(["read", "--input", other, "--out", f"{tmp_path}/o.jsonl", "--answers", *files])
+    assert read(tmp_path / "o.jsonl") == []  # the answers are to other texts
+    with pytest.raises(ValueError, match=r"a0\.jsonl line 1: a second answer"):
+        annotate.main([*read_them, "--answers", files[0], files[0]])
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"query": "q"}])
+    with pytest.raises(ValueError, match=r"bad\.jsonl line 1: field 'passage' is missing"):
+        annotate.main(["ask", "--input", bad, "--out", str(tmp_path / "x"), "--model=m"])
+
+
+def test_quotes_are_found_where_they_are():
+    assert annotate.find("aa", "aaaa") == [(0, 2), (1, 3), (2, 4)]  # overlaps count: not once
+    assert annotate.find("a.c (x", "abc a.c\t(x") == [(4, 10)]  # no pattern
+    assert annotate.find("  ", "a  b") == []
+
+
+# ---- pydocs ----
+
+
+def doc(name, summary, body, module="pkg.mod"):
+    return {"module": module, "name": name, "signature": f"{name}()", "summary": summary,
+            "body": body}  # fmt: skip
+
+
+BODY = "It takes the {} and gives it back after some work that needs at least twelve words."
+
+
+def test_pydocs_spans(tmp_path, monkeypatch, capsys):
+    docs = [
+        doc("pkg.mod", "A module for tests of spans.", BODY.format("module")),
+        doc("f", "Return the first of them.", BODY.format("first")),
+        doc("g", "Return the second one.", BODY.format("second") + " Return the first of them."),
+        doc("h", "See the base class.", BODY.format("third")),
+        doc("i", "See the base class!", BODY.format("fourth")),
+        doc("j", "Only a summary, of enough words to be a document.", ""),
+        doc("k", "A short body is no pair.", "Four words, no more."),
+    ]
+    lines = list(pydocs.span_lines(docs))
+    # f's summary is written in g, h and i share theirs, j and k are no pairs
+    assert [(line["name"], line["query"]) for line in lines] == [
+        ("pkg.mod", "A module for tests of spans."), ("g", "Return the second one.")
+    ]  # fmt: skip
+    (passage,) = {line["passage"] for line in lines}
+    assert quoted(lines[0]) == [docs[0]["body"]] and quoted(lines[1]) == [docs[2]["body"]]
+    assert docs[5]["summary"] in passage and docs[6]["body"] in passage
+    assert not any(d["summary"] in passage for d in docs if d["name"] in ("pkg.mod", "g", "h", "k"))
+
+    # long modules in parts, small ones left out, the topics never
+    many = [doc(f"n{i}", f"Summary number {i} of it.", BODY.format(i), "pkg.long")
+            for i in range(40)]  # fmt: skip
+    small = [doc("s", "Small.", BODY.format(1), "pkg.small")] * 3
+    topic = [doc(f"t{i}", f"Topic {i} here.", BODY.format(i), "pydoc_data.topics")
+             for i in range(9)]  # fmt: skip
+    monkeypatch.setattr(pydocs, "PASSAGE_CHARS", 1000)
+    parts = pydocs.passages_of(docs[:4] + many + small + topic)
+    assert [d for part in parts for d in part] == docs[:4] + many
+    assert len(parts) == 5
+    assert all(sum(len(pydocs.entry_of(d)) for d in part) <= 1000 for part in parts)
+
+    monkeypatch.setattr(pydocs, "split_of", lambda m: "test" if m == "pkg.long" else "train")
+    pydocs.write_spans(docs + many, str(tmp_path))
+    assert "test spans       40, of 4 passages" in capsys.readouterr().out
+    written = read(tmp_path / "spans_test.jsonl")
+    assert [line["name"] for line in written] == [f"n{i}" for i in range(40)]  # in their order
+    assert read(tmp_path / "spans_train.jsonl") == lines and not read(tmp_path / "spans_val.jsonl")

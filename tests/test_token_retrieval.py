@@ -1,0 +1,811 @@
+"""train_token_retrieval.py and embedder.py's scores of tokens: spans, windows, the loss against a
+loop, memory, and tiny runs of the script, whole, killed and resumed, on 1 and 2 ranks.
+
+    python -m pytest tests/test_token_retrieval.py
+"""
+
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from contextlib import nullcontext
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.metrics import average_precision_score
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import common
+import harness
+import train_token_retrieval as T
+from data import load_tokenizer, open_pairs
+from embedder import Embedder, Template, score_tokens, tokenize, tokenize_passage, windows_of
+from harness import ROOT, kill_at_step, losses, run_ranks, saved
+from model import from_pretrained, from_scratch
+
+SCRIPT = "train_token_retrieval.py"
+WORDS = [f"{a}{b}" for a in ("ta", "mo", "ri", "su", "ke") for b in ("n", "lo", "ma", "s")]
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return str(path)
+
+
+# ---- windows ----
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_windows_hold_each_token_once_where_it_sees_most(causal):
+    for n, window, overlap in [(1, 4, 0), (9, 9, 3), (10, 9, 3), (23, 5, 2), (40, 8, 7), (41, 8, 0),
+                               (100, 16, 6), (57, 10, 9)]:  # fmt: skip
+        found = windows_of(n, window, overlap, causal)
+        assert [first for *_, first, _ in found] == [0] + [last for *_, last in found[:-1]]
+        assert found[0][0] == 0 and found[-1][1] == found[-1][3] == n
+
+        def sees(j, start, stop, n=n):  # tokens in front of it, or to the nearer border if that
+            front = j - start if start else n  # is none of the text's own
+            return front if causal else min(front, stop - 1 - j if stop < n else n)
+
+        for start, stop, first, last in found:
+            assert stop - start == min(window, n) and start <= first < last <= stop
+            for j in range(first, last):
+                best = max(sees(j, a, b) for a, b, *_ in found if a <= j < b)
+                assert sees(j, start, stop) >= best - (not causal), (n, window, overlap, j)
+        for a, b in zip(found[:-1], found[1:], strict=True):
+            assert a[1] - b[0] >= overlap and (a[1] - b[0] == overlap or b is found[-1])
+    assert windows_of(50, 0, 0, causal) == [(0, 50, 0, 50)]
+    with pytest.raises(ValueError, match="windows of 8 tokens cannot share 8"):
+        windows_of(50, 8, 8, causal)
+
+
+# ---- spans, tokens and back ----
+
+TEXT = (
+    "  na\xefve cafe\u0301 \u4f60\u597d\u3002\U0001f642\U0001f468\u200d\u2640 a\n\n\tb   c\xa0d  "
+    "\u041f\u0440\u0438 it's 12345 \ufb01ne [SEP] <s> tan tamos ri.\r\nEnd "
+)
+
+
+def tokenizers_of_all_kinds(toy_tokens):
+    """Byte-level with and without the space in its offsets, SentencePiece's and BERT's manner."""
+    plain = load_tokenizer(os.path.join(toy_tokens, "tokenizer"))
+    kinds = {"bytes": plain}
+    spec = json.loads(plain.backend_tokenizer.to_str())
+    spec["pre_tokenizer"]["trim_offsets"] = True
+    spec["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+                              "use_regex": True}  # fmt: skip
+    kinds["trimmed"] = Tokenizer.from_str(json.dumps(spec))
+    letters = sorted(set(TEXT + "\u2581") - {"\U0001f642"})  # one character is unknown
+    piece = Tokenizer(models.BPE({c: i for i, c in enumerate(["<unk>", *letters, "\u2581t"])},
+                                 [("\u2581", "t")], unk_token="<unk>"))  # fmt: skip
+    piece.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    piece.decoder = decoders.Metaspace()
+    kinds["piece"] = piece
+    bert = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    bert.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
+    bert.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=300, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False
+    )
+    bert.train_from_iterator([TEXT], trainer)
+    kinds["bert"] = bert
+    return {
+        name: x if name == "bytes" else PreTrainedTokenizerFast(tokenizer_object=x, eos_token="E")
+        for name, x in kinds.items()
+    }
+
+
+@pytest.mark.parametrize("template", [Template(), Template("Read: ", "</s>"), Template("\u4f60 ")])
+def test_spans_to_tokens_and_back(toy_tokens, template):
+    written = [i for i, c in enumerate(TEXT) if not c.isspace()]
+    for name, tokenizer in tokenizers_of_all_kinds(toy_tokens).items():
+        passage = TEXT if name != "bert" else re.sub("\u0301|\u200d", "", TEXT)  # it drops these
+        instruction = "passage: "
+        ids, rows, spans = tokenize_passage(tokenizer, passage, instruction, template)
+        assert ids == tokenize(tokenizer, [passage], instruction, template, 10**9)[0][0], name
+        assert len(rows) == len(spans) and (np.diff(rows) > 0).all()
+        assert (spans[:, 0] < spans[:, 1]).all() and (np.diff(spans[:, 0]) >= 0).all()
+        held = T.covered(spans, len(passage))
+        assert held[[i for i in written if i < len(passage)]].all() or name == "bert"
+        outside = set(range(len(ids))) - set(rows.tolist())
+        assert len(outside) >= len(tokenizer(template.prefix + instruction)["input_ids"]) - 3
+        rng = np.random.default_rng(0)
+        for _ in range(60):
+            start, end = sorted(rng.choice(len(passage) + 1, 2, replace=False).tolist())
+            record = {"passage": passage, "spans": [[start, end]], "where": "x line 1"}
+            text = passage[start:end].strip()
+            if not text:
+                with pytest.raises(ValueError, match="x line 1: span"):
+                    T.gold_tokens(record, spans)
+                continue
+            (inside,) = T.gold_tokens(record, spans)
+            first, last = spans[inside[0], 0], spans[inside[-1], 1]
+            assert text in passage[first:last], name
+            # not a token more: each has a character of the span, and no other has one
+            overlap = [max(0, min(b, end) - max(a, start)) for a, b in spans.tolist()]
+            assert np.flatnonzero(overlap).tolist() == inside.tolist()
+            if name == "bytes":  # the ids themselves say the text, where no character is parted
+                assert text in tokenizer.decode([ids[rows[i]] for i in inside])
+
+
+def test_offsets_that_lie_are_found(toy_tokens):
+    tokenizer = load_tokenizer(os.path.join(toy_tokens, "tokenizer"))
+    _, _, spans = tokenize_passage(tokenizer, TEXT, "", Template())
+    record = {"passage": TEXT, "spans": [[2, 7]], "where": "x.jsonl line 3"}
+    with pytest.raises(ValueError, match=r"x.jsonl line 3: span \[2, 7\], 'na\xefve', comes back"):
+        T.gold_tokens(record, spans[5:])
+    with pytest.raises(ValueError, match="comes back from its tokens as ''"):
+        T.gold_tokens(record, spans[:0])
+
+
+# ---- a model to try them on ----
+
+
+def make_model(folder, toy_tokens, size, **changes):
+    torch.manual_seed(0)
+    small = dict(n_layer=2, n_head=4, n_embd=32, n_hidden=48, vocab_size=512, max_seq_len=512)
+    model = from_scratch(size, **(small | changes))
+    for name, p in model.named_parameters():  # larger than at init, so that attention acts
+        p.data.normal_(0, 1.0 if name == "embed.weight" else 0.3) if p.dim() == 2 else None
+    ids = dict(cls=0, bos=0, sep=1, eos=1, pad=2)
+    model.config.hf = {f"{name}_token_id": i for name, i in ids.items()}
+    model.save_pretrained(str(folder))
+    load_tokenizer(os.path.join(toy_tokens, "tokenizer")).save_pretrained(str(folder))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model_folder(toy_tokens, tmp_path_factory):
+    """A causal ModernBERT-decoder: one global and one local layer."""
+    local = dict(layer_kinds=["global", "local"], window=8, out_dropout=0.0, causal=True)
+    return make_model(tmp_path_factory.mktemp("model"), toy_tokens, "modernbert-tiny", **local)
+
+
+def settings(**changes):
+    """What the main block gives to the functions, for one rank on the CPU."""
+    plain = dict(
+        batch_size=6, seed=7, rank=0, world_size=1, fsdp=False, template=Template("<", ">"),
+        instructions=("ask: ", "read: "), query_max_length=24, passage_max_length=None, window=0,
+        overlap=0, causal=True, chunk_tokens=10**9, temperature=0.3, ratios=(4, 2),
+        device=torch.device("cpu"), autocast=nullcontext,
+    )  # fmt: skip
+    assert changes.keys() <= plain.keys()
+    return plain | changes
+
+
+def spans_file(path, n_passages=12, seed=1, shortest=5):
+    """Passages of ragged lengths with 1 to 4 queries each; a query's gold are the 1 to 3 places
+    where its word stands in the passage, the answer the first of them (of two lines in three)."""
+    rng, lines = np.random.default_rng(seed), []
+    for i in range(n_passages):
+        words = rng.choice(WORDS, shortest + (i * 13) % 37).tolist()
+        starts = np.cumsum([0] + [len(w) + 1 for w in words]).tolist()
+        for word in rng.permutation(sorted(set(words)))[: 1 + i % 4]:
+            at = [k for k, w in enumerate(words) if w == word][:3]
+            spans = [[starts[k], starts[k] + len(word)] for k in at]
+            line = {"query": f"{word} {rng.choice(WORDS)}", "passage": " ".join(words)}
+            line |= {"spans": spans} | ({"answer": spans[0]} if len(lines) % 3 else {})
+            lines.append(line)
+    return write_lines(path, lines)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spans")
+    return spans_file(folder / "train.jsonl"), spans_file(folder / "val.jsonl", 8, seed=2)
+
+
+@pytest.fixture
+def doubled(model_folder, monkeypatch):
+    """The model in fp64: what the code does in fp32 becomes fp64, too."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+    def make():
+        model = from_pretrained(model_folder).double().train()
+        model.drop_head()
+        return model, load_tokenizer(model_folder)
+
+    return make
+
+
+def plain_loss(model, tokenizer, records, s):
+    """The loss of the lines, one by one, with loops: each text alone through the model; windows by
+    hand. -> (sum of losses, scores of each line)"""
+    total, scores = 0.0, []
+    for record in records:
+        ask, read = s["instructions"]
+        pre, post = s["template"].prefix, s["template"].suffix
+        ids = tokenizer(pre + ask + record["query"] + post)["input_ids"]
+        assert len(ids) <= s["query_max_length"]
+        q = model(torch.tensor(ids), T.make_seqs([len(ids)]))[-1]
+        head = len(pre + read)
+        both = tokenizer(pre + read + record["passage"] + post, return_offsets_mapping=True)
+        ids, offsets = both["input_ids"], both["offset_mapping"]
+        hidden = []
+        for start, stop, first, last in windows_of(len(ids), s["window"], s["overlap"], True):
+            part = model(torch.tensor(ids[start:stop]), T.make_seqs([stop - start]))
+            hidden += [part[j - start] for j in range(first, last)]
+        own, gold = [], set()
+        for j, (a, b) in enumerate(offsets):
+            if max(a - head, 0) < min(b - head, len(record["passage"])):
+                for start, end in record["spans"]:
+                    if a - head < end and b - head > start:
+                        gold.add(len(own))
+                own.append((q / q.norm()) @ (hidden[j] / hidden[j].norm()))
+        total_exp = sum(torch.exp(x / s["temperature"]) for x in own)
+        logs = [torch.log(torch.exp(own[j] / s["temperature"]) / total_exp) for j in sorted(gold)]
+        total = total - sum(logs) / len(logs)
+        scores.append((torch.stack(own), sorted(gold)))
+    return total, scores
+
+
+def gradients(model):
+    out = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return out
+
+
+def same_gradients(got, want, tolerance):
+    assert got.keys() == want.keys() and len(got) > 10
+    for name, x in want.items():
+        assert x.norm() > 1e-9, name
+        assert (got[name] - x).norm() <= tolerance * x.norm(), name
+
+
+CASES = {
+    "one row": {},
+    "micro-batches": dict(chunk_tokens=90),
+    "windows": dict(window=12, overlap=5),
+    "windows in parts": dict(window=12, overlap=5, chunk_tokens=30),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_equal_a_loop(case, doubled, files):
+    """fp64, several ragged passages, several queries each, several gold spans; packed = alone."""
+    s, (model, tokenizer) = settings(batch_size=14, **CASES[case]), doubled()
+    file = open_pairs(files[0])
+    runs = T.find_runs(file, 3)
+    batch, (n, lost, _, n_tokens) = next(T.train_batches(file, runs, 2, 3, tokenizer, s))
+    lines = T.lines_of_step(2, 14, runs, s["seed"])
+    records = [T.read_spans(file, i) for i in lines]
+    assert n == 14 and lost == 0 and any(len(r["spans"]) > 2 for r in records)
+    n_parts = [len(parts) for parts, _ in batch]
+    assert sum(len(units) for _, units in batch) < 14  # passages with several queries
+    assert (len(batch) > 1) == (s["chunk_tokens"] < 100)
+    assert (max(n_parts) > 1) == (case == "windows in parts")
+    assert sum(len(tokens) for parts, _ in batch for tokens, _ in parts) == n_tokens
+    loss, hits = T.train_step(model, batch, n, 2, s)
+    got = gradients(model)
+    want, scores = plain_loss(model, tokenizer, records, s)
+    (want / 14).backward()
+    assert loss == pytest.approx(want.item(), rel=1e-6)
+    assert hits == sum(int(x.argmax()) in gold for x, gold in scores)
+    same_gradients(got, gradients(model), 1e-10)
+
+
+def test_token_loss_by_hand():
+    scores = torch.tensor([[0.0, math.log(2), math.log(5), 0.0]])
+    which, token = torch.tensor([0, 0]), torch.tensor([1, 2])
+    loss, hits = T.token_loss(scores, which, token, torch.tensor([2, 2]), 1.0)
+    assert loss.item() == pytest.approx(-(math.log(2 / 9) + math.log(5 / 9)) / 2) and hits == 1
+    loss, hits = T.token_loss(scores, which[:1], token[:1], torch.tensor([1]), 0.5)
+    assert loss.item() == pytest.approx(-math.log(4 / 31)) and hits == 0
+
+
+def test_passages_do_not_see_each_other(doubled, files):
+    """The scores of a query stay to the last bit of fp64's sums, whatever stands beside it."""
+    s, (model, tokenizer) = settings(), doubled()
+    file = open_pairs(files[0])
+    runs = T.find_runs(file, 4)
+    a, b, c = (T.encode_passage([T.read_spans(file, i) for i in range(f, f + n)], tokenizer, s)
+               for f, n in runs[[3, 6, 8]])  # fmt: skip
+
+    def scores(passages, which):
+        ((parts, units),) = T.pack_passages(passages, 10**9)
+        hidden = torch.cat([model(*part) for part in parts])
+        return T.token_scores(hidden, units[which])
+
+    torch.testing.assert_close(scores([b, a], 1), scores([a], 0), atol=1e-12, rtol=0)
+    torch.testing.assert_close(scores([c, a, b], 1), scores([a], 0), atol=1e-12, rtol=0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(scores([a], 0), scores([b], 0))
+
+
+@pytest.mark.parametrize("window", [0, 12])
+def test_training_and_use_give_equal_scores(window, model_folder, files):
+    s = settings(window=window, overlap=5 if window else 0)
+    prompts = {"query": "ask: ", "document": "read: "}
+    model, tokenizer = from_pretrained(model_folder), load_tokenizer(model_folder)
+    embedder = Embedder(model, tokenizer, "last", s["template"], prompts, max_length=24)
+    file = open_pairs(files[0])
+    runs = T.find_runs(file, 4)
+    passages = [T.encode_passage([T.read_spans(file, i) for i in range(f, f + n)], tokenizer, s)
+                for f, n in runs]  # fmt: skip
+    ((parts, units),) = T.pack_passages(passages, 10**9)
+    hidden = torch.cat([model(*part) for part in parts])
+    far = 0.0
+    for p, unit in zip(passages, units, strict=True):
+        queries, passage = [r["query"] for r in p["records"]], p["records"][0]["passage"]
+        found, spans = score_tokens(embedder, queries, passage, window, 5 if window else 0)
+        whole, same_spans = score_tokens(embedder, queries, passage)
+        got = T.token_scores(hidden, unit).detach().numpy()
+        assert found.dtype == np.float32 and np.abs(found - got).max() < 1e-5
+        assert (spans == p["spans"]).all() and (spans == same_spans).all()
+        vectors = embedder.encode(queries, "ask: ")
+        own = hidden[unit[0]].detach().numpy()
+        cosine = vectors @ (own / np.linalg.norm(own, axis=1, keepdims=True)).T
+        assert np.abs(cosine - got).max() < 1e-5
+        far = max(far, np.abs(whole - found).max())
+    assert (far > 1e-2) == bool(window)  # a window's tokens do not see what is before it
+    assert embedder.training
+
+
+def test_score_tokens_of_odd_passages(model_folder):
+    embedder = Embedder(from_pretrained(model_folder), load_tokenizer(model_folder), "last")
+    scores, spans = score_tokens(embedder, ["tan", ""], "")
+    assert scores.shape == (2, 0) and spans.shape == (0, 2)
+    scores, spans = score_tokens(embedder, ["tan"], TEXT, window=7, overlap=3)
+    assert scores.shape == (1, len(spans)) and np.abs(scores).max() <= 1 + 1e-6
+    embedder.pooling = "tokens"
+    with pytest.raises(ValueError, match="'tokens'"):
+        score_tokens(embedder, ["tan"], TEXT)
+
+
+# ---- batches ----
+
+
+def test_batches_are_a_function_of_seed_and_step(files):
+    file = open_pairs(files[0])
+    runs = T.find_runs(file, 3)
+    passages = [T.read_spans(file, i)["passage"] for i in range(len(file))]
+    lines = [i for first, n in runs for i in range(first, first + n)]
+    assert lines == list(range(len(file))) and runs[:, 1].max() == 3
+    for first, n in runs:
+        assert len(set(passages[first : first + n])) == 1
+    steps = [T.lines_of_step(step, 5, runs, 7).tolist() for step in range(40)]
+    assert steps[13] == T.lines_of_step(13, 5, runs, 7).tolist() != steps[14]
+    assert steps != [T.lines_of_step(step, 5, runs, 8).tolist() for step in range(40)]
+    flat, n = sum(steps, []), len(file)
+    epochs = [flat[i : i + n] for i in range(0, len(flat) - n, n)]
+    assert len(epochs) > 5 and all(sorted(e) == list(range(n)) for e in epochs)
+    assert epochs[0] != epochs[1]
+    together = {(f + k, f + k + 1) for f, c in runs.tolist() for k in range(c - 1)}
+    for e in epochs:
+        assert together <= set(zip(e[:-1], e[1:], strict=True))
+
+
+def test_ranks_share_a_batch_out(files, model_folder):
+    texts = ["a" * n for n in (5, 900, 3, 400, 450, 80, 1)]
+    shares = T.share_out(texts, 3)
+    assert sorted(sum(shares, [])) == list(range(7))
+    load = [sum(len(texts[i]) for i in share) for share in shares]
+    assert max(load) <= 900 and shares[0] == [1]
+    assert T.share_out(texts[:1], 2) == [[0], []]
+    file, tokenizer = open_pairs(files[0]), load_tokenizer(model_folder)
+    runs = T.find_runs(file, 2)
+    for world_size in (1, 2, 5):
+        counts = []
+        for rank in range(world_size):
+            s = settings(rank=rank, world_size=world_size)
+            counts += [n[0] for _, n in T.train_batches(file, runs, 0, 4, tokenizer, s)]
+        assert sum(counts) == 4 * 6
+
+
+def test_passages_are_cut_and_spans_behind_the_cut_are_lost(model_folder):
+    tokenizer, words = load_tokenizer(model_folder), "tan tama mos rilo sun kema"
+    base = {"passage": words, "answer": None, "where": "x", "line": 1}
+    spans = [[[0, 3]], [[0, 3], [14, 22]], [[14, 17], [23, 26]], [[5, 16]]]
+    records = [base | {"query": f"q{i}", "spans": x} for i, x in enumerate(spans)]
+    s = settings()
+    whole = T.encode_passage(records, tokenizer, s)
+    n_ids = len(whole["texts"][0])
+    assert whole["lost"] == (0, 0) and len(whole["records"]) == 4
+    n_tail = n_ids - 1 - whole["rows"][-1]
+    cut_at = whole["spans"][:, 0].tolist().index(8)  # " mos" is the last token that stays
+    limit = int(whole["rows"][cut_at]) + 1 + n_tail
+    cut = T.encode_passage(records, tokenizer, s, limit)
+    assert len(cut["texts"][0]) == limit
+    assert cut["texts"][0][-n_tail:] == whole["texts"][0][-n_tail:]
+    assert (cut["spans"] == whole["spans"][: cut_at + 1]).all()
+    assert [r["query"] for r in cut["records"]] == ["q0", "q1", "q3"] and cut["lost"] == (1, 3)
+    assert cut["which"].max() == 2 and (cut["token"] <= cut_at).all() and len(cut["texts"]) == 4
+    mine = whole["token"][whole["which"] == 1]
+    assert cut["token"][cut["which"] == 1].tolist() == mine[mine <= cut_at].tolist()
+    nothing = T.encode_passage(records[2:3], tokenizer, s, limit)
+    assert nothing["records"] == [] and len(nothing["token"]) == 0
+    with pytest.raises(ValueError, match="passage_max_length=5 leaves no room"):
+        T.encode_passage(records, tokenizer, s, 5)
+
+
+# ---- metrics ----
+
+
+def test_metrics_equal_loops():
+    rng = np.random.default_rng(3)
+    for trial in range(20):
+        words = rng.choice(WORDS, 3 + 5 * trial).tolist()
+        passage = "\n ".join(words)
+        ends = np.cumsum([len(w) + 2 for w in words]) - 2
+        spans = np.array([[e - len(w), e] for e, w in zip(ends, words, strict=True)])
+        n = len(spans)
+        gold = np.sort(rng.choice(n, 1 + trial % 3, replace=False))
+        record = {"passage": passage, "spans": spans[gold].tolist(), "answer": None}
+        record["answer"] = record["spans"][0] if trial % 2 else None
+        scores = rng.normal(size=n)
+        got = T.token_metrics(scores, gold, spans, record, (4, 2))
+        truth = np.isin(np.arange(n), gold)
+        assert got["ap"] == pytest.approx(average_precision_score(truth, scores))
+        order = sorted(range(n), key=lambda j: -scores[j])
+        gain = sum(1 / math.log2(r + 2) for r, j in enumerate(order) if truth[j])
+        ideal = sum(1 / math.log2(r + 2) for r in range(len(gold)))
+        assert got["ndcg"] == pytest.approx(gain / ideal)
+        size = [len(w) for w in words]
+        for ratio in (4, 2):
+            kept = set(order[: -(-n // ratio)])
+            assert got[f"recall_{ratio}x"] == pytest.approx(len(kept & set(gold)) / len(gold))
+            both = sum(size[j] for j in kept & set(gold))
+            precision, recall = (both / sum(size[j] for j in tokens) for tokens in (kept, gold))
+            f1 = 2 * precision * recall / (precision + recall) if both else 0.0
+            assert got[f"f1_{ratio}x"] == pytest.approx(f1)
+            if record["answer"]:
+                assert got[f"answer_{ratio}x"] == (gold[0] in kept)
+            else:
+                assert f"answer_{ratio}x" not in got
+
+
+def test_baselines_equal_loops(model_folder):
+    passage = "Tan is a tama. The tan, a tan! Rilo sun\nmos tan_rilo  kema. Rilo? "
+    record = {"passage": passage, "query": "Rilo TAN x", "line": 1}
+    _, _, spans = tokenize_passage(load_tokenizer(model_folder), passage, "", Template())
+    found = T.baseline_scores(record, spans, np.random.default_rng(0))
+    sentences = ["Tan is a tama. ", "The tan, a tan! ", "Rilo sun\n", "mos tan_rilo  kema. ",
+                 "Rilo? ", ""]  # fmt: skip
+    bags = [re.findall(r"\w+", x.lower()) for x in sentences]
+    mean = sum(map(len, bags)) / len(bags)
+    want = []
+    for bag in bags:
+        score = 0.0
+        for word in ("rilo", "tan", "x"):
+            df = sum(word in b for b in bags)
+            idf = math.log(1 + (len(bags) - df + 0.5) / (df + 0.5))
+            tf = bag.count(word)
+            score += idf * tf * 2.2 / (tf + 1.2 * (1 - 0.75 + 0.75 * len(bag) / mean))
+        want.append(score)
+    assert max(want) > 0.5
+    for j, (start, end) in enumerate(spans.tolist()):
+        at = 0
+        for sentence, score in zip(sentences, want, strict=True):
+            if at <= start < at + len(sentence):
+                assert found["bm25"][j] == pytest.approx(score, abs=1e-5)
+            at += len(sentence)
+        word = next((m for m in re.finditer(r"\w+", passage) if m.start() < end <= m.end()), None)
+        shared = word is not None and word[0].lower() in ("tan", "rilo")
+        assert found["overlap"][j] == pytest.approx(float(shared), abs=1e-5), passage[start:end]
+    assert (np.diff(found["first"]) < 0).all() and len(set(found["random"])) == len(spans)
+
+
+# ---- memory ----
+
+LONG = """
+import resource, sys
+sys.path[:0] = [{root!r}]
+import numpy as np, torch
+import lora
+import train_token_retrieval as T
+from contextlib import nullcontext
+from model import from_pretrained
+model = from_pretrained({folder!r})
+model.drop_head()
+lora.inject(model, 4, 8.0, 0.05, "all", train_also="norm")
+model.gradient_checkpointing = True
+s = dict(device=torch.device("cpu"), world_size=1, rank=0, fsdp=False, seed=1, temperature=0.02)
+s |= dict(autocast=nullcontext)
+for n in {lengths}:
+    ids = torch.randint(5, 500, (n,)).tolist()
+    gold = np.arange(8)
+    p = dict(texts=[ids, [7, 8, 1], [9, 1]], windowed=False)
+    p |= dict(rows=np.arange(n), asked=np.array([n + 2, n + 4]))
+    p |= dict(which=gold % 2, token=gold * (n // 8), count=gold * 0 + 4)
+    loss, _ = T.train_step(model.train(), T.pack_passages([p], 4096), 2, 0, s)
+    grads = [x.grad for x in model.parameters() if x.requires_grad]
+    assert all(g is not None and g.isfinite().all() for g in grads) and any(map(torch.any, grads))
+    model.zero_grad()
+    print(n, loss / 2, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def test_memory_grows_with_the_length_of_a_passage(toy_tokens, tmp_path):
+    """Training steps on LoRA with gradient checkpointing, on passages of 5,000, 10,000 and 20,000
+    tokens in one piece: the process's peak after each, in MB. One 20,000 x 20,000 matrix in fp32
+    would be 1,600."""
+    kinds = dict(layer_kinds=["global", "local"], window=64, out_dropout=0.0, causal=True)
+    shape = dict(n_embd=128, n_hidden=384, n_head=2)
+    folder = make_model(tmp_path / "m", toy_tokens, "modernbert-tiny", **shape, **kinds)
+    code = LONG.format(root=ROOT, folder=folder, lengths=(5000, 10000, 20000))
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-2000:]
+    peak = {}
+    for line in out.stdout.splitlines():
+        n, loss, peak[int(n)] = map(float, line.split())
+        assert math.log(4) < loss < 100
+    first, second = peak[10000] - peak[5000], peak[20000] - peak[10000]
+    assert first > 20 and 1.4 * first < second < 2.8 * first, peak  # squares would grow by 4
+    assert peak[20000] - peak[5000] < 900, peak
+
+
+# ---- whole runs ----
+
+TINY = """
+prefix = "<"
+suffix = ">"
+query_instruction = "ask: "
+passage_instruction = "read: "
+query_max_length = 24
+batch_size = 12
+queries_per_passage = 3
+chunk_tokens = 100
+temperature = 0.1
+max_steps = 6
+warmup_steps = 2
+learning_rate = 1e-3
+log_interval = 1
+eval_interval = 3
+save_interval = 3
+ratios = (4, 2)
+dtype = "fp32"
+"""
+run = partial(harness.run, SCRIPT)
+arguments = partial(harness.arguments, SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def tiny(model_folder, files, tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    data = f"init_from = {model_folder!r}\ndata = {files[0]!r}\neval_data = {files[1]!r}\n"
+    path.write_text(TINY + data)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("unbroken")
+    run(tiny, out_dir)
+    return out_dir
+
+
+def test_training_finds_the_words_of_the_query(tiny, files, tmp_path, capsys):
+    keys = ["--max_steps=60", "--schedule=constant", "--learning_rate=3e-3", "--eval_interval=60"]
+    run(tiny, tmp_path, *keys, "--save_interval=60", "--gradient_checkpointing=True")
+    assert "peak memory" in capsys.readouterr().out
+    loss = losses(tmp_path)
+    assert min(loss.values()) < 0.6 * loss[1]
+    with pytest.raises(SystemExit):
+        run(tiny, tmp_path, "--eval_only=True")
+    found = json.loads((tmp_path / "results.json").read_text())
+    results = found["results"]
+    assert results["model"]["ap"] > results["random"]["ap"] + 0.1
+    for name, value in results["model"].items():  # what was logged, from the saved folder
+        assert losses(tmp_path, f"eval_{name}")[60] == pytest.approx(value, rel=1e-6), name
+    table = (tmp_path / "results.md").read_text()
+    assert all(f"| {way} |" in table for way in ("random", "first", "overlap", "bm25", "model"))
+    assert "answer_4x" in table and found["queries"] == len(open(files[1]).readlines())
+
+    # the same numbers by Embedder.load and score_tokens, line by line
+    loaded = Embedder.load(str(tmp_path / "step60"), dtype="fp32")
+    assert loaded.pooling == "last" and loaded.prompts == {"query": "ask: ", "document": "read: "}
+    totals, file = {}, open_pairs(files[1])
+    for i in range(len(file)):
+        record = T.read_spans(file, i)
+        scores, spans = score_tokens(loaded, [record["query"]], record["passage"])
+        gold = np.unique(np.concatenate(T.gold_tokens(record, spans)))
+        for name, x in T.token_metrics(scores[0], gold, spans, record, (4, 2)).items():
+            totals.setdefault(name, []).append(x)
+    for name, values in totals.items():
+        assert np.mean(values) == pytest.approx(results["model"][name], abs=1e-3), name
+
+
+def test_all_that_trained_is_saved(tiny, model_folder, unbroken, tmp_path):
+    """LoRA with the embedding and norms, in the folder and in the adapter; resumed bit by bit."""
+    keys = ["--lora_rank=4", "--train_also=embed,norm", "--schedule=constant"]
+    embedder = run(tiny, tmp_path / "whole", *keys).embedder
+    run(tiny, tmp_path / "half", *keys, "--max_steps=3")
+    run(tiny, tmp_path / "half", *keys, "--resume=True")
+    for column in ("loss", "gnorm", "eval_ap"):
+        assert losses(tmp_path / "half", column) == losses(tmp_path / "whole", column)
+    assert saved(tmp_path / "half", 6) == saved(tmp_path / "whole", 6)
+    adapter = load_file(tmp_path / "whole/step6/adapter/adapter_model.safetensors")
+    base = from_pretrained(model_folder)
+    moved = {n: p for n, p in embedder.model.named_parameters() if p.requires_grad}
+    assert len(adapter) == len(moved) and "embed.weight" in moved and "norm.weight" in moved
+    for name in ("embed.weight", "norm.weight", "blocks.1.mlp_norm.weight"):
+        assert not torch.equal(moved[name], base.get_parameter(name)), name
+    texts = ["tan tama mos", "ris kema " * 9]
+    ours = [score_tokens(embedder, ["tan", "kema"], text)[0] for text in texts]
+    loaded = Embedder.load(str(tmp_path / "whole/step6"), dtype="fp32")
+    alone = Embedder.load(
+        model_folder, [str(tmp_path / "whole/step6/adapter")], dtype="fp32", pooling="last",
+        template=embedder.template, prompts=embedder.prompts, max_length=24,
+    )  # fmt: skip
+    for text, want in zip(texts, ours, strict=True):
+        for other in (loaded, alone):
+            assert np.abs(score_tokens(other, ["tan", "kema"], text)[0] - want).max() < 1e-5
+    trained = run(tiny, tmp_path / "full", "--max_steps=3").embedder  # without LoRA: bit by bit
+    loaded = Embedder.load(str(tmp_path / "full/step3"), dtype="fp32")
+    for text in texts:
+        a, b = (score_tokens(x, ["tan"], text)[0] for x in (trained, loaded))
+        assert np.array_equal(a, b)
+
+
+def test_killed_and_resumed_is_bit_equal(tiny, tmp_path, capsys):
+    more = ["--max_steps=40", "--lora_rank=4", "--lora_dropout=0.2", "--passage_window=12"]
+    more += ["--window_overlap=4", "--chunk_tokens=30"]
+    run(tiny, tmp_path / "whole", *more)
+    process = harness.start(1, SCRIPT, tiny, tmp_path / "broken", *more)
+    kill_at_step(process, tmp_path / "broken", random.randint(4, 20))
+    capsys.readouterr()
+    run(tiny, tmp_path / "broken", *more, "--resume=True")
+    step = int(re.search(r"resumed .*, after step (\d+)", capsys.readouterr().out)[1])
+    assert 3 <= step < 40
+    for column in ("loss", "gnorm", "eval_loss", "eval_ndcg"):
+        want = losses(tmp_path / "whole", column)
+        assert losses(tmp_path / "broken", column) == want and 39 in want
+    assert saved(tmp_path / "broken", 40) == saved(tmp_path / "whole", 40)
+
+
+def test_chunks_change_nothing(tiny, unbroken, tmp_path):
+    run(tiny, tmp_path, "--chunk_tokens=100000")
+    for column in ("loss", "gnorm", "eval_loss", "eval_ap"):
+        assert losses(tmp_path, column) == pytest.approx(losses(unbroken, column), rel=1e-4)
+
+
+def equal_runs(got, want):
+    """Losses to 1e-5, weights to what Adam makes of that."""
+    for column, tolerance in dict(loss=1e-5, gnorm=1e-4, eval_loss=1e-4, acc=1e-9).items():
+        expected = losses(want, column)
+        assert expected and losses(got, column) == pytest.approx(expected, rel=tolerance), got
+    a, b = (from_pretrained(str(folder / "step6")).state_dict() for folder in (got, want))
+    for name in b:
+        assert (a[name] - b[name]).norm() <= 1e-3 * b[name].norm(), (got, name)
+
+
+def test_two_ranks_equal_one(tiny, tmp_path):
+    windows = ["--passage_window=12", "--window_overlap=4", "--chunk_tokens=30"]
+    kinds = {
+        "ddp": [],
+        "fsdp": ["--fsdp=True"],
+        "parts": windows,
+        "parts-fsdp": [*windows, "--fsdp=True"],
+        "lora": ["--lora_rank=4", "--lora_dropout=0", "--train_also=embed,norm", "--fsdp=True"],
+        "idle": ["--batch_size=2", "--fsdp=True"],  # often one passage alone: a rank has none
+        "idle-ddp": ["--batch_size=2"],
+    }
+    argvs = []
+    for kind, flags in kinds.items():
+        argvs.append(arguments(tiny, tmp_path / kind, *flags))
+        if kind not in ("fsdp", "parts-fsdp", "idle-ddp"):
+            run(tiny, tmp_path / f"{kind}-one", *flags, "--fsdp=False")
+    more = ["--schedule=constant", "--lora_rank=4", "--lora_dropout=0.2"]
+    half = arguments(tiny, tmp_path / "half", *more)
+    argvs += [arguments(tiny, tmp_path / "whole", *more), half + ["--max_steps=3"]]
+    argvs += [half + ["--resume=True"]]
+    run_ranks(2, argvs)
+    for kind in kinds:
+        one = {"fsdp": "ddp", "parts-fsdp": "parts", "idle-ddp": "idle"}.get(kind, kind)
+        equal_runs(tmp_path / kind, tmp_path / f"{one}-one")
+    for column in ("loss", "gnorm", "eval_loss"):
+        assert losses(tmp_path / "half", column) == losses(tmp_path / "whole", column)
+    assert saved(tmp_path / "half", 6) == saved(tmp_path / "whole", 6)
+
+
+def test_sigterm_saves_and_exits(tiny, unbroken, tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(common, "catch_sigterm", lambda: lambda: calls.append(1) or len(calls) > 4)
+    run(tiny, tmp_path)
+    assert f"saved {tmp_path}/step4" in capsys.readouterr().out and max(losses(tmp_path)) == 4
+    monkeypatch.undo()
+    run(tiny, tmp_path, "--resume=True")
+    assert losses(tmp_path) == losses(unbroken) and saved(tmp_path, 6) == saved(unbroken, 6)
+
+
+def test_show_batch_and_dry_run(tiny, unbroken, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tiny, tmp_path, "--show_batch=True")
+    shown = capsys.readouterr().out
+    assert re.search(r"train.jsonl line \d+: \d+ tokens of the passage, \d+ gold", shown)
+    assert "\x1b[7m" in shown and "--- query: <ask:" in shown.replace("[CLS]", "")
+    before = sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("*"))
+    run(tiny, unbroken, "--dry_run=True")
+    out = capsys.readouterr().out
+    assert re.search(r"dry run: [\d.]+ s/step, [\d.,]+ queries/s, .* peak memory [\d.]+ GB", out)
+    assert sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("*")) == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path, capsys):
+    keys = ["--learning_rate=1e30", "--warmup_steps=0", "--save_interval=1", "--max_steps=20"]
+    with pytest.raises(SystemExit, match="4th such step"):
+        run(tiny, tmp_path, *keys, "--eval_interval=0")
+    assert re.search(r"step 2: loss nan, .*train.jsonl: \[\d+", capsys.readouterr().out)
+
+
+def test_rope_scaling_reaches_the_model_and_its_folder(tiny, model_folder, tmp_path):
+    scaling = "--rope_scaling=('yarn',4.0)"
+    model = run(tiny, tmp_path, scaling, "--max_seq_len=2048", "--max_steps=1").model
+    want = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    for m in (model, from_pretrained(str(tmp_path / "step1"))):
+        assert m.config.rope["global"]["scaling"] == want and m.config.max_seq_len == 2048
+
+
+# ---- bad input ----
+
+GOOD = {"query": "a", "passage": "tan tama", "spans": [[0, 3]]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spans": [[0, 3], [4, 9]]}, "field 'spans' has [4, 9], expected [start, end] with 0 <="),
+        ({"spans": [[-1, 3]]}, "<= 8, the passage's characters"),
+        ({"spans": [[3, 3]]}, "field 'spans' has [3, 3]"),
+        ({"spans": [[0, 3, 4]]}, "field 'spans' has [0, 3, 4]"),
+        ({"spans": [[0, True]]}, "field 'spans' has [0, True]"),
+        ({"spans": [0, 3]}, "field 'spans' is [0, 3] (expected list of list)"),
+        ({"spans": []}, "field 'spans' is empty"),
+        ({"spans": None}, "field 'spans' is None"),
+        ({"answer": [2, 99]}, "field 'answer' has [2, 99]"),
+        ({"answer": "tan"}, "field 'answer' has tan"),
+        ({"passage": 5}, "field 'passage' is 5 (expected str)"),
+        ({"query": None}, "field 'query' is None"),
+    ],
+)
+def test_broken_lines_name_file_line_and_field(change, message, tiny, tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", [GOOD, GOOD, GOOD | change])
+    with pytest.raises(ValueError) as error:
+        run(tiny, tmp_path / "out", f"--data={path}")  # before training begins
+    assert f"{path} line 3: {message.split(' (')[0]}" in str(error.value) or message in str(error)
+    assert "x.jsonl line 3: " in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_blank_span_stops_the_run(tiny, tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", [GOOD | {"spans": [[3, 4]]}])
+    with pytest.raises(ValueError, match=r"x.jsonl line 1: span \[3, 4\], ''"):
+        run(tiny, tmp_path / "out", f"--data={path}", "--eval_interval=0")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--schedule=cosin"], "schedule='cosin'"),
+        (["--passage_window=8", "--window_overlap=8"], "windows of 8 tokens cannot share 8"),
+        (["--rope_scaling=('ntk',2.0)"], "expected ('linear', factor)"),
+        (["--queries_per_passage=0"], "queries_per_passage=0"),
+        (["--ratios=(16,0.5)"], "ratios=(16, 0.5)"),
+        (["--eval_only=True", "--eval_data="], "eval_only=True needs"),
+        (["--data=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--init_from=nowhere/at/all"], "nowhere/at/all"),
+        (["--lora_rank=2", "--lora_targets=q_prj"], "q_prj"),
+        (["--attention_backend=varlen"], "cannot run"),
+        (["--temprature=1"], "did you mean 'temperature'"),
+        (["--query_max_length=5"], "max_length 5 leaves no room"),
+    ],
+)
+def test_bad_settings_say_what_is_expected(tiny, tmp_path, more, message):
+    with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as error:
+        run(tiny, tmp_path, *more)
+    assert message in str(error.value)
+
+
+def test_a_run_is_not_overwritten(tiny, unbroken):
+    with pytest.raises(SystemExit, match="--resume=True"):
+        run(tiny, unbroken)
