@@ -6,7 +6,7 @@ Text and tokens on disk, and the order in which training sees them. Nothing here
     write_tokens, write_meta, open_tokens, read_row    token files
     load_tokenizer, check_tokenizer, fast_encode       tokenizers
     read_jsonl, require                                JSONL; complaints name file and line
-    open_pairs, read_pair                              pairs for contrastive training
+    open_pairs, read_line, read_pair                   pairs for contrastive training
     join_spans, trim_span                              spans of characters, for token retrieval
     prefetch                                           read ahead in a thread
 
@@ -231,7 +231,10 @@ def read_row(file: TokenFile, row: int, row_size: int):
 
 
 def load_tokenizer(path_or_name: str, revision: str | None = None):
-    """A Hugging Face fast tokenizer, from a folder or the hub."""
+    """A Hugging Face fast tokenizer, from a folder or the hub. In a folder of `Embedder.save` the
+    template's suffix stands in the tokenizer's post-processor, for sentence-transformers: here it
+    is as it was before, for who adds the suffix himself."""
+    from tokenizers import Tokenizer, models
     from transformers import AutoTokenizer
 
     is_path = path_or_name.startswith((".", "/", "~")) or path_or_name.count("/") > 1
@@ -240,6 +243,13 @@ def load_tokenizer(path_or_name: str, revision: str | None = None):
     tokenizer = AutoTokenizer.from_pretrained(path_or_name, revision=revision or "main")
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {path_or_name} is a slow one; offsets need a tokenizer.json")
+    saved = os.path.join(path_or_name, "nanoembed.json")
+    if os.path.exists(saved):
+        with open(saved, encoding="utf-8") as f:
+            post_processor = json.load(f).get("post_processor")
+        blank = json.loads(Tokenizer(models.BPE()).to_str()) | {"post_processor": post_processor}
+        blank = Tokenizer.from_str(json.dumps(blank))
+        tokenizer.backend_tokenizer.post_processor = blank.post_processor
     return tokenizer
 
 
@@ -390,6 +400,9 @@ def read_jsonl(path: str):
             yield number, record
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def require(record: dict, field: str, kind, path: str, line: int):
     """record[field], checked. `kind` is str, int, float (takes ints), bool, list, or [str] and such
     for a list of them. ValueError names file, line and field, and what was expected."""
@@ -401,7 +414,10 @@ def require(record: dict, field: str, kind, path: str, line: int):
     values = value if isinstance(kind, list) else [value]
     types = (int, float) if one is float else (one,)
     # type(x), not isinstance: True is no int here
-    if not isinstance(values, list) or any(type(x) not in types for x in values):
+    good = isinstance(values, list) and all(type(x) in types for x in values)
+    if good and one is str and any(_SURROGATE.search(x) for x in values):
+        raise ValueError(f"{path} line {line}: field '{field}' has half a character (a surrogate)")
+    if not good:
         shown = repr(value)[:60]
         raise ValueError(f"{path} line {line}: field '{field}' is {shown} (expected {expected})")
     return value

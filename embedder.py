@@ -27,14 +27,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, processors
+from tokenizers import processors
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from common import dtype_of, print0
 from data import check_tokenizer, load_tokenizer, make_seqs, prefetch
-from lora import attention_of, load_adapter, lora_layers, merge
+from lora import adapter_chain, attention_of, load_adapter, lora_layers, merge
 from model import choose_backend, config_to_hf, from_pretrained, resolve_folder, to_compute
 
 # ---- ids ----
@@ -416,10 +416,7 @@ class Embedder(nn.Module):
         state = dict(self.model.state_dict() if state_dict is None else state_dict)
         projection = state.pop("projection.weight", getattr(self.projection, "weight", None))
         self.model.save_pretrained(folder, merged_state(self.model, state))
-        own = {key: getattr(self, key) for key in SETTINGS} | {"template": asdict(self.template)}
-        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        own["post_processor"] = backend["post_processor"]
-        _write_json(own, folder, "nanoembed.json")
+        self.save_settings(folder)
         if projection is not None:
             os.makedirs(os.path.join(folder, "1_Dense"), exist_ok=True)
             weight = {"linear.weight": projection.detach().contiguous().cpu()}
@@ -429,6 +426,13 @@ class Embedder(nn.Module):
             self._save_st_modules(folder)
         else:
             self.tokenizer.save_pretrained(folder)
+
+    def save_settings(self, folder):
+        """How it embeds, for `load`: beside an adapter, too."""
+        own = {key: getattr(self, key) for key in SETTINGS} | {"template": asdict(self.template)}
+        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        own["post_processor"] = backend["post_processor"]  # load_tokenizer puts it back
+        _write_json(own, folder, "nanoembed.json")
 
     def _save_st_modules(self, folder):
         kind, similarity = "SentenceTransformer", "cosine" if self.normalize else "dot"
@@ -487,12 +491,7 @@ class Embedder(nn.Module):
             mps = torch.backends.mps.is_available()
             device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
         device = torch.device(device)
-        folders = [resolve_folder(name)]
-        while config := _read_json(folders[0], "adapter_config.json"):
-            base, revision = config["base_model_name_or_path"], config.get("revision")
-            at = f"@{revision}" if revision and not os.path.isdir(base) else ""
-            folders.insert(0, resolve_folder(base + at))
-        folders += [resolve_folder(adapter) for adapter in adapters]
+        folders = adapter_chain(name) + [resolve_folder(adapter) for adapter in adapters]
         said = {}
         for folder in folders:  # the last word counts
             said |= read_settings(folder)
@@ -502,8 +501,9 @@ class Embedder(nn.Module):
 
         dtype = dtype_of(dtype, device)
         base = os.path.join(folders[0], said.pop("path", ""))
-        if attention is None:  # an adapter may say it of its model, as train_mntp.py's do
-            attention = next(filter(None, map(attention_of, folders[1:])), None)
+        usual = said.pop("attention", None)
+        if attention is None:  # an adapter may say it of its model, as ours do
+            attention = next(filter(None, map(attention_of, folders[1:])), usual)
         model = from_pretrained(base, attention, dtype=dtype)
         for folder in folders[1:]:
             load_adapter(model, folder)
@@ -513,10 +513,6 @@ class Embedder(nn.Module):
         model.backend = choose_backend(attention_backend, device, dtype, gqa=gqa)
         own = [f for f in (base, *folders) if os.path.exists(os.path.join(f, "tokenizer.json"))]
         tokenizer = load_tokenizer((own or [base])[-1])
-        if post_processor := said.pop("post_processor", None):  # as it was before `save`
-            blank = json.loads(Tokenizer(models.BPE()).to_str())
-            blank = Tokenizer.from_str(json.dumps(blank | {"post_processor": post_processor}))
-            tokenizer.backend_tokenizer.post_processor = blank.post_processor
         if path := said.pop("projection", None):
             weight = load_file(path)["linear.weight"].float()
             said["projection"] = nn.Linear(weight.size(1), weight.size(0), bias=False)
@@ -658,6 +654,7 @@ def read_settings(folder):
     sentence-transformers'; {} for a plain model. Besides: path (the model's, within it), projection
     (a file), post_processor (the tokenizer's), foreign (written by sentence-transformers)."""
     if said := _read_json(folder, "nanoembed.json"):
+        said.pop("post_processor")
         said["template"] = Template(**said["template"])
         weight = os.path.join(folder, "1_Dense/model.safetensors")
         return said | ({"projection": weight} if os.path.exists(weight) else {})
@@ -666,6 +663,7 @@ def read_settings(folder):
         return dict(
             pooling={"eos_token": "last", "bos_token": "cls"}.get(mode, mode),
             max_length=theirs["max_length"], pool_instruction=not theirs["skip_instruction"],
+            attention="bidirectional",  # which no file of theirs says
         )  # fmt: skip
     if not os.path.exists(os.path.join(folder, "modules.json")):
         return {}

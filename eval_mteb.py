@@ -6,7 +6,8 @@ Evaluate embedders: MTEB tasks by name, or tasks from your own files. One table,
     python eval_mteb.py --model=out/a,out/b,st:owner/name --local=my_tasks     # needs no network
     python eval_mteb.py --model=owner/base --adapters="('owner/mntp', 'owner/supervised')" \
         --attention=bidirectional --benchmark="MTEB(eng, v1)" \
-        --instructions=task_to_instructions.json --query_template="{instruction}: "
+        --prefix="[INST] " --suffix=" [/INST]" --instructions=task_to_instructions.json \
+        --query_template="{instruction}: "
 
 With torchrun, --local needs `--` before eval_mteb.py: torchrun has options of similar names.
 The mteb package scores (Muennighoff et al. 2022, arXiv 2210.07316; Enevoldsen et al. 2025, arXiv
@@ -16,7 +17,8 @@ file of training pairs. Where it says .jsonl a .tsv with a header will do, but f
     files in the folder                        fields                                   main score
     corpus.jsonl, queries.jsonl (BEIR)         _id, text; a title is put before it      nDCG@10
       and qrels/<split>.tsv                    query-id, corpus-id, score
-    <training pairs>.jsonl by itself           query, pos [..], perhaps neg [..]        nDCG@10
+    <training pairs>.jsonl by itself           query, pos [..], perhaps neg [..] and    nDCG@10
+                                               prompt, which goes before the query
     reranking.jsonl                            query, positive [..], negative [..]      MAP
     sts.jsonl                                  sentence1, sentence2, score              Spearman
     pairs.jsonl                                sentence1, sentence2, label 0 or 1       max AP
@@ -58,7 +60,7 @@ from mteb.types import PromptType
 
 import common
 from data import read_jsonl, require
-from embedder import Embedder
+from embedder import Embedder, Template
 
 # ---- defaults ----
 out_dir = "out/eval"
@@ -79,6 +81,8 @@ split = "test"  # with local: which qrels/<split>.tsv, which <split>.jsonl of a 
 # prompts: "model" for those saved with it, "mteb" for the instructions that mteb's tasks have, or a
 # JSON file {task: instruction}, or {task: {"query": instruction, "document": instruction}}
 instructions = "model"
+prefix: str | None = None  # the template around every text, such as a chat wrap; \n: new line
+suffix: str | None = None  # None: the model's own. LLM2Vec's folders do not say theirs
 query_template = "{instruction}"  # around an instruction that is not the model's own; \n: new line
 # device
 batch_tokens: int | None = None  # tokens of one forward; None: 2,048 on the CPU, 16,384 on a GPU
@@ -217,7 +221,8 @@ def read_search(kind, path, split, fields):
             file, good, bad = file_of(path, kind), "positive", "negative"
         queries, corpus = {}, {}  # text -> id
         for line, row in enumerate(read_rows(file, {"query": str, good: [str]}), 1):
-            mine = relevant.setdefault(queries.setdefault(row["query"], f"q{len(queries)}"), {})
+            query = (row.get("prompt") or "") + row["query"]
+            mine = relevant.setdefault(queries.setdefault(query, f"q{len(queries)}"), {})
             # of equal scores the larger id is ranked first: a positive gains nothing by a tie
             for text in row[good]:
                 mine[corpus.setdefault(text, f"a{len(corpus)}")] = 1
@@ -348,7 +353,7 @@ def fingerprint(module, *settings):
 
 def load_encoder(
     name, device, adapters=(), attention=None, pooling=None, max_length=None, similarity=None,
-    batch_tokens=None, dtype="auto",
+    batch_tokens=None, dtype="auto", template=None,
 ):  # fmt: skip
     """A column of the table: bm25, random, st:name, or an Embedder."""
     bar = sys.stderr.isatty()
@@ -372,7 +377,7 @@ def load_encoder(
     else:
         module = e = Embedder.load(
             name, adapters=list(adapters), device=device, dtype=dtype, attention=attention,
-            pooling=pooling, max_length=max_length,
+            pooling=pooling, max_length=max_length, template=template,
         )  # fmt: skip
         scores, prompts, dim = "cosine" if e.normalize else "dot", e.prompts, e.dim
         settings = (e.model.config, e.pooling, e.template, e.normalize, e.max_length, e.dtype,
@@ -487,13 +492,15 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", module="sklearn")  # a label that was never predicted
 
     # ---- evaluate ----
-    rows = []
+    rows, template = [], None
+    if prefix is not None or suffix is not None:
+        template = Template(*((x or "").replace("\\n", "\n") for x in (prefix, suffix)))
     for name in names:
         # new tasks for each model: clustering draws on its task's random state
         chosen = local_tasks(local, split) if local else named_tasks(tasks, benchmark, languages)
         own = adapters if name == model else ()
         encoder = load_encoder(name, device, own, attention, pooling, max_length, similarity,
-                               batch_tokens, dtype)  # fmt: skip
+                               batch_tokens, dtype, template)  # fmt: skip
         encoder.prompts = task_prompts(chosen, instructions, query_template, encoder.own_prompts)
         rows += evaluate(encoder, chosen, f"{out_dir}/scores", reuse=not local)
 

@@ -9,7 +9,7 @@ LoRA: low-rank adapters on a frozen model, and PEFT folders in and out.
 
 An adapter belongs to one base: the same weights (earlier adapters merged), and the same attention.
 A PEFT folder does not say whether the model was bidirectional: who loads it has to know, unless a
-config.json beside the adapter has is_causal, as train_mntp.py writes it.
+nanoembed_adapter.json beside it says so, as save_adapter writes it.
 """
 
 import json
@@ -173,12 +173,14 @@ def _peft_module(name, config):
     return theirs.removeprefix("model.") if config.head == "none" else theirs
 
 
-def save_adapter(model, folder, base_name, state_dict=None):
+def save_adapter(model, folder, base_name, state_dict=None, merged=()):
     """Writes adapter_config.json and adapter_model.safetensors, which `peft` loads.
 
     Everything that trained is in there, and the embedding and head if the vocabulary grew (a user
     of peft resizes the base first). base_name: the folder or hub id `owner/name[@revision]` that
-    the adapter belongs to. state_dict: full tensors gathered elsewhere (FSDP).
+    the adapter belongs to. state_dict: full tensors gathered elsewhere (FSDP). merged: adapters
+    that were merged into the base before. These and the model's attention stand in
+    nanoembed_adapter.json, for adapter_chain and attention_of.
     Raises ValueError for a model without LoRA and for trained tensors that have no place there.
     """
     c, layers = model.config, lora_layers(model)
@@ -234,6 +236,8 @@ def save_adapter(model, folder, base_name, state_dict=None):
     save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), notes)
     with open(os.path.join(folder, "adapter_config.json"), "w") as f:
         json.dump(config, f, indent=2)
+    with open(os.path.join(folder, "nanoembed_adapter.json"), "w") as f:
+        json.dump({"is_causal": c.causal, "merged_adapters": list(merged)}, f)
 
 
 # What adapter_config.json may say. Any other key with a value other than null, false or empty
@@ -332,15 +336,34 @@ def load_adapter(model, folder, trainable=False):
     model.trained_along = [name for name in own if name in along]
 
 
+def adapter_chain(name):
+    """Folders of a model and of the adapters that go on it, in order: [base, .., the adapter] where
+    `name` is an adapter, with those that were merged into the base before it trained."""
+    folder = resolve_folder(name)
+    path = os.path.join(folder, "adapter_config.json")
+    if not os.path.exists(path):
+        return [folder]
+    with open(path) as f:
+        config = json.load(f)
+    base, revision = config["base_model_name_or_path"], config.get("revision")
+    at = f"@{revision}" if revision and not os.path.isdir(base) else ""
+    before = [resolve_folder(adapter) for adapter in _beside(folder).get("merged_adapters", ())]
+    return [*adapter_chain(base + at), *before, folder]
+
+
+def _beside(folder):
+    """nanoembed_adapter.json, {} where there is none."""
+    path = os.path.join(folder, "nanoembed_adapter.json")
+    if not os.path.exists(path):
+        return {}
+    with open(path) as f:
+        return json.load(f)
+
+
 def attention_of(folder):
     """"causal" or "bidirectional": what the adapter's model was, for `from_pretrained`; None where
-    no config.json beside the adapter says it."""
-    path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
-        return None
-    with open(path) as f:
-        causal = json.load(f).get("is_causal")
-    return {None: None, True: "causal", False: "bidirectional"}[causal]
+    nothing beside the adapter says it."""
+    return {None: None, True: "causal", False: "bidirectional"}[_beside(folder).get("is_causal")]
 
 
 def _read_tensors(folder, device):

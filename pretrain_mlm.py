@@ -237,7 +237,8 @@ def evaluate(model, tokens, n_rows, settings, device, autocast):
         rows = mine[i : i + s["rows_per_batch"]]
         idle = len(rows) == 0  # but FSDP's forward is collective: every rank runs as many
         rows = np.zeros(1, dtype=np.int64) if idle else rows
-        batch = to_device(make_batch(tokens, rows, [0] * len(rows), s), device)
+        # the same masks for runs of all seeds
+        batch = to_device(make_batch(tokens, rows, [0] * len(rows), s | {"seed": 0}), device)
         with autocast():
             loss, hits = model(*batch)
         if not idle:
@@ -296,6 +297,8 @@ if __name__ == "__main__":
             f"the length of training: {max_steps=}, {max_tokens=}, {num_epochs=}; expected one "
             "of them (--max_steps=None takes back what a config gives)"
         )
+    if train_also and not lora_rank:
+        raise SystemExit(f"{train_also=} goes with LoRA; lora_rank=0 trains every weight")
     if lora_rank and init_from in ("scratch", "resume"):
         raise SystemExit(f"LoRA needs a base in init_from, not {init_from!r}; see --resume=True")
     if (fsdp or zero1) and "RANK" not in os.environ:
@@ -378,6 +381,8 @@ if __name__ == "__main__":
         model = from_scratch(model_size, **changes)
     else:
         frozen = compute_dtype if lora_rank else torch.float32
+        if lora_rank and last:  # on what it began with: there may be a newer checkpoint by now
+            source = lora.adapter_chain(last)[0]
         model = from_pretrained(source, attention, rope_theta=rope_theta, dtype=frozen)
         model.config.max_seq_len = max(model.config.max_seq_len, max_seq_len)
     check_tokenizer(tokenizer, model.config.vocab_size)

@@ -15,6 +15,7 @@ The model is a Hugging Face folder, a hub id, an adapter of ours or peft's (its 
 or the out_dir of a run: then the newest checkpoint in it. Masked models fill, causal ones write.
 """
 
+import copy
 import json
 import math
 import os
@@ -39,7 +40,7 @@ from data import (
     require,
 )
 from embedder import Embedder, pack, score_tokens
-from model import choose_backend, from_pretrained, resolve_folder
+from model import choose_backend, from_pretrained
 
 # ---- defaults ----
 model = ""  # a folder, an out_dir or a hub id owner/name[@revision]
@@ -82,18 +83,12 @@ dtype = "fp32"  # bf16 halves the memory; its logits have 3 digits. auto: bf16 w
 
 def load(name, device, torch_dtype):
     """(model, tokenizer) of a folder, an out_dir, a hub id, or an adapter, which is merged."""
-    folder = resolve_folder(name)
-    adapter = os.path.join(folder, "adapter_config.json")
-    if os.path.exists(adapter):
-        with open(adapter, encoding="utf-8") as f:
-            config = json.load(f)
-        base, revision = config["base_model_name_or_path"], config.get("revision")
-        at = f"@{revision}" if revision and not os.path.isdir(base) else ""
-        net = from_pretrained(base + at, lora.attention_of(folder), dtype=torch_dtype)
-        lora.load_adapter(net, folder)
+    base, *adapters = lora.adapter_chain(name)
+    folder = adapters[-1] if adapters else base
+    net = from_pretrained(base, lora.attention_of(folder) if adapters else None, dtype=torch_dtype)
+    for adapter in adapters:
+        lora.load_adapter(net, adapter)
         lora.merge(net)
-    else:
-        net = from_pretrained(folder, dtype=torch_dtype)
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, net.config.vocab_size)
     if net.config.head == "none":
@@ -104,27 +99,41 @@ def load(name, device, torch_dtype):
 # ---- fill masks ----
 
 
-def check_fills(net, tokenizer):
+def read_notes(folder):
+    """What train_mntp.py says of its mask, {} of other models."""
+    path = os.path.join(folder, "mntp.json")
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def check_fills(net, tokenizer, notes):
     """SystemExit where the model cannot fill masks, with what it can do instead."""
     if net.config.causal:
         raise SystemExit(
             f"this {net.config.family} is causal: it does not see what follows a mask; "
             "use --prompt to let it write on"
         )
-    if tokenizer.mask_token is None:
+    if tokenizer.mask_token is None and not notes:
         raise SystemExit("this tokenizer has no mask token, so the model was not trained to fill")
 
 
 @torch.no_grad()
-def fill(net, tokenizer, texts, n, before=0):
+def fill(net, tokenizer, texts, n, notes=None):
     """The n most probable tokens for each mask, each by itself: two masks of a text do not know of
     each other's fill. The mask is written [MASK] or as the tokenizer writes it.
 
     -> for each text (ids, places [M] of the masks in ids, probabilities [M, n], tokens [M, n]).
-    before: 1 for models of train_mntp.py, which are read one place before the mask.
+    notes: of train_mntp.py, whose models are read one place before the mask, and whose mask may be
+    another token than the tokenizer's.
     SystemExit for a text without a mask, or with one that nothing stands before.
     """
-    device, mask = net.embed.weight.device, tokenizer.mask_token
+    notes, device = notes or {}, net.embed.weight.device
+    if tokenizer.mask_token is None:  # a decoder's: [MASK] shall be one token, for now
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    mask, before = tokenizer.mask_token, -notes.get("at", 0)
     # A word carries the space in front of it, and so does the mask that stands for a word.
     # WordPiece does not care; byte-level BPE would see a lone space, as it never did in training.
     marked = [t.replace("[MASK]", mask).replace(" " + mask, mask) for t in texts]
@@ -137,6 +146,7 @@ def fill(net, tokenizer, texts, n, before=0):
     lengths = [len(text_ids) for text_ids in ids]
     row = torch.tensor([i for text_ids in ids for i in text_ids])  # [T], all texts end to end
     rows = (row == tokenizer.mask_token_id).nonzero()[:, 0]  # [L], every mask
+    row[rows] = notes.get("mask_id", tokenizer.mask_token_id)
     logits = net(row.to(device), make_seqs(lengths, device), rows.to(device) - before)  # [L, V]
     p, best = logits.float().softmax(-1).topk(min(n, logits.size(-1)))  # [L, n]
     places = [
@@ -551,14 +561,14 @@ if __name__ == "__main__":
 
     # ---- fill ----
     else:
-        check_fills(net, tokenizer)
-        before = int(os.path.exists(os.path.join(folder, "mntp.json")))  # of train_mntp.py
+        notes = read_notes(folder)
+        check_fills(net, tokenizer, notes)
         if file is not None:
             texts = read_lines(file)
         else:
             texts = [sys.stdin.read().rstrip("\n") if text == "-" else text]
         for start in range(0, len(texts), 32):  # 32 texts are one packed row
             some = texts[start : start + 32]
-            filled = fill(net, tokenizer, some, num_fills, before)
+            filled = fill(net, tokenizer, some, num_fills, notes)
             for one, result in zip(some, filled, strict=True):
                 print_fill(tokenizer, one, *result)

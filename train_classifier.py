@@ -47,7 +47,7 @@ from data import (
     require,
     rows_of_step,
 )
-from embedder import Template, merged_state, pack, pool, tokenize
+from embedder import Template, merged_state, pack, pool, tokenize, whole_backend
 from model import CLASSIFIERS, Head, choose_backend, from_pretrained, resolve_folder, write_folder
 
 # ---- defaults ----
@@ -130,6 +130,8 @@ def read_words(path, field, column):
     """Examples of a .jsonl file of {"words": [..], field: [..]}, or of a CoNLL file: a word a line,
     columns apart by spaces or tabs, the word first, an empty line after each sentence."""
     examples = []
+    if path.endswith((".json", ".conllu")):
+        raise ValueError(f"{path}: expected .jsonl or columns; data/ud/prepare.py reads CoNLL-U")
     if path.endswith((".jsonl", ".jsonl.gz")):
         for line, record in read_jsonl(path):
             words, labels = (require(record, key, [str], path, line) for key in ("words", field))
@@ -143,7 +145,7 @@ def read_words(path, field, column):
         words, labels, lines = [], [], []
         with open(path, encoding="utf-8") as f:
             for line, row in enumerate([*f, ""], 1):
-                columns = row.split()
+                columns = row.rstrip("\r\n").split("\t") if "\t" in row else row.split()
                 if columns and columns[0] != "-DOCSTART-":
                     if not -len(columns) < column < len(columns):
                         raise ValueError(
@@ -281,9 +283,19 @@ def pack_words(encoded, n_words, label_position, merge_subwords):
     return tokens, make_seqs(lengths), where
 
 
-def join_texts(examples, separator):
-    pairs = [(e["text"], e["pair"]) for e in examples]
-    return [text if other is None else text + separator + other for text, other in pairs]
+def join_texts(examples, tokenizer, s):
+    """text, or text + separator + pair. What is too long loses the last tokens of the first, which
+    keeps half of the room; then `tokenize` cuts the second."""
+    backend, out = whole_backend(tokenizer), []
+    for text, other in ((e["text"], e["pair"]) for e in examples):
+        if other is not None and len(text) + len(other) > s["max_seq_len"] // 2:  # few tokens else
+            around = len(backend.encode(s["prefix"] + s["separator"] + s["suffix"]))
+            room = s["max_seq_len"] - around
+            first, second = (backend.encode(x, add_special_tokens=False) for x in (text, other))
+            keep = max(room - len(second), room // 2)
+            text = text[: first.offsets[keep - 1][1]] if len(first) > keep > 0 else text
+        out.append(text if other is None else text + s["separator"] + other)
+    return out
 
 
 def make_batch(examples, tokenizer, s):
@@ -295,7 +307,7 @@ def make_batch(examples, tokenizer, s):
         tokens, seqs, where = pack_words(encoded, *how)
         targets = np.concatenate([e["targets"] for e in examples])[where.kept]
         return tokens, seqs, where, torch.from_numpy(targets)
-    texts, template = join_texts(examples, s["separator"]), Template(s["prefix"], s["suffix"])
+    texts, template = join_texts(examples, tokenizer, s), Template(s["prefix"], s["suffix"])
     encoded = tokenize(tokenizer, texts, "", template, s["max_seq_len"])
     tokens, seqs, where = pack(encoded, "cpu")
     if s["loss_kind"] == "softmax":
@@ -559,10 +571,10 @@ def has_bias(c, s):
     return c.family == "modernbert-decoder" and c.head_dense_bias
 
 
-def set_pad(tokenizer, c):
+def set_pad(tokenizer, c, suffix=""):
     """transformers' decoders take the last token that is no padding: padding must be none that
     texts end with."""
-    last = tokenizer("a")["input_ids"][-1]
+    last = tokenizer("a" + suffix)["input_ids"][-1]
     for token in (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token, "!"):
         if token and tokenizer.convert_tokens_to_ids(token) not in (None, last):
             tokenizer.pad_token = token
@@ -618,18 +630,6 @@ def read_classifier(folder):
     return settings, tensors
 
 
-def base_and_adapters(name):
-    """A model's folder and the adapters to merge into it: of an adapter's folder, its base's."""
-    folder, chain = resolve_folder(name), []
-    while os.path.exists(path := os.path.join(folder, "adapter_config.json")):
-        chain.insert(0, folder)
-        with open(path, encoding="utf-8") as f:
-            config = json.load(f)
-        base, revision = config["base_model_name_or_path"], config.get("revision")
-        folder = resolve_folder(base + (f"@{revision}" if revision else ""))
-    return folder, chain
-
-
 if __name__ == "__main__":
     # ---- configure ----
     config = common.configure(globals())
@@ -661,7 +661,7 @@ if __name__ == "__main__":
         return torch.autocast(device.type, compute_dtype) if on else nullcontext()
 
     # ---- data ----
-    base, chain = base_and_adapters(init_from)
+    base, *chain = lora.adapter_chain(init_from)
     chain += [resolve_folder(adapter) for adapter in adapters]
     own = [f for f in (base, *chain) if os.path.exists(os.path.join(f, "tokenizer.json"))]
     tokenizer = load_tokenizer((own or [base])[-1])  # an adapter's may have a new token
@@ -713,12 +713,22 @@ if __name__ == "__main__":
     if last and not (resume or dry_run):
         raise SystemExit(f"{last} exists: --resume=True goes on, or choose another out_dir")
     last = last if resume and not dry_run else None
+    if last:
+        before = read_classifier(last)[0]
+        for key in _SAVED:
+            if settings[key] != before[key]:
+                raise SystemExit(f"{last} was trained with {key}={before[key]!r}, now it is "
+                                 f"{settings[key]!r}: choose another out_dir")  # fmt: skip
+    if lora_rank and last:  # on what it began with: init_from may have a newer checkpoint by now
+        base, *chain = lora.adapter_chain(os.path.join(last, "adapter"))[:-1]
     weights_type = compute_dtype if freeze_backbone else torch.float32  # what trains is fp32
     source = last if last and not lora_rank else base
     if eval_only:  # as they were saved
         with open(os.path.join(base, "config.json"), encoding="utf-8") as f:
             weights_type = getattr(torch, json.load(f)["dtype"])
-    model = from_pretrained(source, None if eval_only else attention, dtype=weights_type)
+    looks = [attention, *map(lora.attention_of, chain)]  # an adapter may say it
+    looks = None if eval_only else next(filter(None, looks), None)
+    model = from_pretrained(source, looks, dtype=weights_type)
     check_tokenizer(tokenizer, model.config.vocab_size)
     for adapter in chain if source == base else ():
         lora.load_adapter(model, adapter)
@@ -747,11 +757,18 @@ if __name__ == "__main__":
         _, tensors = read_classifier(last or base)
         rest = {n: t for n, t in classifier.state_dict().items() if n.startswith("model.")}
         classifier.load_state_dict(rest | tensors)
-    set_pad(tokenizer, c)
+    set_pad(tokenizer, c, settings["suffix"])
     classifier.to(device).train()
     their_class, problem = transformers_class(c, settings)
     print0(f"saved for transformers' {their_class}" if their_class else
            f"saved for nanoembed alone; transformers would differ: {problem}")  # fmt: skip
+    if their_class and task == "texts":
+        how = Template(settings["prefix"], settings["suffix"])
+        pair = tokenizer("a", "b")["input_ids"]
+        if how != Template() or tokenizer("a" + settings["separator"] + "b")["input_ids"] != pair:
+            print0("with equal logits for equal ids: give its tokenizer one text, "
+                   f"{settings['prefix'] + 'text' + settings['separator'] + 'text_pair'!r}"
+                   f" + {settings['suffix']!r}, not two")  # fmt: skip
     n_all = sum(p.numel() for p in classifier.parameters())
     n_trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
     print0(
@@ -819,8 +836,8 @@ if __name__ == "__main__":
             save_classifier(folder, classifier, tokenizer, settings, weights)  # LoRA merged
             if lora_rank:
                 own = {n.removeprefix("model."): t for n, t in weights.items()}
-                first = resolve_folder(init_from) if os.path.isdir(init_from) else init_from
-                lora.save_adapter(model, os.path.join(folder, "adapter"), first, own)
+                first = base if chain or os.path.isdir(init_from) else init_from
+                lora.save_adapter(model, os.path.join(folder, "adapter"), first, own, chain)
             state = {"step": step, "best": best, "optimizers": optim}
             torch.save(state, os.path.join(folder, "training_state.pt"))
         print0(f"saved {common.commit_checkpoint(folder)}")

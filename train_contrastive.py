@@ -64,7 +64,7 @@ no_duplicates = False  # a pair whose text the batch has already gives way to a 
 # loss
 temperature = 0.05  # InfoNCE's; scale = 1 / temperature
 both_directions = False  # passages choose among queries, too
-false_negative_margin: float | None = None  # drop candidates above the positive's score + margin
+false_negative_margin: float | None = None  # drop passages above the positive's score + margin
 distill_weight = 0.0  # of KL to the teacher's pos_scores, neg_scores, over each query's group
 distill_temperature = 1.0  # of the teacher
 matryoshka_dims: tuple = ()  # e.g. (768, 256, 64): the mean of the losses at these widths
@@ -195,7 +195,7 @@ def layout(pairs):
 # ---- losses ----
 # queries [b, C] or [b, L, C], candidates [N, C] or [N, L, C] (multi-vector: zero rows are padding);
 # all in fp32, summed over the b queries.
-_BLOCK = 2**22  # scores that exist at a time
+_BLOCK = 2**20  # scores that exist at a time
 
 
 def similarity(queries, candidates):
@@ -474,8 +474,9 @@ def evaluate(embedder, file, settings, max_lines=1000):
     loss, first, mrr, ndcg = 0.0, 0, 0.0, 0.0
     discount = 1 / np.log2(np.arange(2, 12))
     for b, pair in enumerate(pairs):
-        scores = similarity(queries[b : b + 1], texts)  # [1, N]
-        right = [number[text] for text in pair["pos"]]
+        parts = texts.split(max(1, _BLOCK // queries[0].numel()))  # multi-vectors are many numbers
+        scores = torch.cat([similarity(queries[b : b + 1], part) for part in parts], 1)  # [1, N]
+        right = [number[text] for text in dict.fromkeys(pair["pos"])]
         others = [(0, n) for n in right[1:]]
         others = torch.tensor(others, device=scores.device).view(-1, 2).long()
         positive = torch.tensor(right[:1], device=scores.device)
@@ -522,6 +523,8 @@ if __name__ == "__main__":
     # ---- data ----
     files = [open_pairs(path) for path in data]
     eval_file = open_pairs(eval_data) if eval_data and eval_interval else None
+    if train_also and not lora_rank:
+        raise SystemExit(f"{train_also=} goes with LoRA; lora_rank=0 trains every weight")
     if group_size < 1:
         raise SystemExit(f"{group_size=}: expected 1 or more, the positive is one")
     if batch_size % world_size:
@@ -566,6 +569,8 @@ if __name__ == "__main__":
         raise SystemExit("the projection of pooling='tokens' trains without LoRA and without FSDP")
     weights_type = compute_dtype if lora_rank else torch.float32  # what trains is fp32
     base = resolve_folder(init_from)  # of an out_dir its newest checkpoint
+    if lora_rank and last:  # on what it began with: init_from may have a newer checkpoint by now
+        base, *adapters = lora.adapter_chain(os.path.join(last, "adapter"))[:-1]
     source = last if last and not lora_rank else base
     model = from_pretrained(source, attention, max_seq_len=max_seq_len, dtype=weights_type)
     tokenizer = load_tokenizer(base)
@@ -575,7 +580,8 @@ if __name__ == "__main__":
     if pooling != "splade":
         model.drop_head()
     c = model.config
-    c.attn_dropout = c.attn_dropout if attn_dropout is None else attn_dropout
+    own_dropout = c.attn_dropout
+    c.attn_dropout = own_dropout if attn_dropout is None else attn_dropout
     if lora_rank and last:
         lora.load_adapter(model, os.path.join(last, "adapter"), trainable=True)
     elif lora_rank:
@@ -599,6 +605,13 @@ if __name__ == "__main__":
     ).to(device).train()  # fmt: skip
     if max(matryoshka_dims, default=0) > embedder.dim:
         raise SystemExit(f"{matryoshka_dims=}: the embedding has {embedder.dim} numbers")
+    if query_max_length != passage_max_length:
+        print0(f"queries are cut at {query_max_length} tokens here, and in use at "
+               f"{passage_max_length} as all texts are")  # fmt: skip
+    if max(len(set(query_instruction)), len(set(passage_instruction))) > 1 or any(
+        read_pair(file, 0)["prompt"] is not None for file in files
+    ):
+        print0(f"several instructions: {prompts} is saved, encode takes any other")
     if problem := embedder.st_problem():
         print0(f"saved for nanoembed alone; sentence-transformers would differ: {problem}")
     n_all = sum(p.numel() for p in embedder.parameters())
@@ -652,9 +665,14 @@ if __name__ == "__main__":
         }
         folder = common.begin_checkpoint(out_dir, f"step{step}")
         if rank == 0:
+            now, c.attn_dropout = c.attn_dropout, own_dropout  # the next stage chooses its own
             embedder.save(folder, not problem, state)  # LoRA merged
             if lora_rank:
-                lora.save_adapter(model, os.path.join(folder, "adapter"), init_from, state)
+                adapter, name = os.path.join(folder, "adapter"), init_from.rstrip("/")
+                name = base if os.path.isdir(name) else name
+                lora.save_adapter(model, adapter, name, state, adapters)
+                embedder.save_settings(adapter)
+            c.attn_dropout = now
             state = {"step": step, "best": best, "optimizers": optim}
             torch.save(state, os.path.join(folder, "training_state.pt"))
         print0(f"saved {common.commit_checkpoint(folder)}")

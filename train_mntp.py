@@ -2,7 +2,7 @@
 Masked next-token prediction: a decoder learns to look both ways, with the head that it has.
 
     python train_mntp.py configs/mntp_pydocs_tiny.py           # one GPU, a Mac or the CPU
-    torchrun --standalone --nproc_per_node=8 train_mntp.py configs/mntp_llm2vec.py
+    torchrun --standalone --nproc_per_node=4 train_mntp.py configs/mntp_llm2vec.py
     python train_mntp.py configs/x.py --resume=True            # go on where it stopped
 
 Attention is bidirectional, tokens are masked, and masked token i is predicted from the hidden state
@@ -11,7 +11,7 @@ first step of LLM2Vec (arXiv 2404.05961), and Ettin's way from a decoder to an e
 2507.11412). The data are the token files of pretraining, in the model's own tokenizer.
 
 LoRA gives checkpoints that are PEFT folders, and at the end out_dir/merged, a model folder; both
-say that the model is bidirectional (config.json, is_causal) and what was the mask (mntp.json).
+say that the model is bidirectional, and in mntp.json what its mask was.
 lora_rank=0 trains every weight, and each checkpoint is a model folder.
 """
 
@@ -40,7 +40,7 @@ from data import (
     vocab_size_of,
 )
 from embedder import merged_state
-from model import choose_backend, config_to_hf, from_pretrained, resolve_folder
+from model import choose_backend, from_pretrained, resolve_folder
 
 # ---- defaults ----
 out_dir = "out/mntp"
@@ -204,7 +204,8 @@ def evaluate(model, tokens, n_rows, settings, device, autocast):
         rows = mine[i : i + s["rows_per_batch"]]
         idle = len(rows) == 0  # but FSDP's forward is collective: every rank runs as many
         rows = np.zeros(1, dtype=np.int64) if idle else rows
-        batch = to_device(make_batch(tokens, rows, [0] * len(rows), s), device)
+        # the same masks for runs of all seeds
+        batch = to_device(make_batch(tokens, rows, [0] * len(rows), s | {"seed": 0}), device)
         with autocast():
             loss, hits = model(*batch)
         if not idle:
@@ -243,6 +244,10 @@ if __name__ == "__main__":
             f"the length of training: {max_steps=}, {num_epochs=}; expected one of them "
             "(--max_steps=None takes back what a config gives)"
         )
+    if not 0 < mask_prob <= 1:
+        raise SystemExit(f"{mask_prob=}: expected a share, above 0 and up to 1")
+    if train_also and not lora_rank:
+        raise SystemExit(f"{train_also=} goes with LoRA; lora_rank=0 trains every weight")
     if fsdp and "RANK" not in os.environ:
         raise SystemExit("fsdp shares work between ranks: start with torchrun")
     if mask_token == "new" and lora_rank and "embed" not in train_also.split(","):
@@ -290,6 +295,9 @@ if __name__ == "__main__":
     has_val = eval_interval and "val" in train.meta["splits"]
     val = open_tokens(data_dir, "val") if has_val else None
     eval_rows = min(eval_tokens, len(val.tokens)) // max_seq_len if val else 0
+    if val and not eval_rows:
+        raise SystemExit(f"{eval_tokens=}, {len(val.tokens)} tokens of val.bin: no row to evaluate "
+                         "on; eval_interval=0 does without")  # fmt: skip
     print0(
         f"{data_dir}: {len(train.tokens):,} tokens = {n_rows:,} rows of {max_seq_len}, each "
         f"{'one text' if chunks else 'of whole documents and cut ends'}\n"
@@ -309,10 +317,14 @@ if __name__ == "__main__":
     if last and not (resume or dry_run):
         raise SystemExit(f"{last} exists: --resume=True goes on, or choose another out_dir")
     last = last if resume and not dry_run else None
+    if lora_rank and last:  # on what it began with: init_from may have a newer checkpoint by now
+        base = lora.adapter_chain(last)[0]
     source = last if last and not lora_rank else base
     weights_type = compute_dtype if lora_rank else torch.float32  # what trains is fp32
     model = from_pretrained(source, "bidirectional", dtype=weights_type)
     c = model.config
+    if c.family in ("modernbert", "neobert"):
+        raise SystemExit(f"{init_from} is an encoder, and fills masks: pretrain_mlm.py goes on")
     if c.head == "none":
         raise SystemExit(f"{init_from} has no language modelling head, and it is what predicts")
     if max_seq_len > c.max_seq_len:
@@ -379,9 +391,6 @@ if __name__ == "__main__":
             if lora_rank:
                 lora.save_adapter(raw, folder, base if os.path.isdir(init_from) else init_from,
                                   weights)  # fmt: skip
-                # for who loads the adapter: it belongs to a bidirectional model
-                with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
-                    json.dump(config_to_hf(c), f, indent=2)
             else:
                 raw.save_pretrained(folder, weights)
             save_notes(folder)

@@ -310,6 +310,8 @@ if __name__ == "__main__":
     config = common.configure(globals())
     if schedule not in ("linear", "cosine", "constant"):
         raise SystemExit(f"schedule={schedule!r}: expected linear, cosine or constant")
+    if train_also and not lora_rank:
+        raise SystemExit(f"{train_also=} goes with LoRA; lora_rank=0 trains every weight")
     if fsdp and "RANK" not in os.environ:
         raise SystemExit("fsdp shares work between ranks: start with torchrun")
 
@@ -363,6 +365,8 @@ if __name__ == "__main__":
     last = last if resume and not dry_run else None
     weights_type = compute_dtype if lora_rank else torch.float32  # what trains is fp32
     base = resolve_folder(init_from)  # of an out_dir its newest checkpoint
+    if lora_rank and last:  # on what it began with: init_from may have a newer checkpoint by now
+        base = lora.adapter_chain(os.path.join(last, "adapter"))[0]
     source = last if last and not lora_rank else base
     model = from_pretrained(source, "causal", max_seq_len=max_seq_len, dtype=weights_type)
     tokenizer = load_tokenizer(base)
@@ -442,6 +446,7 @@ if __name__ == "__main__":
             if lora_rank:
                 name = base if os.path.isdir(init_from) else init_from
                 lora.save_adapter(model, os.path.join(folder, "adapter"), name, weights)
+                embedder.save_settings(os.path.join(folder, "adapter"))
             state = {"step": step, "best": best, "optimizers": optim}
             torch.save(state, os.path.join(folder, "training_state.pt"))
         print0(f"saved {common.commit_checkpoint(folder)}")

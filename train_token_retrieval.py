@@ -554,6 +554,8 @@ if __name__ == "__main__":
         raise SystemExit("eval_only=True needs a file in eval_data")
     if any(type(r) is not int or r < 1 for r in ratios):
         raise SystemExit(f"{ratios=}: expected whole numbers, 16 keeps 1/16 of the tokens")
+    if train_also and not lora_rank:
+        raise SystemExit(f"{train_also=} goes with LoRA; lora_rank=0 trains every weight")
     if queries_per_passage < 1:
         raise SystemExit(f"{queries_per_passage=}: expected 1 or more")
 
@@ -596,6 +598,8 @@ if __name__ == "__main__":
     last = last if (resume or eval_only) and not dry_run else None
     weights_type = compute_dtype if lora_rank else torch.float32  # what trains is fp32
     base = resolve_folder(init_from)  # of an out_dir its newest checkpoint
+    if lora_rank and last and not eval_only:  # on what it began with, not a newer checkpoint
+        base, *adapters = lora.adapter_chain(os.path.join(last, "adapter"))[:-1]
     source = last if last and (eval_only or not lora_rank) else base
     scaling = None
     if rope_scaling:
@@ -691,7 +695,10 @@ if __name__ == "__main__":
         if rank == 0:
             embedder.save(folder, not problem, weights)  # LoRA merged
             if lora_rank:
-                lora.save_adapter(model, os.path.join(folder, "adapter"), init_from, weights)
+                adapter, name = os.path.join(folder, "adapter"), init_from.rstrip("/")
+                name = base if os.path.isdir(name) else name
+                lora.save_adapter(model, adapter, name, weights, adapters)
+                embedder.save_settings(adapter)
             state = {"step": step, "best": best, "optimizers": optim}
             torch.save(state, os.path.join(folder, "training_state.pt"))
         print0(f"saved {common.commit_checkpoint(folder)}")

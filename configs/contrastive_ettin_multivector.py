@@ -8,6 +8,8 @@ init_from = "jhu-clsp/ettin-encoder-150m"
 out_dir = f"out/{init_from.split('/')[-1]}-multivector"
 
 pooling = "tokens"
+query_instruction = ("[Q] ",)  # markers: which side a text is on
+passage_instruction = ("[D] ",)
 projection_dim = 128
 query_max_length = 64
 passage_max_length = 300

@@ -3,7 +3,8 @@
 #   python data/echo/prepare.py --input echo-data
 #   torchrun --standalone --nproc_per_node=8 train_contrastive.py configs/contrastive_llm2vec.py \
 #       --init_from=meta-llama/Meta-Llama-3-8B-Instruct
-# A local copy goes by the name of its folder. --adapters="['out/mntp/...']" takes your own MNTP.
+# A local copy goes by the name of its folder; your own MNTP by
+# --adapters="['out/llm2vec-mntp/...']".
 # Published MTEB v1 English averages: Sheared 61.85, Llama-2 64.14, Llama-3 65.01.
 base = "contrastive_echo_data.py"
 init_from = "princeton-nlp/Sheared-LLaMA-1.3B"
@@ -29,8 +30,8 @@ lora_dropout = 0.05
 
 pooling = "mean"
 pool_instruction = False  # the mean of the text's tokens, not the instruction's
-# LLM2Vec trains at 512 and cuts texts to 400 when it encodes; one length for both here
-query_max_length = 512
+# LLM2Vec trains at 512 and cuts texts to 400 when it encodes; one length for all here
+query_max_length = 400
 passage_max_length = 400
 
 # 64 queries x 8 GPUs = 512 queries/step, each among 1,024 passages; 1,000 steps = 512,000 of 1.5M

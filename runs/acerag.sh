@@ -25,10 +25,11 @@ pairs="'data/pydocs/train.jsonl'"
 tasks=pydocs
 if [ -n "$qed" ]; then
     tasks="pydocs qed"
-    for part in train dev; do
-        [ -f $out/qed_$part.jsonl ] || $python data/qa_spans/prepare.py --format=qed \
-            --input "$qed/$part.jsonl.gz" --out $out/qed_$part.jsonl
-    done
+    [ -f $out/qed_dev.jsonl ] || $python data/qa_spans/prepare.py --format=qed \
+        --input "$qed/dev.jsonl.gz" --out $out/qed_dev.jsonl
+    # 93 of dev's passages stand in train, too: without them
+    [ -f $out/qed_train.jsonl ] || $python data/qa_spans/prepare.py --format=qed \
+        --input "$qed/train.jsonl.gz" --out $out/qed_train.jsonl --without $out/qed_dev.jsonl
     # question -> paragraph, for stage 1
     $python - $out <<'PYTHON'
 import json, sys

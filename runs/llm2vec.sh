@@ -45,7 +45,7 @@ for seed in $seeds; do
     for from in causal bidirectional mntp; do
         init=out/clm_pydocs_tiny attention=$from
         [ $from != mntp ] || init=$out/mntp-$seed/merged attention=bidirectional
-        steps=20 train $out/$from-supervised-$seed --init_from=$init --attention=$attention \
+        steps=30 train $out/$from-supervised-$seed --init_from=$init --attention=$attention \
             --seed=$seed --learning_rate=3e-3 --eval_interval=0 --passage_max_length=128
     done
 done

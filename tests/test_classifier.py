@@ -272,11 +272,9 @@ def test_losses_and_gradients_equal_each_text_alone(case, tokenizer, monkeypatch
         if s["task"] == "words":
             ids, positions = plain_words(tokenizer, example["words"], s["max_seq_len"])
         else:
-            text = example["text"] + ("[SEP]" + example["pair"] if example["pair"] else "")
-            n = s["max_seq_len"]
+            [text] = T.join_texts([example], tokenizer, s)  # has a test of its own
             ids = tokenizer(s["prefix"] + text + s["suffix"])["input_ids"]
-            if len(ids) > n:
-                ids = ids[: n - 2] + ids[-2:]
+            assert len(ids) <= s["max_seq_len"]
         h = classifier.model(torch.tensor(ids), T.make_seqs([len(ids)]))
         if s["task"] == "words":
             shift = s["label_position"] == "next_token"
@@ -395,7 +393,7 @@ def test_saved_folders_are_transformers_own(family, case, tokenizer, tmp_path):
         batch = T.make_batch(examples, own, s)
         logits = classifier(*batch[:3])
         texts = ([" ".join(e["words"]) for e in examples] if s["task"] == "words"
-                 else T.join_texts(examples, "[SEP]"))  # fmt: skip
+                 else T.join_texts(examples, own, s))  # fmt: skip
         padded = load_tokenizer(str(tmp_path))(texts, padding=True, return_tensors="pt")
         there = theirs(**{k: padded[k] for k in ("input_ids", "attention_mask")}).logits
     if s["task"] == "words":  # the mean of the logits of a word's tokens
@@ -756,6 +754,27 @@ def test_labels_are_sorted():
     assert named("10", "2", "0", "2") == ["0", "2", "10"]
     assert named("b", "B", "a") == ["B", "a", "b"]
     assert named("x", "10", "9") == ["9", "10", "x"]
+
+
+def test_resume_keeps_its_labels(tiny, unbroken, tmp_path):
+    lines = [{"words": ["tan"], "labels": ["other"]}, {"words": ["mo"], "labels": ["labels"]}]
+    path = tmp_path / "other.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(SystemExit, match="was trained with labels="):
+        run(tiny, unbroken, f"--data={path}", "--eval_data=", "--resume=True")
+
+
+def test_both_texts_of_a_long_pair_are_seen(tokenizer):
+    s = dict(prefix="", suffix="", separator="[SEP]", max_seq_len=32, task="texts",
+             loss_kind="mse", pooling="mean")  # fmt: skip
+    for text, pair in (("tan " * 60, "ris su"), ("tan", "ris " * 60), ("tan " * 60, "ris " * 60)):
+        tokens, *_ = T.make_batch([{"text": text, "pair": pair, "label": 0.0}], tokenizer, s)
+        shown = tokenizer.decode(tokens).split("[SEP]")
+        assert len(tokens) <= 32 and "tan" in shown[0] and "ris" in shown[1] and len(shown) == 3
+        if pair == "ris su":
+            assert shown[1].strip() == pair and len(tokens) == 32
+    even = shown[0].count("tan"), shown[1].count("ris")
+    assert min(even) > 5, even
 
 
 def test_labels_that_training_never_saw_are_an_error(tiny, tmp_path):

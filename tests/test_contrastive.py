@@ -5,6 +5,7 @@ whole, killed and resumed, on 1-3 ranks.
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -645,6 +646,27 @@ def test_a_run_learns_and_its_folder_gives_the_same_vectors(tiny, easy_files, tm
         assert losses(tmp_path, f"eval_{name}")[40] == pytest.approx(total / 30, rel=1e-4), name
 
 
+def test_the_next_stage_sees_the_same_ids_and_its_own_dropout(tiny, tmp_path):
+    """The saved tokenizer has the suffix for sentence-transformers: training adds it once, too."""
+    keys = ["--suffix= ris[SEP]", "--prefix=ta: ", "--attn_dropout=0.3", "--max_steps=1"]
+    first = run(tiny, tmp_path / "a", *keys).embedder
+    second = run(tiny, tmp_path / "b", *keys[:2], "--max_steps=1", f"--init_from={tmp_path / 'a'}")
+    texts = ["tan mos", "", "ris " * 40]
+    ids = [e.tokenize(texts) for e in (first, second.embedder, Embedder.load(str(tmp_path / "b")))]
+    assert ids[0] == ids[1] == ids[2]
+    assert first.model.config.attn_dropout == 0.3 and second.c.attn_dropout == 0.0
+
+
+def test_a_positive_that_is_listed_twice_counts_once(tiny, tmp_path):
+    evals = []
+    for name, pos in (("once", ["tan mo", "ris"]), ("twice", ["tan mo", "ris", "tan mo"])):
+        lines = [{"query": "tan", "pos": pos}, {"query": "su", "pos": ["suma", "ke"]}]
+        file = write_lines(tmp_path / f"{name}.jsonl", lines)
+        run(tiny, tmp_path / name, f"--eval_data={file}", "--max_steps=1", "--eval_interval=1")
+        evals.append([losses(tmp_path / name, f"eval_{x}") for x in ("loss", "ndcg")])
+    assert evals[0] == evals[1] and math.isfinite(evals[0][0][1])
+
+
 @pytest.mark.parametrize("pooling", ["tokens", "splade"])
 def test_many_vectors_and_sparse_ones_are_saved(pooling, tiny, unbroken, tmp_path):
     keys = [f"--pooling={pooling}", "--projection_dim=8", "--max_steps=4", "--save_interval=2"]
@@ -703,6 +725,7 @@ def test_the_best_checkpoint_is_kept(tiny, easy_files, tmp_path):
 def test_lora_resumed_is_bit_equal(tiny, model_folder, tmp_path):
     """An adapter, and a second one on top of it."""
     keys = ["--lora_rank=4", "--train_also=norm", "--schedule=constant", "--attn_dropout=0.2"]
+    keys += ["--suffix= ke", "--pool_instruction=False"]
     for first, second in (("", ""), ("whole", "2")):
         if first:
             keys.append(f"--adapters=({str(tmp_path / first / 'step6' / 'adapter')!r},)")
@@ -715,9 +738,11 @@ def test_lora_resumed_is_bit_equal(tiny, model_folder, tmp_path):
         assert saved(half, 6) == saved(whole, 6)
         a, b = (load_file(x / "step6/adapter/adapter_model.safetensors") for x in (half, whole))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-        loaded = Embedder.load(str(whole / "step6"), dtype="fp32")
-        ours = embedder.encode(["tan mos", "ris"])
-        assert np.abs(loaded.encode(["tan mos", "ris"]) - ours).max() < 1e-5
+        ours = embedder.encode(["tan mos", "ris"], "su ")
+        for folder in ("step6", "step6/adapter"):  # merged, or the chain base + adapters
+            loaded = Embedder.load(str(whole / folder), dtype="fp32")
+            assert loaded.template.suffix == " ke" and not loaded.pool_instruction
+            assert np.abs(loaded.encode(["tan mos", "ris"], "su ") - ours).max() < 1e-5
     assert losses(tmp_path / "whole2") != losses(tmp_path / "whole")
 
 

@@ -336,6 +336,14 @@ def test_broken_lines_are_named(tmp_path, line, told):
         next(lines)
 
 
+def test_half_a_character_is_named():
+    line = json.loads('{"query": "a \\ud800 b"}')
+    with pytest.raises(ValueError, match="p.jsonl line 3: field 'query' has half a character"):
+        data.require(line, "query", str, "p.jsonl", 3)
+    line = json.loads('{"query": "\\ud83d\\ude42"}')
+    assert data.require(line, "query", str, "p", 1) == "\U0001f642"
+
+
 def test_require():
     record = {"s": "x", "i": 3, "f": 0.5, "b": True, "l": ["x", "y"], "m": ["x", 1]}
     good = [("s", str), ("i", int), ("i", float), ("f", float), ("b", bool), ("l", [str])]

@@ -3,6 +3,7 @@
 python -m pytest tests/test_mntp.py
 """
 
+import copy
 import glob
 import json
 import os
@@ -375,15 +376,23 @@ def test_sample_reads_one_place_before(unbroken):
             str(unbroken / name), torch.device("cpu"), torch.float32
         )
         assert not net.config.causal and os.path.exists(os.path.join(folder, "mntp.json"))
-        [(ids, places, p, _)] = sample.fill(net, tokenizer, ["tan mon[MASK] rin"], 5, 1)
-        with torch.no_grad():
-            logits = net(torch.tensor(ids), make_seqs([len(ids)]), torch.tensor(places) - 1)
-        assert torch.allclose(p, logits.softmax(-1).topk(5).values)
+        notes = sample.read_notes(folder)
+        assert notes == {"mask": "[MASK]", "mask_id": tokenizer.mask_token_id, "at": -1}
+        bare = copy.deepcopy(tokenizer)  # as a decoder's: another token was its mask
+        bare.mask_token = None
+        for asked, mask_id in ((tokenizer, tokenizer.mask_token_id), (bare, 99)):
+            notes = notes | {"mask_id": mask_id}
+            [(ids, places, p, _)] = sample.fill(net, asked, ["tan mon[MASK] rin"], 5, notes)
+            ids = torch.tensor(ids)
+            ids[places] = mask_id
+            with torch.no_grad():
+                logits = net(ids, make_seqs([len(ids)]), torch.tensor(places) - 1)
+            assert torch.allclose(p, logits.softmax(-1).topk(5).values)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A", pair="$A $B", special_tokens=[]
     )
     with pytest.raises(SystemExit, match="nothing stands before"):
-        sample.fill(net, tokenizer, ["[MASK] mon"], 5, 1)
+        sample.fill(net, tokenizer, ["[MASK] mon"], 5, notes)
 
 
 # ---- whole runs ----

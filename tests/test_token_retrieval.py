@@ -530,18 +530,19 @@ def test_memory_grows_with_the_length_of_a_passage(toy_tokens, tmp_path):
     tokens in one piece: the process's peak after each, in MB. One 20,000 x 20,000 matrix in fp32
     would be 1,600."""
     kinds = dict(layer_kinds=["global", "local"], window=64, out_dropout=0.0, causal=True)
-    shape = dict(n_embd=128, n_hidden=384, n_head=2)
+    shape = dict(n_embd=64, n_hidden=1024, n_head=1)
     folder = make_model(tmp_path / "m", toy_tokens, "modernbert-tiny", **shape, **kinds)
     code = LONG.format(root=ROOT, folder=folder, lengths=(5000, 10000, 20000))
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=exact)
     assert out.returncode == 0, out.stderr[-2000:]
     peak = {}
     for line in out.stdout.splitlines():
         n, loss, peak[int(n)] = map(float, line.split())
         assert math.log(4) < loss < 100
     first, second = peak[10000] - peak[5000], peak[20000] - peak[10000]
-    assert first > 20 and 1.4 * first < second < 2.8 * first, peak  # squares would grow by 4
-    assert peak[20000] - peak[5000] < 900, peak
+    assert first > 50 and second < 2.6 * first, peak  # with squares 4 times
+    assert peak[20000] - peak[5000] < 800, peak
 
 
 # ---- whole runs ----
@@ -649,6 +650,7 @@ def test_all_that_trained_is_saved(tiny, model_folder, unbroken, tmp_path):
 
 def test_killed_and_resumed_is_bit_equal(tiny, tmp_path, capsys):
     more = ["--max_steps=40", "--lora_rank=4", "--lora_dropout=0.2", "--passage_window=12"]
+    more += ["--batch_size=4", "--save_interval=3", "--eval_interval=13"]
     more += ["--window_overlap=4", "--chunk_tokens=30"]
     run(tiny, tmp_path / "whole", *more)
     process = harness.start(1, SCRIPT, tiny, tmp_path / "broken", *more)

@@ -227,10 +227,10 @@ def test_fill_errors(folders):
     with pytest.raises(SystemExit, match=r"no \[MASK\] to fill in the text 'tan mo'"):
         sample.fill(net, tokenizer, ["tan [MASK]", "tan mo"], 5)
     with pytest.raises(SystemExit, match="causal.*--prompt"):
-        sample.check_fills(loaded(folders["llama"])[0], tokenizer)
+        sample.check_fills(loaded(folders["llama"])[0], tokenizer, {})
     tokenizer.mask_token = None
     with pytest.raises(SystemExit, match="no mask token"):
-        sample.check_fills(net, tokenizer)
+        sample.check_fills(net, tokenizer, {})
     with pytest.raises(SystemExit, match="no language modelling head"):
         sample.load(folders["modernbert-headless"], CPU, torch.float32)
 
