@@ -215,17 +215,29 @@ def checksum(vectors):
     return float((torch.from_numpy(vectors) * probe).sum(1).square().mean())
 
 
-def reconstruct_ours(job):
+def reconstruct_ours(job, n=8):
+    """In micro-batches of n pairs, as the script accumulates: their sums are those of the batch."""
     yield
     model, device = train_reconstruct.Reconstruction(our_model(job)), torch.device(job["device"])
-    batches = []
+    optimizer, batches = adamw(model), []
     for b in job["batches"]:
-        encoded = [(ids, (0, len(ids))) for side in b["pairs"] for ids in side]
-        counts = train_reconstruct.n_targets(encoded)
+        queries, documents = ([(ids, (0, len(ids))) for ids in side] for side in b["pairs"])
+        counts = train_reconstruct.n_targets(queries + documents)
         weights = torch.tensor(WEIGHTS, device=device) / torch.tensor(counts, device=device)
-        packed = train_reconstruct.pack_pairs(encoded, len(b["pairs"][0]), device)
+        parts = [queries[i : i + n] + documents[i : i + n] for i in range(0, len(queries), n)]
+        packed = [train_reconstruct.pack_pairs(part, len(part) // 2, device) for part in parts]
         batches.append((packed, weights))
-    yield from train(model, lambda batch: (model(batch[0])[0] * batch[1]).sum(), batches, job)
+    yield
+    for packed, weights in batches:
+        total = 0.0
+        for part in packed:
+            with half(job):
+                loss = (model(part)[0] * weights).sum()
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield total
 
 
 def reconstruct_transformers(job):
@@ -371,7 +383,7 @@ BENCHES = {
     "reconstruct": [dict(
         label="reconstruct", size="llama-8x512", causal=True, rank=0, n=16, rounds=6, passes=3,
         unit="pairs", make=pair_batch,
-        sides={"nanoembed": reconstruct_ours,
+        sides={"nanoembed, 2 micro-batches": reconstruct_ours,
                "transformers, four padded forwards": reconstruct_transformers},
     )],
     "memory": [texts_case("memory", 4096, 1, 4, {

@@ -359,12 +359,15 @@ def keep(scores, spans, passage, ratio, unit="words", neighbours=0):
 
     At most ceil(n / ratio) tokens, and just as many with unit="tokens". The best units come first,
     each by its best token, of equal ones the first; with each come its neighbours, the nearest
-    first. What has more tokens than are left is passed over. Units that follow one another are one
+    first. What has more tokens than are left is passed over; where no word has so few, as in text
+    without spaces, single tokens are kept. Units that follow one another are one
     span, with the spaces between them.
     """
     if not ratio >= 1 or neighbours < 0:
         raise ValueError(f"expected {ratio=} >= 1 and {neighbours=} >= 0")
     tokens, places = units_of(passage, spans, unit)
+    if min((end - first for first, end in tokens), default=0) > math.ceil(len(scores) / ratio):
+        tokens, places = units_of(passage, spans, "tokens")
     best = np.array([scores[first:end].max() for first, end in tokens])
     near = sorted(range(-neighbours, neighbours + 1), key=abs)  # 0, -1, 1, -2, 2
     left, kept = math.ceil(len(scores) / ratio), set()
@@ -396,10 +399,12 @@ def text_of(passage, spans):
     return text
 
 
-def compress_text(embedder, query, passage, ratio, unit="words", neighbours=0):
+def compress_text(
+    embedder, query, passage, ratio, unit="words", neighbours=0, window=0, overlap=0
+):  # fmt: skip
     """-> (kept text, kept spans [[start, end], ..]): the 1/ratio of a passage's tokens that matter
-    most for a query, in order; see `keep`."""
-    scores, of_tokens = score_tokens(embedder, [query], passage)
+    most for a query, in order; see `keep`, and `score_tokens` for windows."""
+    scores, of_tokens = score_tokens(embedder, [query], passage, window, overlap)
     kept = keep(scores[0], of_tokens, passage, ratio, unit, neighbours)
     return text_of(passage, kept), kept
 
@@ -410,7 +415,7 @@ def share_of(inside, spans):
     return both / max(1, sum(d - c for c, d in spans))
 
 
-STYLE = """
+_STYLE = """
 :root { color-scheme: light dark; --text: #111; --faint: #4c4c4c; --page: #fff;
   --heat: 255 150 0; --gold: #0a58ca }
 @media (prefers-color-scheme: dark) { :root { --text: #fff; --faint: #b5b5b5; --page: #141414;
@@ -459,7 +464,7 @@ def page(query, passage, scores, of_tokens, kept, gold=()):
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(query)}</title>
-<style>{STYLE}{ground}</style></head>
+<style>{_STYLE}{ground}</style></head>
 <body><h1>{escape(query)}</h1>
 <p class="facts">{facts}</p><p class="legend">{legend}</p>
 <div class="passage">{"".join(parts)}</div>

@@ -64,7 +64,7 @@ w_d2q = 0.8  # weight of queries written from their documents' embeddings (EBD2Q
 w_q2d = 0.2  # of documents from their queries' (EBQ2D)
 # batch, in pairs
 batch_size = 64  # of one step, over all ranks and micro-batches
-device_batch_size = 16  # of one forward on one device; the result does not depend on it
+device_batch_size = 16  # of one forward on one device; it decides what dropout draws, no more
 # length
 max_steps: int | None = None
 num_epochs: float | None = 1.0
@@ -127,7 +127,8 @@ def read_pairs(files, step, choices, settings):
 
 def encode(pairs, which, tokenizer, settings):
     """-> 2n items (ids, (start, end)): the tokens of each text, as the embedder makes them, and
-    which of them are targets: from the text's first one to the EOS, or with write_template all."""
+    which of them are targets: from the text's first one to the EOS, or with write_template all. A
+    text that was cut has the EOS behind the cut, as its embedding has."""
     s = settings
     ask, answer = (i[which] if len(i) > 1 else i[0] for i in s["instructions"])
     instructions = [ask if prompt is None else prompt for _, _, prompt in pairs]
@@ -371,6 +372,8 @@ if __name__ == "__main__":
     model = from_pretrained(source, "causal", max_seq_len=max_seq_len, dtype=weights_type)
     tokenizer = load_tokenizer(base)
     c = model.config
+    if c.hf.get("model_type") in ("modernbert", "neobert"):
+        raise SystemExit(f"{base} is an encoder: expected a causal model, which can write")
     if c.head == "none":
         raise SystemExit(f"{base} has no language modelling head, so it writes nothing")
     if max(query_max_length, passage_max_length) >= c.max_seq_len:

@@ -116,6 +116,8 @@ def read_spans(file, i):
     where = f"{file.path} line {line}"
     query, passage = (require(record, key, str, file.path, line) for key in ("query", "passage"))
     spans, answer = require(record, "spans", [list], file.path, line), record.get("answer")
+    if not query.strip():
+        raise ValueError(f"{where}: field 'query' is empty")
     if not spans:
         raise ValueError(f"{where}: field 'spans' is empty, expected a [start, end] or more")
     for field, span in [("spans", span) for span in spans] + [("answer", answer)] * bool(answer):
@@ -125,6 +127,8 @@ def read_spans(file, i):
                 f"{where}: field '{field}' has {span}, expected [start, end] with 0 <= start < end "
                 f"<= {len(passage)}, the passage's characters"
             )
+        if not passage[span[0] : span[1]].strip():
+            raise ValueError(f"{where}: field '{field}' has {span}, spaces alone")
     keys = dict(query=query, passage=passage, spans=spans, answer=answer)
     return keys | dict(where=where, line=line)
 
@@ -550,8 +554,8 @@ if __name__ == "__main__":
         raise SystemExit(f"schedule={schedule!r}: expected linear, cosine or constant")
     if rope_scaling and (len(rope_scaling) != 2 or rope_scaling[0] not in ("linear", "yarn")):
         raise SystemExit(f"{rope_scaling=}: expected ('linear', factor) or ('yarn', factor)")
-    if eval_only and not eval_data:
-        raise SystemExit("eval_only=True needs a file in eval_data")
+    if eval_only and (not eval_data or show_batch):
+        raise SystemExit("eval_only=True needs a file in eval_data, and shows no batch")
     if any(type(r) is not int or r < 1 for r in ratios):
         raise SystemExit(f"{ratios=}: expected whole numbers, 16 keeps 1/16 of the tokens")
     if train_also and not lora_rank:
@@ -637,6 +641,9 @@ if __name__ == "__main__":
         temperature=temperature, ratios=ratios, device=device, autocast=autocast,
     )  # fmt: skip
     windows_of(0, passage_window, window_overlap, c.causal)  # complains of impossible windows
+    if passage_window:
+        print0(f"the folder does not say it: score_tokens(.., window={passage_window}, "
+               f"overlap={window_overlap}) gives the scores that are trained")  # fmt: skip
     if problem := embedder.st_problem():
         print0(f"saved for nanoembed alone; sentence-transformers would differ: {problem}")
     n_all = sum(p.numel() for p in model.parameters())

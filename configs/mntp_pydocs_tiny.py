@@ -14,14 +14,14 @@ lora_rank = 16
 lora_alpha = 32.0
 lora_dropout = 0.05
 
-# 8 rows x 512 tokens = 4,096 tokens/step; 160 steps = 655,000 tokens = 0.46 epochs
+# 8 rows x 512 tokens = 4,096 tokens/step; 80 steps = 328,000 tokens = 0.23 epochs
 batch_size = 8 * max_seq_len
 device_batch_size = batch_size
-max_steps = 160
+max_steps = 80
 learning_rate = 6e-3  # a width of 256 bears 100 times LLM2Vec's
-warmup_steps = 16
+warmup_steps = 8
 
 log_interval = 10
-eval_interval = 160
+eval_interval = 80
 eval_tokens = 32768
 save_interval = 500

@@ -11,15 +11,16 @@ _qwen = ("<|im_start|>user\n", "<|im_end|><|endoftext|>")
 # Pairs/step on 8 GPUs, and memory a GPU, estimated: 16 bytes a weight (fp32, its gradient, Adam's
 # two), two gradients of the head's matrix, and with checkpointing 8 bytes x layers x n_embd for
 # each token of a forward (encoded and decoded), which has 512 at most a text and fewer in the mean.
+# On top come DDP's buckets (4 bytes a weight) and autocast's copies (2), not counted here.
 _bases = {  # wrap, pairs a forward, micro-batches, FSDP
-    # 32 x 2 x 8 = 512; 20 + 2 + 9 GB: 40 GB GPUs
+    # 32 x 2 x 8 = 512; 20 + 2 + 9 GB: 80 GB GPUs
     "Llama-3.2-1B-Instruct": (_llama, 32, 2, False),
-    # 16 x 8 x 8 = 1,024; 51 + 3 + 11 GB: 80 GB, or with FSDP 6 + 5 + 11 GB: 40 GB
+    # 16 x 8 x 8 = 1,024; 51 + 3 + 11 GB: 80 GB, or with FSDP 6 + 5 + 11 GB: 48 GB
     "Llama-3.2-3B-Instruct": (_llama, 16, 8, True),
     # 4 x 16 x 8 = 512 (theirs 1 x 64 x 8); 128 GB of weights and Adam are 16 a GPU with FSDP, the
     # embedding and head whole 8, head 4, 4 GB: eight 80 GB GPUs, no fewer than four
     "Llama-3.1-8B-Instruct": (_llama, 4, 16, True),
-    # 32 x 4 x 8 = 1,024; 25 + 2 + 11 GB: 80 GB, or with FSDP 40 GB
+    # 32 x 4 x 8 = 1,024; 25 + 2 + 11 GB: 80 GB, or with FSDP 48 GB
     "Qwen2.5-1.5B-Instruct": (_qwen, 32, 4, False),
     # a public fork's; its batch is not known, 8 x 8 x 8 = 512 is ours. 10 + 1 + 8 GB, 2,048 tokens
     "Qwen3-0.6B": (_qwen, 8, 8, False),
@@ -41,6 +42,7 @@ w_q2d = 0.5 if _fork else 0.2
 
 # for 8 GPUs; on fewer it is the same, by more micro-batches. 2,000 steps x 512 = 1.0M of 1.5M pairs
 batch_size = device_batch_size * _accumulation * 8
+seed = 1338  # another order than stage II's, which would see the same pairs first
 max_steps = None if _fork else 2000  # the fork: one epoch
 
 learning_rate = 1e-4 if _fork else 4e-5  # in pure bf16, as theirs, such steps round to nothing

@@ -1,8 +1,7 @@
 # Anchor-Embedding, stage I: the tiny decoder on the documentation of Python, in minutes on 2 cores.
 #   python pretrain_mlm.py configs/clm_pydocs_tiny.py
 #   python train_reconstruct.py configs/reconstruct_pydocs_tiny.py
-#   python train_contrastive.py configs/contrastive_pydocs_tiny.py --attention=causal \
-#       --init_from=out/reconstruct_pydocs_tiny --pooling=last --out_dir=out/contrastive_anchor_tiny
+#   python train_contrastive.py configs/contrastive_anchor_tiny.py        # stage II
 out_dir = "out/reconstruct_pydocs_tiny"
 init_from = "out/clm_pydocs_tiny"  # its newest checkpoint
 
@@ -15,6 +14,7 @@ eval_data = "data/pydocs/val.jsonl"
 # 64 pairs/step x (32 + 66) tokens, each encoded and decoded; about 9,250 pairs = 145 steps an epoch
 batch_size = 64
 device_batch_size = 32
+seed = 1338  # another order than stage II's
 max_steps = 150
 
 learning_rate = 1e-3  # of 5e-4 and 1e-3 the lower eval_loss after 60 steps

@@ -4,6 +4,8 @@
 # runs/acerag.sh puts stage 1, passage retrieval, before it.
 out_dir = "out/token_retrieval_pydocs_tiny"
 init_from = "out/clm_pydocs_tiny"  # its newest checkpoint; its tokenizer ends texts with [SEP]
+rope_scaling = ("yarn", 4)  # it was trained for 512 positions, the passages have up to 5,460 tokens
+max_seq_len = 2048
 
 query_max_length = 64
 

@@ -108,7 +108,10 @@ def find(quote: str, passage: str) -> list[tuple[int, int]]:
     words = [re.escape(word) for word in quote.split()]
     if not words:
         return []
-    pattern = re.compile("(?=(" + r"\s+".join(words) + "))")
+    # no part of a longer word: "art" is not in "start"
+    ends = quote.split()[0][0], quote.split()[-1][-1]
+    left, right = (r"\b" if re.match(r"\w", c) else "" for c in ends)
+    pattern = re.compile(f"(?=({left}" + r"\s+".join(words) + f"{right}))")
     return [match.span(1) for match in pattern.finditer(passage)]
 
 

@@ -22,14 +22,14 @@ fi
 [ -f data/pydocs/spans_test.jsonl ] || $python data/pydocs/prepare.py
 $python pretrain_mlm.py configs/clm_pydocs_tiny.py --resume=True
 pairs="'data/pydocs/train.jsonl'"
-tasks=pydocs
+tasks=pydocs first=stage1
 if [ -n "$qed" ]; then
-    tasks="pydocs qed"
-    [ -f $out/qed_dev.jsonl ] || $python data/qa_spans/prepare.py --format=qed \
-        --input "$qed/dev.jsonl.gz" --out $out/qed_dev.jsonl
-    # 93 of dev's passages stand in train, too: without them
+    tasks="pydocs qed" first=stage1-qed # that stage 1 has seen QED's pairs, too
     [ -f $out/qed_train.jsonl ] || $python data/qa_spans/prepare.py --format=qed \
-        --input "$qed/train.jsonl.gz" --out $out/qed_train.jsonl --without $out/qed_dev.jsonl
+        --input "$qed/train.jsonl.gz" --out $out/qed_train.jsonl
+    # 93 of dev's passages stand in train, too: their questions are left out
+    [ -f $out/qed_dev.jsonl ] || $python data/qa_spans/prepare.py --format=qed \
+        --input "$qed/dev.jsonl.gz" --out $out/qed_dev.jsonl --without $out/qed_train.jsonl
     # question -> paragraph, for stage 1
     $python - $out <<'PYTHON'
 import json, sys
@@ -44,16 +44,17 @@ for seed in 1 2 3; do
     say "seed $seed, stage 1: passage retrieval"
     $python train_contrastive.py configs/contrastive_pydocs_tiny.py --seed=$seed --resume=True \
         --init_from=out/clm_pydocs_tiny --pooling=last --data="($pairs,)" --batch_size=64 \
-        --max_steps=$stage1 --eval_interval=0 --out_dir=$out/stage1-$seed
+        --max_steps=$stage1 --eval_interval=0 --out_dir=$out/$first-$seed
     for task in $tasks; do
         if [ $task = pydocs ]; then
             files="--data=data/pydocs/spans_train.jsonl --eval_data=data/pydocs/spans_test.jsonl"
         else
             files="--data=$out/qed_train.jsonl --eval_data=$out/qed_dev.jsonl --passage_max_length=384"
+            files+=" --rope_scaling=() --max_seq_len=None" # within the 512 positions of the decoder
         fi
-        for start in stage1 none; do
+        for start in $first none; do
             from=out/clm_pydocs_tiny
-            [ $start = none ] || from=$out/stage1-$seed
+            [ $start = none ] || from=$out/$first-$seed
             run=$out/$task-$start-$seed
             say "seed $seed, stage 2: $task from $from"
             # the test data is looked at once, when all is done
@@ -68,13 +69,13 @@ for seed in 1 2 3; do
 done
 
 say "results: mean (min-max) over the seeds"
-$python - $out $tasks <<'PYTHON'
+$python - $out $first $tasks <<'PYTHON'
 import glob, json, sys
-out, tasks = sys.argv[1], sys.argv[2:]
+out, first, *tasks = sys.argv[1:]
 columns = ["ap", "ndcg", "recall_16x", "recall_8x", "recall_4x", "answer_16x", "answer_8x", "answer_4x"]
 for task in tasks:
     rows = {}
-    for start, name in (("none", "stage 2 alone"), ("stage1", "stage 1, then stage 2")):
+    for start, name in (("none", "stage 2 alone"), (first, "stage 1, then stage 2")):
         for path in sorted(glob.glob(f"{out}/{task}-{start}-*/results.json")):
             with open(path) as f:
                 found = json.load(f)

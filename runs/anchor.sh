@@ -24,7 +24,7 @@ models=out/clm_pydocs_tiny
 for seed in 1 2 3; do
     say "2/4 seed $seed: stage I, then stage II"
     $python train_reconstruct.py configs/reconstruct_pydocs_tiny.py --out_dir=$out/stage1_$seed \
-        --max_steps=$steps --eval_interval=$steps --seed=$seed --resume=True
+        --max_steps=$steps --eval_interval=$steps --seed=$((100 + seed)) --resume=True
     stage2 both_$seed $out/stage1_$seed $steps $seed
     say "3/4 seed $seed: stage II alone, as long as one stage, as long as two"
     stage2 alone_$seed out/clm_pydocs_tiny $steps $seed

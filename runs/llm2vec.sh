@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # LLM2Vec's chain at toy size, on two CPU cores, from a decoder trained here: what does each step buy?
 #   bash runs/llm2vec.sh [folder of a Universal Dependencies treebank]      # with it: POS tags, too
-# The decoder is trained once, the steps behind it with three seeds. What is there is used again.
+# The decoder is trained once, the steps behind it with three seeds. What is there is used again:
+# after a change of steps or of the treebank, remove out/llm2vec and data/ud first.
 set -euo pipefail
 ud=${1:+$(realpath -m "$1")}
 cd "$(dirname "$0")/.."
@@ -45,7 +46,7 @@ for seed in $seeds; do
     for from in causal bidirectional mntp; do
         init=out/clm_pydocs_tiny attention=$from
         [ $from != mntp ] || init=$out/mntp-$seed/merged attention=bidirectional
-        steps=30 train $out/$from-supervised-$seed --init_from=$init --attention=$attention \
+        steps=20 train $out/$from-supervised-$seed --init_from=$init --attention=$attention \
             --seed=$seed --learning_rate=3e-3 --eval_interval=0 --passage_max_length=128
     done
 done

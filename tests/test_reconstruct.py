@@ -337,6 +337,21 @@ def test_logged_losses_and_the_gap(unbroken):
         assert len(losses(unbroken, column)) == 2
 
 
+def test_the_weights_that_train_are_those_of_the_reference(tiny, tmp_path):
+    """0.8 and 0.2, each over its own count of targets: the logged norm is that of the gradient."""
+    more = ["--max_steps=1", "--learning_rate=0", "--w_d2q=0.8", "--w_q2d=0.2"]
+    s = harness.run(SCRIPT, tiny, tmp_path, *more)
+    (parts,) = R.train_batches(s.files, 0, 1, s.choices, s.tokenizer, s.settings)
+    counts = np.sum([R.n_targets(part) for part in parts], axis=0)
+    s.raw.zero_grad()
+    for part in parts:
+        d2q, q2d = s.raw(R.pack_pairs(part, len(part) // 2, CPU))[0]
+        (0.8 * d2q / counts[0] + 0.2 * q2d / counts[1]).backward()
+    norm = torch.stack([p.grad.norm() for p in s.raw.parameters()]).norm().item()
+    assert counts[0] != counts[1]
+    assert losses(tmp_path, "gnorm")[1] == pytest.approx(norm, rel=1e-5)
+
+
 def test_micro_batches_change_nothing(tiny, unbroken, tmp_path):
     run(tiny, tmp_path, "--device_batch_size=12", "--gradient_checkpointing=True")
     for column in ("loss", "gnorm", "eval_loss", "d2q_shuffled_loss", "q2d_none_loss"):

@@ -346,7 +346,9 @@ def tokenizer(request):
         inner.decoder = tk.decoders.WordPiece()
         trainer = tk.trainers.WordPieceTrainer(special_tokens=["[UNK]"], **size)
     inner.train_from_iterator([*texts(40), PROMPT, "[INST] [/INST]"], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=TEMPLATE)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=TEMPLATE)
+    tokenizer.add_tokens([acerag.TAG], special_tokens=True)  # as AceRAG's training does
+    return tokenizer
 
 
 def as_acerag_does(tokenizer, prompt, context, window):
@@ -377,7 +379,8 @@ def test_acerag_spans_have_the_gold_tokens_text(tokenizer):
     """Whatever tokens are gold, the spans spell what these tokens spell, and nothing else."""
     rng = random.Random(1)
     exact = 0
-    for context in texts(30, seed=2):
+    brackets = ["[1] The fox jumps over it, and [2]", "[CON] jumps, he said [TEXT]"]  # like the tag
+    for context in [*texts(30, seed=2), *brackets]:
         ids = as_acerag_does(tokenizer, PROMPT, context, 4096)
         places, cut = acerag.context_tokens(tokenizer, PROMPT, context, acerag.TAG, 4096)
         assert len(places) == len(ids) and cut == 0
@@ -566,7 +569,9 @@ def test_annotate_round_trip(tmp_path, capsys):
 
 
 def test_quotes_are_found_where_they_are():
-    assert annotate.find("aa", "aaaa") == [(0, 2), (1, 3), (2, 4)]  # overlaps count: not once
+    assert annotate.find("a a", "a a a") == [(0, 3), (2, 5)]  # overlaps count: not once
+    assert annotate.find("art", "We start now.") == [] == annotate.find("19", "in 1998")
+    assert annotate.find("(art)", "x(art)y") == [(1, 6)]
     assert annotate.find("a.c (x", "abc a.c\t(x") == [(4, 10)]  # no pattern
     assert annotate.find("  ", "a  b") == []
 

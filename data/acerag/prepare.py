@@ -156,6 +156,7 @@ def main(argv=None):
     add("--late", action="store_true", help="keep rows with gold behind the first window")
     args = parser.parse_args(argv)
     tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer.add_tokens([args.tag], special_tokens=True)  # as AceRAG does: its brackets stay whole
     if not tokenizer.chat_template:
         raise SystemExit(f"{args.tokenizer} has no chat template: gold_indices count its tokens")
     if not args.input:
