@@ -288,7 +288,7 @@ def write_back(embedder, text, side, max_new_tokens):
     net, tokenizer, prompts = embedder.model, embedder.tokenizer, embedder.prompts
     if side not in ("query", "document"):
         raise SystemExit(f"reconstruct_side={side!r}: expected query or document")
-    if not net.config.causal or net.config.head == "none":
+    if not net.config.causal or net.config.head == "none" or embedder.pooling != "last":
         raise SystemExit("--reconstruct wants a causal model that has kept its head, as saved by "
                          "train_reconstruct.py")  # fmt: skip
     encoded = embedder.tokenize([text], prompts.get(side, ""))

@@ -15,7 +15,7 @@ import pytest
 
 from conftest import ROOT
 from data import load_tokenizer
-from embedder import Embedder
+from embedder import Embedder, Template
 from eval_mteb import (
     BM25,
     Encoder,
@@ -160,6 +160,14 @@ def test_training_pairs_are_a_retrieval_task(tmp_path):
     dcg = 1 + 1 / math.log2(4) + 1 / math.log2(6)
     first = dcg / (1 + 1 / math.log2(3) + 1 / math.log2(4))
     assert got["ndcg_at_10"] == pytest.approx((first + 1) / 2, abs=1e-5)
+
+
+def test_a_lines_prompt_goes_before_its_query(tmp_path):
+    rows = [{"query": "tan", "pos": ["ris kes"], "prompt": "ris "}, {"query": "su", "pos": ["su"]}]
+    write(tmp_path / "test.jsonl", rows)
+    calls = []
+    scores_of(word_encoder(calls=calls), tmp_path / "test.jsonl", tmp_path)
+    assert ["ris tan", "su"] in [sorted(texts) for _, texts in calls]
 
 
 def test_reranking_and_ties(tmp_path):
@@ -393,6 +401,10 @@ def test_same_path_other_model(tmp_path, toy_tokens):
     texts = [f"{d['title']} {d['text']}" for d in docs]
     got = load_encoder(str(tmp_path / "model"), "cpu", dtype="fp32").embed(texts, "tan ")
     np.testing.assert_array_equal(got, e.encode(texts, "tan "))
+    e.template = Template("ris ", " su")
+    wrapped = load_encoder(str(tmp_path / "model"), "cpu", dtype="fp32", template=e.template)
+    np.testing.assert_array_equal(wrapped.embed(texts, "tan "), e.encode(texts, "tan "))
+    assert wrapped.embed(texts, "").tolist() != got.tolist()
 
 
 # ---- by name ----
