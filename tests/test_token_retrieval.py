@@ -541,7 +541,7 @@ def test_memory_grows_with_the_length_of_a_passage(toy_tokens, tmp_path):
         n, loss, peak[int(n)] = map(float, line.split())
         assert math.log(4) < loss < 100
     first, second = peak[10000] - peak[5000], peak[20000] - peak[10000]
-    # 30 kB a token; one T x T matrix of single bytes would add 75 to the first and 300 to the second
+    # 30 kB a token; a T x T matrix of single bytes would add 75 to the first, 300 to the second
     assert 50 < first < 200 and 200 < second < 400, peak
 
 
