@@ -19,8 +19,8 @@ eval_data = "my/val.jsonl"
 # plain language model; it wants 100,000 lines and more.
 init_from = "Qwen/Qwen3-Embedding-0.6B"
 pooling = "last"  # the hidden state of the last token, <|endoftext|>
-# The embedder's tokenizer puts that token there by itself, the language model's does not.
-suffix = "" if "Embedding" in init_from else "<|endoftext|>"
+# The embedder's tokenizer puts that token there by itself; Qwen/Qwen3-0.6B's does not, and wants
+# suffix = "<|endoftext|>"
 # Say in one sentence what is searched for. It stands in front of each query, in use as well: it is
 # saved with the model. Passages have none.
 query_instruction = ("Instruct: Given a question, retrieve passages that answer it\nQuery:",)
