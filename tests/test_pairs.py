@@ -481,8 +481,3 @@ def test_echo_configs_fit_the_prepared_files(configured):
             expected[f"data/echo/{file}.jsonl"] = prompt if both else ""
     assert dict(zip(c["data"], c["passage_instruction"], strict=True)) == expected
     assert c["passage_instruction"][0] == ""  # the saved model's, for passages
-
-
-def test_own_data_suffix(configured):
-    assert configured("own_data")["suffix"] == ""
-    assert configured("own_data", "--init_from=Qwen/Qwen3-0.6B")["suffix"] == "<|endoftext|>"
