@@ -148,6 +148,25 @@ def test_offsets_that_lie_are_found(toy_tokens):
         T.gold_tokens(record, spans[:0])
 
 
+@pytest.mark.parametrize("by", [-6, 6])
+def test_offsets_that_have_moved_are_found(by, toy_tokens, monkeypatch):
+    tokenizer, s = load_tokenizer(os.path.join(toy_tokens, "tokenizer")), settings()
+    passage = "tan molo rima suke kes tan"
+    record = dict(query="ta", passage=passage, spans=[[4, 8]], answer=None, where="x line 3")
+    real = T.tokenize_passage
+    (good,) = [T.encode_passage([record], tokenizer, s)]
+    (inside,) = [good["spans"][good["token"]]]
+    assert passage[inside[:, 0].min() : inside[:, 1].max()].strip() == "molo"
+
+    def moved(*args):
+        ids, rows, spans = real(*args)
+        return ids, rows, (spans + by).clip(0, len(passage))
+
+    monkeypatch.setattr(T, "tokenize_passage", moved)
+    with pytest.raises(ValueError, match="x line 3: span .4, 8., 'molo', comes back"):
+        T.encode_passage([record], tokenizer, s)
+
+
 # ---- a model to try them on ----
 
 
@@ -781,7 +800,7 @@ def test_broken_lines_name_file_line_and_field(change, message, tiny, tmp_path):
 
 def test_a_blank_span_stops_the_run(tiny, tmp_path):
     path = write_lines(tmp_path / "x.jsonl", [GOOD | {"spans": [[3, 4]]}])
-    with pytest.raises(ValueError, match=r"x.jsonl line 1: span \[3, 4\], ''"):
+    with pytest.raises(ValueError, match=r"line 1: field 'spans' has \[3, 4\], spaces alone"):
         run(tiny, tmp_path / "out", f"--data={path}", "--eval_interval=0")
 
 
