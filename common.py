@@ -1,27 +1,36 @@
-"""What every script needs and no script should differ in: the config, the ranks, checkpoints, the
-log, and the one optimizer torch lacks. A stage's schedule and parameter groups stand in its script.
+"""
+What every script needs and no script should differ in: the config, the ranks, what wraps a model
+for training, and the log. Checkpoints are in checkpoint.py, optimizers and schedules in optim.py.
 """
 
 import ast
 import csv
 import difflib
-import json
 import os
 import re
-import shutil
 import signal
 import sys
 import textwrap
 import time
 import traceback
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 # ---- config: the script's defaults, then config files, then --key=value ----
 
 KINDS = {k.__name__: k for k in (int, float, bool, str, tuple, list)} | {"None": type(None)}
+RENAMED = {  # keys of earlier versions, where the script has the new one and not the old
+    "data_dir": "data", "batch_size": "batch_tokens", "device_batch_size": "device_batch_tokens",
+    "chunk_tokens": "device_batch_tokens", "batch_tokens": "device_batch_tokens",
+    "eval_pairs": "eval_lines", "max_seq_len": "max_length",
+}  # fmt: skip
 
 
 class _Namespace(dict):
@@ -37,9 +46,12 @@ class _Namespace(dict):
 
 
 def _accept(key, value, kinds):
-    """The value in a type the key takes: only int -> float and tuple <-> list are converted."""
+    """The value in a type the key takes. Converted are an int to float, a tuple to a list and back,
+    and one string to a tuple of strings."""
     if type(value) in kinds:  # exact: True is no int here
         return value
+    if type(value) is str and "tuple[str]" in kinds:
+        return (value,)
     if type(value) is int and float in kinds:
         return float(value)
     if type(value) in (tuple, list) and kinds & {tuple, list}:
@@ -49,6 +61,8 @@ def _accept(key, value, kinds):
 
 
 def _unknown(key, keys):
+    if RENAMED.get(key) in keys:
+        return f"the key {key!r} is now called {RENAMED[key]!r}."
     near = difflib.get_close_matches(key, keys, 1, cutoff=0.5)
     return f"unknown key {key!r}, " + (f"did you mean {near[0]!r}?" if near else "see --help")
 
@@ -111,6 +125,7 @@ def configure(script_globals):
             # "tuple[int, int] | None" -> {tuple, NoneType}
             hints = hint.split("|") if hint else [kind.__name__]
             kinds[name] = {KINDS[h.split("[")[0].strip()] for h in hints}
+            kinds[name] |= {"tuple[str]"} if "tuple[str, ...]" in (hint or "") else set()
     defaults = {k: _accept(k, script_globals[k], kinds[k]) for k in kinds}
 
     pinned, files = {}, []
@@ -150,21 +165,21 @@ def configure(script_globals):
 
 
 def save_config(config, path):
-    """Write the resolved config as a config file that runs the same again (rank 0 writes)."""
-    if _rank() == 0:
-        with open(path, "w", encoding="utf-8") as f:
-            f.writelines(f"{key} = {value!r}\n" for key, value in config.items())
+    """Write the resolved config as a config file that runs the same again."""
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(f"{key} = {value!r}\n" for key, value in config.items())
 
 
 # ---- ranks, devices, seeds ----
 
 
-def _rank():
+def get_rank():
+    """This process's rank, 0 without torchrun."""
     return int(os.environ.get("RANK", 0))  # torchrun's; known before the process group is
 
 
 def print0(*args):
-    if _rank() == 0:
+    if get_rank() == 0:
         print(*args, flush=True)
 
 
@@ -172,7 +187,7 @@ def setup_distributed():
     """-> (rank, world_size, local_rank, device). Under torchrun it joins the process group, one
     rank a GPU (nccl) or CPU ranks (gloo); a plain `python script.py` is one rank without a group.
     """
-    rank, world_size = _rank(), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = get_rank(), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         if local_rank >= (count := torch.cuda.device_count()):
@@ -187,11 +202,55 @@ def setup_distributed():
         if local_world > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
             torch.set_num_threads(max(1, os.cpu_count() // local_world))
     if "RANK" in os.environ:
+        # rank 0 may take long to write a large model while the others wait for it
         if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
+            dist.init_process_group("nccl", device_id=device, timeout=timedelta(hours=1))
         else:
             dist.init_process_group("gloo")
     return rank, world_size, local_rank, device
+
+
+def start(config):
+    """-> the settings of a run as one namespace: the config's keys, and what they lead to: rank,
+    world_size, local_rank, device, compute_dtype, autocast() and config itself. Joins the process
+    group and seeds torch. SystemExit for keys, the same in all stages, that do not go together."""
+    s = SimpleNamespace(**config, config=config)
+    schedules = ("linear", "cosine", "constant") + ("wsd",) * ("decay_shape" in config)
+    one_of(s, fsdp=("", "full"), schedule=schedules)
+    if (s.fsdp or config.get("zero1")) and "RANK" not in os.environ:
+        raise SystemExit("fsdp and zero1 share work between ranks: start with torchrun")
+    if s.train_also and not s.lora_rank:
+        raise SystemExit(
+            f"train_also={s.train_also!r} goes with LoRA; lora_rank=0 trains every weight"
+        )
+    s.rank, s.world_size, s.local_rank, s.device = setup_distributed()
+    if s.deterministic:
+        set_deterministic()
+    torch.manual_seed(s.seed)  # the same fresh weights on every rank
+    s.compute_dtype = dtype_of(s.dtype, s.device)
+    half = s.compute_dtype != torch.float32
+    s.autocast = lambda: torch.autocast(s.device.type, s.compute_dtype, enabled=half)
+    return s
+
+
+def one_of(s, **choices):
+    """SystemExit where a key is none of the values it may have: one_of(s, task=("a", "b"))."""
+    for key, values in choices.items():
+        if getattr(s, key) not in values:
+            shown = ", ".join(map(repr, values))
+            raise SystemExit(f"{key}={getattr(s, key)!r}: expected one of {shown}")
+
+
+def count_micro_batches(s, unit):
+    """How many micro-batches make a step of a rank; unit: "size" (examples) or "tokens". SystemExit
+    where that is no whole number."""
+    total, part = getattr(s, f"batch_{unit}"), getattr(s, f"device_batch_{unit}") * s.world_size
+    if total < part or total % part:
+        raise SystemExit(
+            f"batch_{unit}={total} must be k x device_batch_{unit}={part // s.world_size} x "
+            f"world_size={s.world_size}"
+        )
+    return total // part
 
 
 def dtype_of(name, device):
@@ -207,6 +266,12 @@ def dtype_of(name, device):
     return torch.bfloat16 if name == "bf16" or (name == "auto" and fast) else torch.float32
 
 
+def zeros(n, device):
+    """[n] zeros for sums of losses, in the widest type that the device has."""
+    wide = torch.float32 if device.type == "mps" else torch.float64  # a Mac has no float64
+    return torch.zeros(n, dtype=wide, device=device)
+
+
 def all_reduce_sum(values):
     """[n] numbers -> [n] floats, their sums over all ranks, in float64 and one all_reduce."""
     if not dist.is_initialized():
@@ -215,6 +280,15 @@ def all_reduce_sum(values):
     sums = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def all_reduce_max(value):
+    """The largest of a whole number over all ranks."""
+    if not dist.is_initialized():
+        return value
+    most = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
 
 
 def seed_step(seed, step, rank, chunk=0):
@@ -236,201 +310,99 @@ def set_deterministic():
     torch.use_deterministic_algorithms(True)
 
 
-def catch_sigterm():
-    """-> stop_requested(): has SIGTERM come to this rank? It no longer ends the process: the script
-    sums the flag over ranks at each step, so that all of them save and leave after the same one."""
+def catch_stop():
+    """-> stop_requested(): has SIGTERM or Ctrl-C come to this rank? Neither ends the process any
+    more: the script sums the flag over ranks at each step, so that all of them save and leave after
+    the same one. A second Ctrl-C ends it at once."""
     seen = []
-    signal.signal(signal.SIGTERM, lambda *_: seen.append(True))
+
+    def stop(number, _):
+        seen.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     return lambda: bool(seen)
 
 
-# ---- checkpoints ----
-# out_dir/step120/ is a Hugging Face model folder, with training_state.pt for resuming and
-# complete.json ({file: bytes} of all others, written last). To save, on all ranks:
-#     weights, optim = full_state_dict(model), optimizer_state(optimizers)
-#     tmp = begin_checkpoint(out_dir, f"step{step}")
-#     if rank == 0: (write the model folder and torch.save training_state.pt in tmp)
-#     commit_checkpoint(tmp)
-# and to resume, on all ranks: torch.load(f"{latest_checkpoint(out_dir, 'step')}/training_state.pt",
-#     map_location="cpu", weights_only=True, mmap=True)       mmap: the ranks of a host share pages
+def resume_command():
+    """The command that goes on with this run."""
+    launch = "torchrun ... " if "RANK" in os.environ else "python "
+    return launch + " ".join([*sys.argv, "--resume=True"])
 
 
-def _barrier():
-    if dist.is_initialized():
-        dist.barrier()
+# ---- what wraps a model for training ----
 
 
-def _inspect(folder):
-    """({file: bytes} by complete.json, why the folder is not whole or "")."""
+def place(model, s):
+    """Readies a Transformer for training on this rank's device, in place."""
+    model.gradient_checkpointing = s.gradient_checkpointing
+    model.set_backend(s.attention_backend, s.device, s.compute_dtype)
+    model.to(s.device).train()
+
+
+def wrap(module, blocks, s):
+    """Compiles each block, then shards the module (FSDP) or copies it to each rank (DDP), as the
+    settings ask -> what training calls."""
+    for block in blocks if s.compile else ():
+        block.compile()
+    if s.fsdp:
+        for block in blocks:
+            fully_shard(block)
+        return fully_shard(module)
+    if s.world_size > 1:
+        return DDP(module, device_ids=[s.local_rank] if s.device.type == "cuda" else None)
+    return module
+
+
+def sync_gradients(wrapped, now):
+    """Ranks exchange gradients in the backward passes from here on, or not: once a step, in its
+    last backward, is enough."""
+    if isinstance(wrapped, DDP):
+        wrapped.require_backward_grad_sync = now
+    elif isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(now)
+
+
+def settle_buckets(wrapped, trial, n):
+    """DDP orders its buckets anew after the first backward, and with them the sums over ranks: one
+    backward that counts for nothing lets a resumed run sum as the unbroken one does. trial(n): a
+    forward and backward of n rows, whose gradient it drops."""
+    if isinstance(wrapped, DDP):
+        trial(n)
+
+
+def bad_step(count, step, loss, gnorm, batch):
+    """Says which batch gave a loss or gradient that is no number, -> how many of these there were
+    in the run. A good run has none; SystemExit at the fourth."""
+    print0(f"step {step + 1}: loss {loss}, gradient norm {gnorm}: skipped. {batch}")
+    if count == 3:
+        raise SystemExit("stopped at the 4th such step; the last checkpoint is good")
+    return count + 1
+
+
+def shown(items, n=8):
+    """The first n items of a list, for messages."""
+    return f"{list(items[:n])}{'...' if len(items) > n else ''}"
+
+
+# ---- reading ahead ----
+
+
+def prefetch(iterable, depth: int = 2):
+    """Yield from `iterable`, which a thread runs up to `depth` items ahead.
+
+    Its exceptions are raised here. The thread ends with it, or when the consumer stops.
+    """
+    iterator, end = iter(iterable), object()
+    executor = ThreadPoolExecutor(1)
     try:
-        with open(os.path.join(folder, "complete.json"), encoding="utf-8") as f:
-            sizes = json.load(f)
-    except (OSError, ValueError) as e:
-        return {}, f"complete.json is missing or broken ({type(e).__name__})"
-    for name, size in sizes.items():
-        path = os.path.join(folder, name)
-        found = os.path.getsize(path) if os.path.isfile(path) else "no file"
-        if found != size:
-            return {}, f"{name} should have {size} bytes, found {found}"
-    return sizes, ""
-
-
-def _write_sizes(folder, sizes):
-    path = os.path.join(folder, "complete.json")
-    with open(path + ".new", "w", encoding="utf-8") as f:
-        json.dump(sizes, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".new", path)
-
-
-def _publish(tmp):
-    """.tmp-step120 -> step120. Killed between the two calls it is found whole under .tmp- later."""
-    final = os.path.join(os.path.dirname(tmp), os.path.basename(tmp).removeprefix(".tmp-"))
-    if _rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(tmp, final)
-    return final
-
-
-def _numbered(out_dir, prefix):
-    """The folders out_dir/<prefix><number>, highest number first."""
-    names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
-    numbers = [int(n.removeprefix(prefix)) for n in names if re.fullmatch(prefix + r"\d+", n)]
-    return [os.path.join(out_dir, f"{prefix}{n}") for n in sorted(numbers, reverse=True)]
-
-
-def begin_checkpoint(out_dir, name):
-    """-> the empty folder out_dir/.tmp-<name>, for rank 0 to fill."""
-    tmp = os.path.join(out_dir, f".tmp-{name}")
-    if _rank() == 0:
-        shutil.rmtree(tmp, ignore_errors=True)
-        os.makedirs(tmp)
-    _barrier()
-    return tmp
-
-
-def commit_checkpoint(tmp):
-    """Sync the files in begin_checkpoint's folder, list them in complete.json and give the folder
-    its name. Killed at any moment, the new checkpoint is whole or it is not there. -> its path"""
-    _barrier()  # every rank has written what it had to
-    if _rank() == 0:
-        sizes = {}
-        for root, _, names in os.walk(tmp):
-            for path in (os.path.join(root, name) for name in names):
-                with open(path, "rb+") as f:
-                    os.fsync(f.fileno())
-                sizes[os.path.relpath(path, tmp).replace(os.sep, "/")] = os.path.getsize(path)
-        _write_sizes(tmp, sizes)
-    final = _publish(tmp)
-    _barrier()
-    return final
-
-
-def latest_checkpoint(out_dir, prefix):
-    """-> the newest whole out_dir/<prefix><number> that holds a training_state.pt, or None. Prints
-    why it skips one. Rank 0 looks; all ranks get its answer."""
-    found = [None]
-    if _rank() == 0:
-        for tmp in _numbered(out_dir, f".tmp-{prefix}"):
-            if not _inspect(tmp)[1]:
-                _publish(tmp)
-        for path in _numbered(out_dir, prefix):
-            sizes, fault = _inspect(path)
-            if "training_state.pt" in sizes:
-                found = [path]
-                break
-            fault = fault or "a model only, without training_state.pt"
-            print(f"checkpoint {path} skipped: {fault}", flush=True)
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
-
-
-def prune_checkpoints(out_dir, prefix, keep_last, keep_models, best=None):
-    """Keep the newest `keep_last` checkpoints (0 = all); of older ones keep nothing, or with
-    keep_models the model without training_state.pt. `best` (a path or name) is left as it is. Also
-    removes what a killed save left, so call it after a commit."""
-    if _rank() == 0:
-        for path in _numbered(out_dir, f".tmp-{prefix}"):
-            shutil.rmtree(path)
-        kept = 0
-        for path in _numbered(out_dir, prefix) if keep_last else []:
-            sizes, _ = _inspect(path)
-            if kept < keep_last:
-                kept += "training_state.pt" in sizes
-            elif os.path.basename(path) == os.path.basename(best or ""):
-                continue
-            elif not keep_models:
-                shutil.rmtree(path)
-            elif sizes.pop("training_state.pt", None) is not None:
-                _write_sizes(path, sizes)  # first: killed before the next line, the model is whole
-                os.remove(os.path.join(path, "training_state.pt"))
-    _barrier()
-
-
-def _full(value):
-    """On rank 0 the whole of a sharded tensor, on the CPU; None elsewhere. Collective."""
-    if isinstance(value, DTensor):
-        value = value.full_tensor().clone()  # uneven shards: a view of padded storage otherwise
-    if _rank() != 0:
-        return None
-    return value.cpu() if torch.is_tensor(value) else value
-
-
-def full_state_dict(model):
-    """-> {name: CPU tensor} of a plain, DDP, compiled or fully_shard model under the plain model's
-    names, on rank 0; {} elsewhere. Collective. On CPU they are the live tensors, not copies."""
-    state = {
-        name.replace("_orig_mod.", "").removeprefix("module."): _full(tensor)
-        for name, tensor in model.state_dict().items()
-    }
-    return state if _rank() == 0 else {}
-
-
-def optimizer_state(optimizers):
-    """-> the optimizers' state_dicts with full CPU tensors, on rank 0; [] elsewhere. Collective.
-    One format for plain, DDP, ZeroRedundancyOptimizer and fully_shard, at any number of ranks."""
-    states = []
-    for optimizer in optimizers:
-        if hasattr(optimizer, "consolidate_state_dict"):  # ZeroRedundancyOptimizer
-            optimizer.consolidate_state_dict(to=0)
-            if _rank() != 0:
-                continue
-        saved = optimizer.state_dict()
-        saved["state"] = {  # sorted: gathered in the same order on every rank
-            i: {name: _full(value) for name, value in state.items()}
-            for i, state in sorted(saved["state"].items())
-        }
-        states.append(saved)
-    return states if _rank() == 0 else []
-
-
-def load_optimizer_state(optimizers, states):
-    """Load optimizer_state's list, on every rank. The hyperparameters stay the script's own, so a
-    key changed for the resumed run acts. ValueError if the parameter groups are other ones."""
-    for optimizer, saved in zip(optimizers, states, strict=True):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        counts = [len(group["params"]) for group in optimizer.param_groups]
-        found = [len(group["params"]) for group in saved["param_groups"]]
-        if found != counts:
-            raise ValueError(f"{type(optimizer).__name__}: tensors per group {found}, not {counts}")
-        groups = [
-            {**now, "params": then["params"]}
-            for now, then in zip(optimizer.param_groups, saved["param_groups"], strict=True)
-        ]
-        state = {
-            i: {name: _shard_like(value, params[i]) for name, value in values.items()}
-            for i, values in saved["state"].items()
-        }
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _shard_like(value, param):
-    """This rank's part of a full tensor where the parameter is sharded. A step count stays."""
-    if isinstance(param, DTensor) and torch.is_tensor(value) and value.shape == param.shape:
-        return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
-    return value
+        ahead = deque(executor.submit(next, iterator, end) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(executor.submit(next, iterator, end))
+            yield item
+    finally:
+        executor.shutdown(cancel_futures=True)  # waits for the item that is being made
 
 
 # ---- the log ----
@@ -460,22 +432,46 @@ def format_time(seconds):
     return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
 
 
-SHAPES = {"gnorm": "gnorm {:.2f}", "lr": "lr {:.2e}", "tok_s": "{:,.0f} tok/s", "mfu": "mfu {:.1%}"}
+SHAPES = {
+    "gnorm": "gnorm {:.2f}", "lr": "lr {:.2e}", "ex_s": "{:,.1f} ex/s", "tok_s": "{:,.0f} tok/s",
+    "mfu": "mfu {:.1%}",
+}  # fmt: skip
 
 
-def open_log(out_dir, columns, max_steps, start_step=0, tracker="", config=None):
-    """-> log(step, values), which prints a line and appends it to out_dir/log.csv (rank 0 only).
+class Rates:
+    """Counts a second between two lines of the log, evaluation and saving left out."""
+
+    def __init__(self):
+        self.seconds, self.counts = 0.0, {}
+
+    def add(self, start, **counts):
+        """A step that began at `start`, and how many of what it took: add(start, tok_s=8192)."""
+        self.seconds += time.perf_counter() - start
+        for name, n in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + n
+
+    def read(self):
+        """-> {name: count / second} since the last call."""
+        rates = {name: n / self.seconds for name, n in self.counts.items()}
+        self.__init__()
+        return rates
+
+
+def open_log(s, columns, start_step=0):
+    """-> log(step, values), which prints a line and appends it to out_dir/log.csv (rank 0 only);
+    the config goes to out_dir/config.py. A dry run leaves nothing behind, and its log is silent.
 
     columns: all keys that values may have in this run, evaluation's too, in the order of printing.
     A key that is absent or None is empty in the csv. A line with "loss" gets an eta.
     start_step: the checkpoint's step on resume; later rows are dropped, so curves never overlap.
-    tracker: "", "wandb" or "tensorboard"."""
-    if tracker not in ("", "wandb", "tensorboard"):
-        raise SystemExit(f'tracker takes "", "wandb" or "tensorboard", not {tracker!r}')
-    if _rank() != 0:
+    """
+    one_of(s, tracker=("", "wandb", "tensorboard"))
+    if s.rank != 0 or s.dry_run:
         return lambda step, values: None
+    out_dir, tracker, max_steps = s.out_dir, s.tracker, s.stop_step
     path, rows, columns = os.path.join(out_dir, "log.csv"), [], ["step", *columns, "eta"]
     os.makedirs(out_dir, exist_ok=True)
+    save_config(s.config, os.path.join(out_dir, "config.py"))
     if start_step and os.path.exists(path):
         with open(path, encoding="utf-8") as f:  # a killed run may end in half a line
             old = csv.DictReader([line for line in f if line.endswith("\n")])
@@ -489,7 +485,7 @@ def open_log(out_dir, columns, max_steps, start_step=0, tracker="", config=None)
     if tracker == "wandb":
         import wandb
 
-        run = wandb.init(project="nanoembed", name=os.path.basename(out_dir), config=config)
+        run = wandb.init(project="nanoembed", name=os.path.basename(out_dir), config=s.config)
     elif tracker == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -524,74 +520,6 @@ def open_log(out_dir, columns, max_steps, start_step=0, tracker="", config=None)
     return log
 
 
-# ---- StableAdamW ----
-
-
-class StableAdamW(torch.optim.Optimizer):
-    """AdamW with Adafactor's update clipping (Wortsman et al. 2023, arXiv 2304.13013, section 3.5),
-    to be used without gradient clipping. For each tensor, with gradient g and its moments m and v:
-
-        RMS = sqrt(mean(g^2 / max(v, eps^2)))    above 1 when v lags behind a jump of the gradient
-        lr_t = lr / max(1, RMS)
-        theta -= lr_t * (m / (sqrt(v) + eps) + weight_decay * theta)
-
-    Bias correction is inside the betas: beta_t = beta (1 - beta^(t-1)) / (1 - beta^t). The decay is
-    scaled by lr, as in torch's AdamW. ModernBERT's and Ettin's "decoupled" decay is
-    lr_t / lr_max * decay, so divide theirs by the peak lr: 1e-5 at lr 8e-4 is 0.0125 here.
-    Parameters may be plain or sharded by fully_shard: the RMS is always the whole tensor's."""
-
-    def __init__(self, params, lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            states = [self.state[p] for p in params]
-            for p, s in zip(params, states, strict=True):
-                if not s:
-                    s.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                s["step"] += 1
-            # all but the RMS is elementwise: work on this rank's shards
-            theta, g = _local(params), _local([p.grad for p in params])
-            m, v = (_local([s[name] for s in states]) for name in ("exp_avg", "exp_avg_sq"))
-            beta1, beta2 = (
-                [b * (1 - b ** (s["step"] - 1)) / (1 - b ** s["step"]) for s in states]
-                for b in group["betas"]
-            )
-            torch._foreach_lerp_(m, g, [1 - b for b in beta1])
-            torch._foreach_mul_(v, beta2)
-            torch._foreach_addcmul_(v, g, g, [1 - b for b in beta2])
-
-            u = torch._foreach_sqrt(v)  # the one temporary of the parameters' size
-            torch._foreach_clamp_min_(u, group["eps"])  # sqrt(max(v, eps^2))
-            torch._foreach_reciprocal_(u)
-            torch._foreach_mul_(u, g)
-            sums = torch.stack(torch._foreach_norm(u)).square()  # [tensors]
-            sharded = [i for i, p in enumerate(params) if isinstance(p, DTensor)]
-            if sharded:  # on one mesh, as fully_shard has them: one all-reduce for all
-                p = params[sharded[0]]
-                parts = [Partial() if x.is_shard() else x for x in p.placements]
-                total = DTensor.from_local(sums[sharded], p.device_mesh, parts).full_tensor()
-                sums[sharded] = total
-            rms = (sums / sums.new_tensor([p.numel() for p in params])).sqrt()
-
-            torch._foreach_copy_(u, v)
-            torch._foreach_sqrt_(u)
-            torch._foreach_add_(u, group["eps"])
-            torch._foreach_reciprocal_(u)
-            torch._foreach_mul_(u, m)
-            torch._foreach_add_(u, theta, alpha=group["weight_decay"])
-            torch._foreach_mul_(u, list((1 / rms.clamp(min=1)).unbind()))  # no synchronisation
-            torch._foreach_add_(theta, u, alpha=-group["lr"])
-
-
-def _local(tensors):
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-
-
 # ---- memory ----
 
 
@@ -621,3 +549,20 @@ def largest_batch(forward_backward, n, device):
         return n, one / 1e9
     each = max((peak_memory(device) - one) / n, 1.0)
     return n + int(0.9 * free / each), one / 1e9
+
+
+def report_dry_run(s, start, counts, key="", trial=None, n=0, size=1):
+    """Prints the time of a step that began at `start` and of the run, what a second does (`counts`
+    of the step), memory and, where there is trial(n), a forward and backward of n rows of `size`,
+    how large the key that sets the device's batch may be."""
+    seconds, fits = time.perf_counter() - start, ""
+    if trial:
+        fit, peak = largest_batch(trial, n, s.device)
+        fits = f"; {key} up to about {fit * size:,} fits"
+    else:
+        peak = peak_memory(s.device) / 1e9
+    speeds = ", ".join(f"{count / seconds:,.1f} {name}/s" for name, count in counts.items())
+    print0(
+        f"dry run: {seconds:.2f} s/step, {speeds}, peak memory {peak:.2f} GB; the whole run takes "
+        f"{format_time(seconds * s.stop_step)} without evaluation{fits}"
+    )

@@ -35,19 +35,16 @@ used where weights, template, prompts, data revision and mteb are the very same.
 import csv
 import hashlib
 import json
-import re
 import sys
 import time
 import warnings
-from array import array
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import mteb
 import numpy as np
-import scipy.sparse
 import torch
 import torch.distributed as dist
 from datasets import Dataset, DatasetDict
@@ -60,14 +57,16 @@ from mteb.types import PromptType
 
 import common
 from data import read_jsonl, require
-from embedder import Embedder, Template
+from embedder import Embedder
+from metrics import BM25
+from tokenizer import Template
 
 # ---- defaults ----
 out_dir = "out/eval"
 # models: folders or hub ids, separated by commas; st:name is any dense sentence-transformers model
 model = ""
 baselines = "bm25,random"  # columns beside them; bm25 does retrieval and reranking only
-adapters: tuple = ()  # PEFT folders or hub ids merged into the model, in order
+adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into the model, in order
 attention: str | None = None  # causal or bidirectional; None: the model's own
 pooling: str | None = None  # None: the model's own
 max_length: int | None = None  # tokens of a text, template included; None: the model's own
@@ -85,7 +84,7 @@ prefix: str | None = None  # the template around every text, such as a chat wrap
 suffix: str | None = None  # None: the model's own. LLM2Vec's folders do not say theirs
 query_template = "{instruction}"  # around an instruction that is not the model's own; \n: new line
 # device
-batch_tokens: int | None = None  # tokens of one forward; None: 2,048 on the CPU, 16,384 on a GPU
+device_batch_tokens: int | None = None  # of one forward; None: 2,048 on the CPU, 16,384 on a GPU
 dtype = "auto"  # bf16, fp32, or what the device is good at
 
 
@@ -202,47 +201,55 @@ def read_columns(kind, path, split, fields):
 
 def read_search(kind, path, split, fields):
     """Corpus, queries, which passages are relevant to which query, and the candidates if given."""
-    relevant, candidates = {}, None  # query id -> {passage id: score}, [passage id, ..]
-    if path.is_dir() and kind == "corpus":
-        corpus, queries = (
-            [{"id": r["_id"], "title": r.get("title") or "", "text": r["text"]} for r in rows]
-            for rows in (read_rows(file_of(path, stem), fields) for stem in ("corpus", "queries"))
-        )
-        ids = {"query-id": {q["id"] for q in queries}, "corpus-id": {d["id"] for d in corpus}}
-        qrels = path / "qrels" / f"{split}.tsv"
-        for row in read_rows(qrels, {"query-id": str, "corpus-id": str, "score": int}):
-            for field in ids:
-                if row[field] not in ids[field]:
-                    raise ValueError(f"{qrels}: there is no text for {field} {row[field]!r}")
-            relevant.setdefault(row["query-id"], {})[row["corpus-id"]] = row["score"]
-    else:  # lines of a query with its passages, where equal texts are one
-        file, good, bad = path, "pos", "neg"
-        if kind == "reranking":
-            file, good, bad = file_of(path, kind), "positive", "negative"
-        queries, corpus = {}, {}  # text -> id
-        for line, row in enumerate(read_rows(file, {"query": str, good: [str]}), 1):
-            query = (row.get("prompt") or "") + row["query"]
-            mine = relevant.setdefault(queries.setdefault(query, f"q{len(queries)}"), {})
-            # of equal scores the larger id is ranked first: a positive gains nothing by a tie
-            for text in row[good]:
-                mine[corpus.setdefault(text, f"a{len(corpus)}")] = 1
-            for text in require({bad: []} | row, bad, [str], str(file), line):
-                mine.setdefault(corpus.setdefault(text, f"b{len(corpus)}"), 0)
-        if kind == "reranking":
-            candidates = {query: list(mine) for query, mine in relevant.items()}
-        queries, corpus = ([{"id": i, "text": text} for text, i in x.items()]
-                           for x in (queries, corpus))  # fmt: skip
-    corpus, queries = Dataset.from_list(corpus), Dataset.from_list(queries)
-    data = {"corpus": corpus, "queries": queries.select_columns(["id", "text"])}
+    candidates = None  # {query id: [passage id, ..]}
+    if kind == "reranking":
+        corpus, queries, relevant = read_candidates(file_of(path, kind), "positive", "negative")
+        candidates = {query: list(grades) for query, grades in relevant.items()}
+    elif path.is_dir():
+        corpus, queries, relevant = read_beir(path, split, fields)
+    else:
+        corpus, queries, relevant = read_candidates(path, "pos", "neg")
+    data = {"corpus": Dataset.from_list(corpus), "queries": Dataset.from_list(queries)}
     return {split: data | {"relevant_docs": relevant, "top_ranked": candidates}}
+
+
+def read_beir(path, split, fields):
+    """-> (corpus, queries, {query id: {passage id: grade}}) of a folder as BEIR has it."""
+    corpus, queries = (read_rows(file_of(path, stem), fields) for stem in ("corpus", "queries"))
+    corpus = [{"id": d["_id"], "title": d.get("title") or "", "text": d["text"]} for d in corpus]
+    queries = [{"id": q["_id"], "text": q["text"]} for q in queries]
+    ids = {"query-id": {q["id"] for q in queries}, "corpus-id": {d["id"] for d in corpus}}
+    qrels, relevant = path / "qrels" / f"{split}.tsv", {}
+    for row in read_rows(qrels, {"query-id": str, "corpus-id": str, "score": int}):
+        for field in ids:
+            if row[field] not in ids[field]:
+                raise ValueError(f"{qrels}: there is no text for {field} {row[field]!r}")
+        relevant.setdefault(row["query-id"], {})[row["corpus-id"]] = row["score"]
+    return corpus, queries, relevant
+
+
+def read_candidates(path, good, bad):
+    """The same of lines of a query with its passages, in the fields good and bad: equal texts are
+    one."""
+    queries, corpus, relevant = {}, {}, {}  # queries, corpus: {text: id}
+    for line, row in enumerate(read_rows(path, {"query": str, good: [str]}), 1):
+        query = (row.get("prompt") or "") + row["query"]
+        grades = relevant.setdefault(queries.setdefault(query, f"q{len(queries)}"), {})
+        # of equal scores the larger id is ranked first: a positive gains nothing by a tie
+        for text in row[good]:
+            grades[corpus.setdefault(text, f"a{len(corpus)}")] = 1
+        for text in require({bad: []} | row, bad, [str], str(path), line):
+            grades.setdefault(corpus.setdefault(text, f"b{len(corpus)}"), 0)
+    corpus, queries = ([{"id": i, "text": t} for t, i in x.items()] for x in (corpus, queries))
+    return corpus, queries, relevant
 
 
 # ---- prompts ----
 
 
-def task_prompts(tasks, instructions, template, own):
-    """-> {task: {"query": prompt, "document": prompt}}. own: the model's prompts, under "query" and
-    "document", or the name or type of a task. SystemExit where a file lacks a task."""
+def task_prompts(tasks, instructions, template, saved):
+    """-> {task: {"query": prompt, "document": prompt}}. saved: the model's prompts, under "query"
+    and "document", or the name or type of a task. SystemExit where a file lacks a task."""
     file = {}
     if instructions not in ("model", "mteb"):
         with open(instructions, encoding="utf-8") as f:
@@ -251,14 +258,14 @@ def task_prompts(tasks, instructions, template, own):
     for whole, part in [(t, part) for t in tasks for part in parts(t)]:
         name, kind = part.metadata.name, part.metadata.type
         if instructions == "model":
-            given = {"query": own.get(name, own.get(kind, own.get("query", "")))}
+            given = {"query": saved.get(name, saved.get(kind, saved.get("query", "")))}
         elif instructions == "mteb":
             given = part.metadata.prompt or part.abstask_prompt
         elif (given := file.get(name, file.get(whole.metadata.name))) is None:
             missing.append(name)
             continue
         given = given if isinstance(given, dict) else {"query": given}
-        prompts[name] = {"query": "", "document": own.get("document", "")} | given
+        prompts[name] = {"query": "", "document": saved.get("document", "")} | given
         if instructions != "model" and (text := prompts[name]["query"]):
             text = template.replace("\\n", "\n").replace("{instruction}", text)
             prompts[name]["query"] = text
@@ -274,8 +281,8 @@ class Encoder(AbsEncoder):
     """A model as mteb calls it. embed(texts, prompt) -> array [N, D], or N arrays [tokens, D] where
     scores is "MaxSim". hashed: stands for everything that makes its embeddings."""
 
-    def __init__(self, name, embed, scores, own_prompts, dim, hashed):
-        self.name, self.embed, self.own_prompts, self.hashed = name, embed, own_prompts, hashed
+    def __init__(self, name, embed, scores, saved, dim, hashed):
+        self.name, self.embed, self.saved, self.hashed = name, embed, saved, hashed
         self.search_only = scores == "MaxSim"
         self.mteb_model_meta = ModelMeta.create_empty(
             {"name": name, "similarity_fn_name": ScoringFunction(scores)}
@@ -292,46 +299,29 @@ class Encoder(AbsEncoder):
         return [torch.as_tensor(vectors[i]) for i in rows] if self.search_only else vectors[rows]
 
 
-class BM25:
-    """Retrieval by words, as mteb calls it; the form of Lucene (k1 = 1.2, b = 0.75):
-
-        score(q, d) = sum over w in q of log(1 + (N - n_w + 0.5) / (n_w + 0.5)) tf / (tf + K)
-        K = k1 (1 - b + b |d| / mean |d|)
-
-    A word is a run of letters and digits, in lower case. No stemming, no stop words, no prompts.
-    """
+class BM25Search:
+    """metrics.BM25 as mteb calls a model that does retrieval and reranking only. Titles stand
+    before the texts; there are no prompts."""
 
     name = hashed = "bm25"
-    search_only, own_prompts = True, {}
+    search_only, saved = True, {}
     mteb_model_meta = ModelMeta.create_empty({"name": "bm25"})
 
     def index(self, corpus, **_):
-        self.ids, self.vocab = list(corpus["id"]), {}
-        titles = corpus["title"] if "title" in corpus.column_names else [""] * len(corpus)
-        doc, word, count = array("i"), array("i"), array("f")
-        for i, (title, text) in enumerate(zip(titles, corpus["text"], strict=True)):
-            for w, n in Counter(re.findall(r"\w+", f"{title or ''} {text}".lower())).items():
-                doc.append(i)
-                word.append(self.vocab.setdefault(w, len(self.vocab)))
-                count.append(n)
-        doc, word, count = (np.frombuffer(a, a.typecode) for a in (doc, word, count))
-        length = np.bincount(doc, count, len(self.ids))
-        found_in = np.bincount(word, minlength=len(self.vocab))
-        idf = np.log(1 + (len(self.ids) - found_in + 0.5) / (found_in + 0.5))
-        k = 1.2 * (1 - 0.75 + 0.75 * length / length.mean())
-        weights = idf[word] * count / (count + k[doc])
-        shape = (len(self.ids), len(self.vocab))
-        self.weights = scipy.sparse.csc_array((weights, (doc, word)), shape=shape)
+        self.ids, texts = list(corpus["id"]), corpus["text"]
+        if "title" in corpus.column_names:
+            pairs = zip(corpus["title"], texts, strict=True)
+            texts = (f"{title or ''} {text}" for title, text in pairs)
+        self.bm25 = BM25(texts)
 
     def search(self, queries, *, top_k, top_ranked=None, **_):
-        place, results = {name: row for row, name in enumerate(self.ids)}, {}
+        row_of, results = {name: row for row, name in enumerate(self.ids)}, {}
         for query, text in zip(queries["id"], queries["text"], strict=True):
-            words = [self.vocab[w] for w in re.findall(r"\w+", text.lower()) if w in self.vocab]
-            scores = self.weights[:, words].sum(1)  # [N]
+            scores = self.bm25.scores(text)  # [N]
             rows = np.argsort(-scores, kind="stable")[:top_k]
             rows = rows[scores[rows] > 0]
             if top_ranked is not None:
-                rows = [place[name] for name in top_ranked[query]]
+                rows = [row_of[name] for name in top_ranked[query]]
             results[query] = {self.ids[row]: float(scores[row]) for row in rows}
         return results
 
@@ -351,46 +341,47 @@ def fingerprint(module, *settings):
     return sha.hexdigest()
 
 
-def load_encoder(
-    name, device, adapters=(), attention=None, pooling=None, max_length=None, similarity=None,
-    batch_tokens=None, dtype="auto", template=None,
-):  # fmt: skip
-    """A column of the table: bm25, random, st:name, or an Embedder."""
+def load_encoder(name, s, device):
+    """A column of the table: bm25, random, st:name, or an Embedder. s: the script's settings."""
     bar = sys.stderr.isatty()
     if name == "bm25":
-        return BM25()
+        return BM25Search()
     if name == "random":
         return Encoder(name, random_vectors, "cosine", {}, 64, name)
     if name.startswith("st:"):
         from sentence_transformers import SentenceTransformer
 
-        st = SentenceTransformer(name.removeprefix("st:"), device=str(device))
-        if max_length:
-            st.max_seq_length = max_length
-        scores, prompts, dim = st.similarity_fn_name, st.prompts, st.get_embedding_dimension()
-        settings = (st, st.max_seq_length, sorted(st.tokenizer.get_vocab().items()))
-        module = st
+        module = SentenceTransformer(name.removeprefix("st:"), device=str(device))
+        if s.max_length:
+            module.max_seq_length = s.max_length
+        scores, dim = module.similarity_fn_name, module.get_embedding_dimension()
+        settings = module, module.max_seq_length, sorted(module.tokenizer.get_vocab().items())
 
         def embed(texts, prompt):
-            return st.encode(texts, prompt=prompt, show_progress_bar=bar)
+            return module.encode(texts, prompt=prompt, show_progress_bar=bar)
 
     else:
+        template = None
+        if s.prefix is not None or s.suffix is not None:
+            template = Template(*((x or "").replace("\\n", "\n") for x in (s.prefix, s.suffix)))
+        adapters = s.adapters if name == s.model else ()
         module = e = Embedder.load(
-            name, adapters=list(adapters), device=device, dtype=dtype, attention=attention,
-            pooling=pooling, max_length=max_length, template=template,
+            name, adapters, device, s.dtype, s.attention, pooling=s.pooling, template=template,
+            max_length=s.max_length,
         )  # fmt: skip
-        scores, prompts, dim = "cosine" if e.normalize else "dot", e.prompts, e.dim
+        name, dim = "+".join([name, *adapters]), e.dim
+        scores = "cosine" if e.normalize else "dot"
         settings = (e.model.config, e.pooling, e.template, e.normalize, e.max_length, e.dtype,
                     e.pool_instruction, e.tokenizer.backend_tokenizer.to_str())  # fmt: skip
 
         def embed(texts, prompt):
-            return e.encode(texts, prompt, batch_tokens=batch_tokens, progress=bar)
+            return e.encode(texts, prompt, s.device_batch_tokens, progress=bar)
 
-        if e.pooling == "tokens":
-            similarity = "MaxSim"
-    scores = similarity or scores
-    name, hashed = "+".join([name, *adapters]), fingerprint(module, settings, scores)
-    return Encoder(name, embed, scores, prompts, dim, hashed)
+    scores = s.similarity or scores
+    if getattr(module, "pooling", None) == "tokens":
+        scores = "MaxSim"
+    hashed = fingerprint(module, settings, scores)
+    return Encoder(name, embed, scores, module.prompts, dim, hashed)
 
 
 # ---- evaluation ----
@@ -404,18 +395,19 @@ def evaluate(encoder, tasks, folder, reuse=False):
     """
     rows, rank = [], dist.get_rank() if dist.is_initialized() else 0
     for task in tasks:
-        meta, own, start = task.metadata, parts(task), time.time()
-        if encoder.search_only and not all(isinstance(t, abstasks.AbsTaskRetrieval) for t in own):
+        meta, members, start = task.metadata, parts(task), time.time()
+        searches = [isinstance(t, abstasks.AbsTaskRetrieval) for t in members]
+        if encoder.search_only and not all(searches):
             continue
-        prompts = {t.metadata.name: encoder.prompts[t.metadata.name] for t in own}
-        data = [(t.metadata.name, t.metadata.dataset, t.eval_splits, t.hf_subsets) for t in own]
+        prompts = {t.metadata.name: encoder.prompts[t.metadata.name] for t in members}
+        data = [(t.metadata.name, t.metadata.dataset, t.eval_splits, t.hf_subsets) for t in members]
         key = hashlib.sha256(repr((encoder.hashed, prompts, data, mteb.__version__)).encode())
         path = Path(folder) / f"{meta.name}-{key.hexdigest()[:16]}.json"
         if common.all_reduce_sum([rank == 0 and reuse and path.exists()])[0]:
             result, how = TaskResult.from_disk(path) if rank == 0 else None, f"from {path}"
         else:
             try:
-                for part in own:
+                for part in members:
                     part.load_data()
             except Exception as e:  # hub, cache and builders raise what they like
                 raise SystemExit(
@@ -423,14 +415,14 @@ def evaluate(encoder, tasks, folder, reuse=False):
                     "Tasks by name come from the Hugging Face hub, --local reads files.\n"
                     "What is done by name is kept for the next run."
                 ) from e
-            called = encoder
+            search = encoder
             if isinstance(encoder, Encoder):
-                called = SearchEncoderWrapper(encoder, corpus_chunk_size=encoder.chunk)
+                search = SearchEncoderWrapper(encoder, corpus_chunk_size=encoder.chunk)
             result = mteb.evaluate(
-                called, task, cache=None, co2_tracker=False, show_progress_bar=False,
+                search, task, cache=None, co2_tracker=False, show_progress_bar=False,
                 encode_kwargs={"batch_size": 1024, "show_progress_bar": False},
             ).task_results[0]  # fmt: skip
-            for part in own:
+            for part in members:
                 part.unload_data()
             how = common.format_time(time.time() - start)
             if rank == 0:
@@ -448,26 +440,21 @@ def evaluate(encoder, tasks, folder, reuse=False):
 def table(rows):
     """Markdown, scores x 100: a line a task, a column a model. The means, which stand where a model
     has every task, are those of MTEB: over tasks, and over the means of the types."""
-
-    def mean(values):
-        return None if None in values else sum(values) / len(values)
-
-    models, types = list(dict.fromkeys(row["model"] for row in rows)), {}
-    for row in rows:
-        name = row["task"], row["type"], row["metric"]
-        types.setdefault(row["type"], {}).setdefault(name, {})[row["model"]] = row["score"]
-    scores = [{name: [x.get(m) for m in models] for name, x in group.items()}
-              for group in types.values()]  # fmt: skip
-    lines = {name: line for group in scores for name, line in group.items()}
+    models, types = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "type"))
+    lines = {}  # {(task, type, metric): scores [models], NaN where a model has none}
+    for row in sorted(rows, key=lambda row: types.index(row["type"])):
+        key = row["task"], row["type"], row["metric"]
+        scores = lines.setdefault(key, np.full(len(models), np.nan))
+        scores[models.index(row["model"])] = 100 * row["score"]
     if len(lines) > 1:
-        by_type = [[mean(x) for x in zip(*group.values(), strict=True)] for group in scores]
-        over_tasks = [mean(x) for x in zip(*lines.values(), strict=True)]
-        lines["mean over tasks", "", ""] = over_tasks
+        groups = [[x for key, x in lines.items() if key[1] == kind] for kind in types]
+        lines["mean over tasks", "", ""] = np.mean(list(lines.values()), axis=0)
         if len(types) > 1:
-            lines["mean over types", "", ""] = [mean(x) for x in zip(*by_type, strict=True)]
+            by_type = [np.mean(group, axis=0) for group in groups]
+            lines["mean over types", "", ""] = np.mean(by_type, axis=0)
     cells = [["task", "type", "metric", *models]]
-    for name, line in lines.items():
-        cells.append([*name, *("" if x is None else f"{100 * x:.2f}" for x in line)])
+    for key, scores in lines.items():
+        cells.append([*key, *("" if np.isnan(x) else f"{x:.2f}" for x in scores)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * w if i < 3 else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
     put = [str.ljust] * 3 + [str.rjust] * len(models)
@@ -479,11 +466,11 @@ def table(rows):
 
 if __name__ == "__main__":
     # ---- configure ----
-    config = common.configure(globals())
-    names = [name.strip() for name in f"{model},{baselines}".split(",") if name.strip()]
-    if not names or bool(tasks) + bool(benchmark) + bool(local) != 1:
+    s = SimpleNamespace(**common.configure(globals()))
+    names = [name.strip() for name in f"{s.model},{s.baselines}".split(",") if name.strip()]
+    if not names or bool(s.tasks) + bool(s.benchmark) + bool(s.local) != 1:
         raise SystemExit("give --model=... and one of --tasks=..., --benchmark=..., --local=...")
-    if adapters and "," in model:
+    if s.adapters and "," in s.model:
         raise SystemExit("adapters belong to one model, several are given")
 
     # ---- distributed ----
@@ -492,26 +479,24 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", module="sklearn")  # a label that was never predicted
 
     # ---- evaluate ----
-    rows, template = [], None
-    if prefix is not None or suffix is not None:
-        template = Template(*((x or "").replace("\\n", "\n") for x in (prefix, suffix)))
+    rows = []
     for name in names:
         # new tasks for each model: clustering draws on its task's random state
-        chosen = local_tasks(local, split) if local else named_tasks(tasks, benchmark, languages)
-        own = adapters if name == model else ()
-        encoder = load_encoder(name, device, own, attention, pooling, max_length, similarity,
-                               batch_tokens, dtype, template)  # fmt: skip
-        encoder.prompts = task_prompts(chosen, instructions, query_template, encoder.own_prompts)
-        rows += evaluate(encoder, chosen, f"{out_dir}/scores", reuse=not local)
+        if s.local:
+            chosen = local_tasks(s.local, s.split)
+        else:
+            chosen = named_tasks(s.tasks, s.benchmark, s.languages)
+        encoder = load_encoder(name, s, device)
+        encoder.prompts = task_prompts(chosen, s.instructions, s.query_template, encoder.saved)
+        rows += evaluate(encoder, chosen, f"{s.out_dir}/scores", reuse=not s.local)
 
     # ---- save ----
     if rank == 0:
-        text = table(rows)
-        print(f"\n{text}\n")
-        text += "\n"
-        Path(out_dir, "results.md").write_text(text, encoding="utf-8")
-        results = {"mteb": mteb.__version__, "config": config, "rows": rows}
-        Path(out_dir, "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-        print(f"saved: {out_dir}/results.md, results.json, scores/")
+        text = table(rows) + "\n"
+        print(f"\n{text}")
+        Path(s.out_dir, "results.md").write_text(text, encoding="utf-8")
+        results = {"mteb": mteb.__version__, "config": vars(s), "rows": rows}
+        Path(s.out_dir, "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        print(f"saved: {s.out_dir}/results.md, results.json, scores/")
     if dist.is_initialized():
         dist.destroy_process_group()

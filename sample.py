@@ -19,28 +19,20 @@ import copy
 import json
 import math
 import os
-import re
 import sys
-from html import escape
+from types import SimpleNamespace
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import common
-import lora
-from data import (
-    check_tokenizer,
-    join_spans,
-    load_tokenizer,
-    make_seqs,
-    open_pairs,
-    read_jsonl,
-    read_pair,
-    require,
-)
-from embedder import Embedder, pack, score_tokens
-from model import choose_backend, from_pretrained
+from attention import make_seqs
+from data import open_pairs, read_pair
+from embedder import Embedder, score_tokens
+from formats.peft import adapter_chain
+from lora import load_merged
+from tokenizer import check_tokenizer, load_tokenizer
+from tools.compress import keep, page, read_passage, share_of, text_of
 
 # ---- defaults ----
 model = ""  # a folder, an out_dir or a hub id owner/name[@revision]
@@ -57,7 +49,9 @@ top_k = 0  # draw from the k most probable tokens; 0: from all
 top_p = 1.0  # draw from the fewest tokens that together have this probability; 1: from all
 # rank: an embedder's five nearest texts to a question, out of file or of the pairs of rank_pairs
 rank: str | None = None
-rank_pairs: tuple = ("data/pydocs/train.jsonl", "data/pydocs/val.jsonl", "data/pydocs/test.jsonl")
+rank_pairs: tuple[str, ...] = (
+    "data/pydocs/train.jsonl", "data/pydocs/val.jsonl", "data/pydocs/test.jsonl",
+)  # fmt: skip
 num_ranked = 5
 # reconstruct: what a model of train_reconstruct.py writes from a text's embedding alone, greedily
 reconstruct: str | None = None  # "-" reads it from stdin
@@ -81,19 +75,35 @@ dtype = "fp32"  # bf16 halves the memory; its logits have 3 digits. auto: bf16 w
 # ---- the model ----
 
 
-def load(name, device, torch_dtype):
-    """(model, tokenizer) of a folder, an out_dir, a hub id, or an adapter, which is merged."""
-    base, *adapters = lora.adapter_chain(name)
+def load(name, device, dtype, attention_backend="auto"):
+    """(model, tokenizer, its folder) of a folder, an out_dir, a hub id, or an adapter, which is
+    merged. dtype: of torch. SystemExit where the model has no language modelling head."""
+    base, *adapters = adapter_chain(name)
     folder = adapters[-1] if adapters else base
-    net = from_pretrained(base, lora.attention_of(folder) if adapters else None, dtype=torch_dtype)
-    for adapter in adapters:
-        lora.load_adapter(net, adapter)
-        lora.merge(net)
+    net = load_merged(base, adapters, dtype=dtype).eval()
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, net.config.vocab_size)
     if net.config.head == "none":
         raise SystemExit(f"{folder} has no language modelling head, so it predicts no tokens")
-    return net.to(device).eval(), tokenizer, folder
+    net.set_backend(attention_backend, device, dtype)
+    print(f"{folder}: {net.describe()}, {dtype} on {device}")
+    return net.to(device), tokenizer, folder
+
+
+def load_for_use(s):
+    """`load` with the script's settings."""
+    device = common.setup_distributed()[3]
+    return load(s.model, device, common.dtype_of(s.dtype, device), s.attention_backend)
+
+
+def read_text(text):
+    """The text that an option gives, or stdin's for "-"."""
+    return sys.stdin.read().rstrip("\n") if text == "-" else text
+
+
+def read_lines(path):
+    with open(path, encoding="utf-8") as f:
+        return [line.strip() for line in f if line.strip()]
 
 
 # ---- fill masks ----
@@ -133,26 +143,24 @@ def fill(net, tokenizer, texts, n, notes=None):
     if tokenizer.mask_token is None:  # a decoder's: [MASK] shall be one token, for now
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
-    mask, before = tokenizer.mask_token, -notes.get("at", 0)
+    mask, mask_id, before = tokenizer.mask_token, tokenizer.mask_token_id, -notes.get("at", 0)
     # A word carries the space in front of it, and so does the mask that stands for a word.
     # WordPiece does not care; byte-level BPE would see a lone space, as it never did in training.
     marked = [t.replace("[MASK]", mask).replace(" " + mask, mask) for t in texts]
     ids = [tokenizer(t)["input_ids"] for t in marked]
-    for text, text_ids in zip(texts, ids, strict=True):
-        if tokenizer.mask_token_id not in text_ids:
+    places = [[k for k, i in enumerate(text_ids) if i == mask_id] for text_ids in ids]
+    for text, masks in zip(texts, places, strict=True):
+        if not masks:
             raise SystemExit(f"no {mask} to fill in the text {text[:60]!r}")
-        if before and text_ids[0] == tokenizer.mask_token_id:
+        if before and masks[0] == 0:
             raise SystemExit(f"nothing stands before the {mask} of the text {text[:60]!r}")
-    lengths = [len(text_ids) for text_ids in ids]
+    seqs = make_seqs([len(text_ids) for text_ids in ids], device)
     row = torch.tensor([i for text_ids in ids for i in text_ids])  # [T], all texts end to end
-    rows = (row == tokenizer.mask_token_id).nonzero()[:, 0]  # [L], every mask
-    row[rows] = notes.get("mask_id", tokenizer.mask_token_id)
-    logits = net(row.to(device), make_seqs(lengths, device), rows.to(device) - before)  # [L, V]
+    rows = (row == mask_id).nonzero()[:, 0]  # [L], every mask
+    row[rows] = notes.get("mask_id", mask_id)
+    logits = net(row.to(device), seqs, rows.to(device) - before)  # [L, V]
     p, best = logits.float().softmax(-1).topk(min(n, logits.size(-1)))  # [L, n]
-    places = [
-        [k for k, i in enumerate(text_ids) if i == tokenizer.mask_token_id] for text_ids in ids
-    ]
-    counts = [len(x) for x in places]
+    counts = [len(masks) for masks in places]
     return list(zip(ids, places, p.cpu().split(counts), best.cpu().split(counts), strict=True))
 
 
@@ -162,21 +170,33 @@ def shown(tokenizer, i):
     if token is None:
         return f"<id {i}, no token>"  # a row of the embedding that the tokenizer does not use
     readable = tokenizer.decode([i])
-    return repr(token if "\ufffd" in readable or not readable else readable)
+    return repr(readable if readable and "\ufffd" not in readable else token)
 
 
 def print_fill(tokenizer, text, ids, places, p, best):
     print(f"\n{text}")
     for k in range(len(places)):
-        row = zip(p[k].tolist(), best[k].tolist(), strict=True)
-        line = "  ".join(f"{x:6.1%} {shown(tokenizer, i):<12}" for x, i in row).rstrip()
-        print(f"  {f'mask {k + 1}' if len(places) > 1 else 'mask'}: {line}")
+        fills = zip(p[k].tolist(), best[k].tolist(), strict=True)
+        fills = "  ".join(f"{x:6.1%} {shown(tokenizer, i):<12}" for x, i in fills).rstrip()
+        print(f"  {f'mask {k + 1}' if len(places) > 1 else 'mask'}: {fills}")
     filled, specials = list(ids), set(tokenizer.all_special_ids)
     for place, i in zip(places, best[:, 0].tolist(), strict=True):
         filled[place] = i
     # without [CLS] and such, but with those the model fills in
     kept = [i for k, i in enumerate(filled) if k in places or i not in specials]
     print(f"  best: {tokenizer.decode(kept)}")
+
+
+def use_fill(s):
+    net, tokenizer, folder = load_for_use(s)
+    notes = read_notes(folder)
+    check_fills(net, tokenizer, notes)
+    texts = read_lines(s.file) if s.file is not None else [read_text(s.text)]
+    for first in range(0, len(texts), 32):  # 32 texts are one packed row
+        part = texts[first : first + 32]
+        filled = fill(net, tokenizer, part, s.num_fills, notes)
+        for text, result in zip(part, filled, strict=True):
+            print_fill(tokenizer, text, *result)
 
 
 # ---- generate ----
@@ -205,10 +225,8 @@ def draw(logits, temperature, top_k, top_p, generators):
     if temperature == 0:
         return logits.argmax(-1).tolist()
     probs = keep_top_p(keep_top_k(logits / temperature, top_k), top_p).softmax(-1)
-    return [
-        torch.multinomial(row, 1, generator=g).item()
-        for row, g in zip(probs, generators, strict=True)
-    ]
+    pairs = zip(probs, generators, strict=True)
+    return [torch.multinomial(row, 1, generator=g).item() for row, g in pairs]
 
 
 @torch.no_grad()
@@ -268,10 +286,22 @@ def encode_prompt(net, tokenizer, prompt):
     return ids, eos_ids
 
 
-def print_sample(tokenizer, number, prompt_ids, new, eos_ids):
+def print_sample(tokenizer, title, ids, new, eos_ids):
     ended = "ended by its EOS" if new[-1] in eos_ids else "cut"
-    print(f"\n--- sample {number}: {len(prompt_ids)} + {len(new)} tokens, {ended} ---")
-    print(tokenizer.decode(prompt_ids + new, skip_special_tokens=True))
+    print(f"\n--- {title}{len(new)} tokens, {ended} ---")
+    print(tokenizer.decode(ids + new, skip_special_tokens=True))
+
+
+def use_prompt(s):
+    net, tokenizer, _ = load_for_use(s)
+    ids, eos_ids = encode_prompt(net, tokenizer, read_text(s.prompt))
+    room = min(s.max_new_tokens, net.config.max_seq_len - len(ids))
+    if room < s.max_new_tokens:
+        print(f"at most {room} new tokens: the model has {net.config.max_seq_len} positions")
+    samples = generate(net, ids, room, s.temperature, s.top_k, s.top_p, s.num_samples, eos_ids,
+                       s.seed)  # fmt: skip
+    for i, new in enumerate(samples, 1):
+        print_sample(tokenizer, f"sample {i}: {len(ids)} + ", ids, new, eos_ids)
 
 
 # ---- reconstruct ----
@@ -291,9 +321,9 @@ def write_back(embedder, text, side, max_new_tokens):
     if not net.config.causal or net.config.head == "none" or embedder.pooling != "last":
         raise SystemExit("--reconstruct wants a causal model that has kept its head, as saved by "
                          "train_reconstruct.py")  # fmt: skip
-    encoded = embedder.tokenize([text], prompts.get(side, ""))
-    tokens, seqs, where = pack(encoded, net.embed.weight.device)
-    anchor = net(tokens, seqs)[where.last[0]]  # [C], not normalized: as in training
+    [(ids, _)] = embedder.tokenize([text], prompts.get(side, ""))
+    device = net.embed.weight.device
+    hidden = net(torch.tensor(ids, device=device), make_seqs([len(ids)], device))  # [T, C]
     other = prompts.get("document" if side == "query" else "query", "")
     backend, template = tokenizer.backend_tokenizer, embedder.template
     plain = backend.encode("a")
@@ -302,16 +332,20 @@ def write_back(embedder, text, side, max_new_tokens):
     given += backend.encode((template.prefix + other).rstrip(" "), add_special_tokens=False).ids
     eos_ids = embedder.tokenize(["a"])[0][0][-1:]
     room = min(max_new_tokens, net.config.max_seq_len - 1 - len(given))
-    (new,) = generate(net, [0, *given], room, 0, eos_ids=eos_ids, anchor=anchor)
+    # the last hidden state is not normalized: as in training
+    (new,) = generate(net, [0, *given], room, 0, eos_ids=eos_ids, anchor=hidden[-1])
     return new, eos_ids
 
 
+def use_reconstruct(s):
+    embedder = Embedder.load(s.model, dtype=s.dtype, attention_backend=s.attention_backend)
+    text = read_text(s.reconstruct)
+    new, eos_ids = write_back(embedder, text, s.reconstruct_side, s.max_new_tokens)
+    title = f"from this {s.reconstruct_side}'s embedding: "
+    print_sample(embedder.tokenizer, title, [], new, eos_ids)
+
+
 # ---- rank ----
-
-
-def read_lines(path):
-    with open(path, encoding="utf-8") as f:
-        return [line.strip() for line in f if line.strip()]
 
 
 def read_entries(paths):
@@ -322,258 +356,61 @@ def read_entries(paths):
 
 def nearest(embedder, question, texts, n):
     """[(similarity, index)] of the n texts nearest to a question, the best first."""
-    asked = embedder.encode([question], embedder.prompts.get("query", ""))  # [1, C]
+    queries = embedder.encode([question], embedder.prompts.get("query", ""))  # [1, C]
     vectors = embedder.encode(texts, embedder.prompts.get("document", ""), progress=True)  # [N, C]
-    scores = vectors @ asked[0]  # [N]
+    scores = vectors @ queries[0]  # [N]
     return [(float(scores[i]), int(i)) for i in (-scores).argsort(kind="stable")[:n]]
+
+
+def use_rank(s):
+    embedder = Embedder.load(s.model, dtype="auto")
+    if embedder.pooling == "tokens":
+        raise SystemExit("--rank wants one vector a text; this model has one for each token")
+    titles, texts = (read_lines(s.file),) * 2 if s.file else read_entries(s.rank_pairs)
+    print(f"\n{s.rank}\n")
+    for place, (score, i) in enumerate(nearest(embedder, s.rank, texts, s.num_ranked), 1):
+        print(f"{place}. {score:.3f}  {titles[i]}")
+        if not s.file:
+            print(f"          {' '.join(texts[i].split())[:160]}")
 
 
 # ---- compress ----
 
 
-def units_of(passage, spans, unit):
-    """Token spans [n, 2] -> (tokens of each unit [[first, end), ..], characters of each [[start,
-    end), ..]), in order. Tokens: each is a unit. Words: what stands between spaces; words that
-    share a token are one unit, and a token of nothing but spaces is in none."""
-    if unit == "tokens":
-        return [(i, i + 1) for i in range(len(spans))], spans.tolist()
-    if unit != "words":
-        raise ValueError(f"unit {unit!r}: expected words or tokens")
-    words = [match.span() for match in re.finditer(r"\S+", passage)]
-    tokens, places, w = [], [], 0
-    for i, (start, end) in enumerate(spans.tolist()):
-        while w < len(words) and words[w][1] <= start:
-            w += 1
-        own = [word for word in words[w : w + end - start] if word[0] < end]  # a token may have two
-        if own and places and own[0][0] < places[-1][1]:  # the same word as the last token's
-            tokens[-1] = (tokens[-1][0], i + 1)
-            places[-1][1] = own[-1][1]
-        elif own:
-            tokens.append((i, i + 1))
-            places.append([own[0][0], own[-1][1]])
-    return tokens, places
-
-
-def keep(scores, spans, passage, ratio, unit="words", neighbours=0):
-    """Scores [n] and spans [n, 2] of a passage's tokens -> the spans that are kept, in order.
-
-    At most ceil(n / ratio) tokens, and just as many with unit="tokens". The best units come first,
-    each by its best token, of equal ones the first; with each come its neighbours, the nearest
-    first. What has more tokens than are left is passed over; where no word has so few, as in text
-    without spaces, single tokens are kept. Units that follow one another are one
-    span, with the spaces between them.
-    """
-    if not ratio >= 1 or neighbours < 0:
-        raise ValueError(f"expected {ratio=} >= 1 and {neighbours=} >= 0")
-    tokens, places = units_of(passage, spans, unit)
-    if min((end - first for first, end in tokens), default=0) > math.ceil(len(scores) / ratio):
-        tokens, places = units_of(passage, spans, "tokens")
-    best = np.array([scores[first:end].max() for first, end in tokens])
-    near = sorted(range(-neighbours, neighbours + 1), key=abs)  # 0, -1, 1, -2, 2
-    left, kept = math.ceil(len(scores) / ratio), set()
-    for i in np.argsort(-best, kind="stable").tolist():
-        for j in (i + k for k in near):
-            size = tokens[j][1] - tokens[j][0] if 0 <= j < len(tokens) else math.inf
-            if j not in kept and size <= left:
-                kept.add(j)
-                left -= size
-            elif j == i and j not in kept:
-                break  # no neighbours of what did not fit
-        if not left:
-            break
-    out = []
-    for i in sorted(kept):
-        if i - 1 in kept:
-            out[-1][1] = max(out[-1][1], places[i][1])
-        else:
-            out.append(list(places[i]))
-    return join_spans(out)
-
-
-def text_of(passage, spans):
-    """The kept spans as one text: a space stands for what is left out, if none is there already."""
-    text = ""
-    for start, end in spans:
-        piece = passage[start:end]
-        text += " " * bool(text and not text[-1].isspace() and not piece[0].isspace()) + piece
-    return text
-
-
-def compress_text(
-    embedder, query, passage, ratio, unit="words", neighbours=0, window=0, overlap=0
-):  # fmt: skip
-    """-> (kept text, kept spans [[start, end], ..]): the 1/ratio of a passage's tokens that matter
-    most for a query, in order; see `keep`, and `score_tokens` for windows."""
-    scores, of_tokens = score_tokens(embedder, [query], passage, window, overlap)
-    kept = keep(scores[0], of_tokens, passage, ratio, unit, neighbours)
-    return text_of(passage, kept), kept
-
-
-def share_of(inside, spans):
-    """Of the characters in spans, the share that is in the spans `inside`."""
-    both = sum(max(0, min(b, d) - max(a, c)) for a, b in inside for c, d in spans)
-    return both / max(1, sum(d - c for c, d in spans))
-
-
-_STYLE = """
-:root { color-scheme: light dark; --text: #111; --faint: #4c4c4c; --page: #fff;
-  --heat: 255 150 0; --gold: #0a58ca }
-@media (prefers-color-scheme: dark) { :root { --text: #fff; --faint: #b5b5b5; --page: #141414;
-  --heat: 170 80 0; --gold: #7db4ff } }
-body { background: var(--page); color: var(--text); max-width: 46rem; margin: 2rem auto;
-  padding: 0 1rem; font: 1rem/1.7 Georgia, serif }
-h1 { font-size: 1.4rem; line-height: 1.3 }
-.facts, .legend { color: var(--faint); font: .85rem/1.5 system-ui, sans-serif }
-.passage { white-space: pre-wrap; overflow-wrap: anywhere; color: var(--faint) }
-.k { color: var(--text); font-weight: bold }
-.g { text-decoration: underline 2px var(--gold); text-underline-offset: .2em }
-"""
-
-
-def page(query, passage, scores, of_tokens, kept, gold=()):
-    """The passage as a heat map of its tokens' scores: one page of HTML that needs no other file.
-
-    The ground of a token is the stronger, the higher its score: 10 steps from the median to the
-    best. Kept characters are bold, the others grey; gold spans are underlined.
-    """
-    heat = np.full(len(passage) + 1, -1)  # [characters], the step of each
-    low, high = np.median(scores), scores.max()
-    steps = (9 * (scores - low) / max(high - low, 1e-9)).clip(0, 9).round().astype(int)
-    for (start, end), step in zip(of_tokens.tolist(), steps, strict=True):
-        heat[start:end] = np.maximum(heat[start:end], step)  # a character may have several
-    mark = np.zeros((2, len(passage) + 1), bool)
-    for row, spans in zip(mark, (kept, gold), strict=True):
-        for start, end in spans:
-            row[start:end] = True
-    state = np.stack((heat, *mark))  # [3, characters]
-    cuts = (np.flatnonzero((state[:, 1:] != state[:, :-1]).any(0)) + 1).tolist()
-    parts = []
-    for start, end in zip([0, *cuts], [*cuts, len(passage)], strict=True):
-        step, is_kept, is_gold = state[:, start].tolist()
-        names = [f"h{step}"] * (step > 0) + ["k"] * is_kept + ["g"] * is_gold
-        text = escape(passage[start:end])
-        parts.append(f'<span class="{" ".join(names)}">{text}</span>' if names else text)
-    before = np.append(0, mark[0].cumsum())  # kept characters in front of each
-    n_kept = int((before[of_tokens[:, 1]] > before[of_tokens[:, 0]]).sum())
-    facts = f"{n_kept:,} of {len(scores):,} tokens kept"
-    facts += f"; of the gold {share_of(kept, gold):.0%}" if gold else ""
-    ground = "".join(f".h{i} {{ background: rgb(var(--heat) / {i / 14:.2f}) }}" for i in range(10))
-    legend = "<span class=k>bold: kept</span>, <span class=h9>ground: score</span>"
-    legend += ", <span class=g>underlined: gold</span>" if gold else ""
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(query)}</title>
-<style>{_STYLE}{ground}</style></head>
-<body><h1>{escape(query)}</h1>
-<p class="facts">{facts}</p><p class="legend">{legend}</p>
-<div class="passage">{"".join(parts)}</div>
-</body></html>
-"""
-
-
-def read_passage(path, line):
-    """(passage, query or None, gold spans) of a text, or of a line of a .jsonl."""
-    if not path.endswith(".jsonl"):
-        with open(path, encoding="utf-8", newline="") as f:
-            return f.read(), None, []
-    for number, record in read_jsonl(path):
-        if number == line:
-            passage = require(record, "passage", str, path, line)
-            return passage, record.get("query"), record.get("spans", [])
-    raise SystemExit(f"{path} has no line {line}")
+def use_compress(s):
+    if s.file is None:
+        raise SystemExit("--compress wants the passage: --file=passage.txt or a .jsonl")
+    passage, query, gold = read_passage(s.file, s.line)
+    query, gold = s.compress or query, s.spans or gold
+    if not query or not passage.strip():
+        raise SystemExit(f"{s.file}: there is no question, or nothing in the passage")
+    if wrong := [span for span in gold if not 0 <= span[0] < span[1] <= len(passage)]:
+        raise SystemExit(f"{s.file}: span {wrong[0]} is not in its {len(passage)} characters")
+    embedder = Embedder.load(s.model, dtype=s.dtype, attention_backend=s.attention_backend)
+    (scores,), spans = score_tokens(embedder, [query], passage, s.window, s.overlap, True)
+    kept = keep(scores, spans, passage, s.ratio, s.unit, s.neighbours)
+    if s.html is not None:
+        with open(s.html, "w", encoding="utf-8", newline="") as f:
+            f.write(page(query, passage, scores, spans, kept, gold))
+    print(f"\n{query}\n\n{text_of(passage, kept)}\n")
+    print(f"spans: {kept}")
+    if gold:
+        print(f"of the gold's characters {share_of(kept, gold):.0%} are kept")
 
 
 if __name__ == "__main__":
     # ---- configure ----
-    config = common.configure(globals())
-    ways = (text, prompt, reconstruct, compress, rank if compress is not None else rank or file)
-    if not model or sum(x is not None for x in ways) != 1:
+    s = SimpleNamespace(**common.configure(globals()))
+    uses = [(s.text, use_fill), (s.prompt, use_prompt), (s.reconstruct, use_reconstruct),
+            (s.rank, use_rank), (s.compress, use_compress)]  # fmt: skip
+    if s.rank is None and s.compress is None:  # which read their texts from file
+        uses.append((s.file, use_fill))
+    uses = [use for value, use in uses if value is not None]
+    if not s.model or len(uses) != 1:
         raise SystemExit(
             "give --model=... and one of --text=, --file=, --prompt=, --rank=, --reconstruct= or "
             "--compress="
         )
 
-    # ---- reconstruct ----
-    if reconstruct is not None:
-        reconstruct = sys.stdin.read().rstrip("\n") if reconstruct == "-" else reconstruct
-        embedder = Embedder.load(model, dtype=dtype, attention_backend=attention_backend)
-        new, eos_ids = write_back(embedder, reconstruct, reconstruct_side, max_new_tokens)
-        ended = "ended by its EOS" if new[-1] in eos_ids else "cut"
-        print(f"\n--- from this {reconstruct_side}'s embedding: {len(new)} tokens, {ended} ---")
-        print(embedder.tokenizer.decode(new, skip_special_tokens=True))
-        raise SystemExit
-
-    # ---- compress ----
-    if compress is not None:
-        if file is None:
-            raise SystemExit("--compress wants the passage: --file=passage.txt or a .jsonl")
-        passage, asked, gold = read_passage(file, line)
-        asked, gold = compress or asked, spans or gold
-        if not asked or not passage.strip():
-            raise SystemExit(f"{file}: there is no question, or nothing in the passage")
-        if wrong := [x for x in gold if not 0 <= x[0] < x[1] <= len(passage)]:
-            raise SystemExit(f"{file}: span {wrong[0]} is not in its {len(passage)} characters")
-        embedder = Embedder.load(model, dtype=dtype, attention_backend=attention_backend)
-        scores, of_tokens = score_tokens(embedder, [asked], passage, window, overlap, True)
-        kept = keep(scores[0], of_tokens, passage, ratio, unit, neighbours)
-        if html is not None:
-            with open(html, "w", encoding="utf-8", newline="") as f:
-                f.write(page(asked, passage, scores[0], of_tokens, kept, gold))
-        print(f"\n{asked}\n\n{text_of(passage, kept)}\n")
-        print(f"spans: {kept}")
-        if gold:
-            print(f"of the gold's characters {share_of(kept, gold):.0%} are kept")
-        raise SystemExit
-
-    # ---- rank ----
-    if rank is not None:
-        embedder = Embedder.load(model, dtype="auto")
-        if embedder.pooling == "tokens":
-            raise SystemExit("--rank wants one vector a text; this model has one for each token")
-        titles, texts = (read_lines(file),) * 2 if file else read_entries(rank_pairs)
-        print(f"\n{rank}\n")
-        for place, (score, i) in enumerate(nearest(embedder, rank, texts, num_ranked), 1):
-            print(f"{place}. {score:.3f}  {titles[i]}")
-            if not file:
-                print(f"          {' '.join(texts[i].split())[:160]}")
-        raise SystemExit
-
-    # ---- model ----
-    device = common.setup_distributed()[3]
-    torch_dtype = common.dtype_of(dtype, device)
-    net, tokenizer, folder = load(model, device, torch_dtype)
-    c = net.config
-    net.backend = choose_backend(
-        attention_backend, device, torch_dtype, gqa=c.n_head != c.n_kv_head
-    )
-    print(
-        f"{folder}: {c.family}, {'causal' if c.causal else 'bidirectional'}, "
-        f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f}M weights; "
-        f"attention by {net.backend}, {torch_dtype} on {device}"
-    )
-
-    # ---- generate ----
-    if prompt is not None:
-        prompt = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
-        ids, eos_ids = encode_prompt(net, tokenizer, prompt)
-        room = min(max_new_tokens, c.max_seq_len - len(ids))
-        if room < max_new_tokens:
-            print(f"at most {room} new tokens: the model has {c.max_seq_len} positions")
-        samples = generate(net, ids, room, temperature, top_k, top_p, num_samples, eos_ids, seed)
-        for i, new in enumerate(samples):
-            print_sample(tokenizer, i + 1, ids, new, eos_ids)
-
-    # ---- fill ----
-    else:
-        notes = read_notes(folder)
-        check_fills(net, tokenizer, notes)
-        if file is not None:
-            texts = read_lines(file)
-        else:
-            texts = [sys.stdin.read().rstrip("\n") if text == "-" else text]
-        for start in range(0, len(texts), 32):  # 32 texts are one packed row
-            some = texts[start : start + 32]
-            filled = fill(net, tokenizer, some, num_fills, notes)
-            for one, result in zip(some, filled, strict=True):
-                print_fill(tokenizer, one, *result)
+    # ---- use ----
+    uses[0](s)

@@ -11,7 +11,7 @@ init_from = "princeton-nlp/Sheared-LLaMA-1.3B"
 
 data = "data/conll2003/train.jsonl"
 eval_data = "data/conll2003/val.jsonl"  # and then --eval_only=True on data/conll2003/test.jsonl
-max_seq_len = 256
+max_length = 256
 # the data set's own lists: val and test may have what train has not
 _pos = "\" '' # $ ( ) , . : `` CC CD DT EX FW IN JJ JJR JJS LS MD NN NNP NNPS NNS NN|SYM PDT POS "
 _pos += "PRP PRP$ RB RBR RBS RP SYM TO UH VB VBD VBG VBN VBP VBZ WDT WP WP$ WRB"

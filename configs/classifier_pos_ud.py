@@ -10,7 +10,7 @@ init_from = "out/mlm_pydocs_tiny"
 
 data = "data/ud/train.jsonl"
 eval_data = "data/ud/val.jsonl"
-max_seq_len = 256  # all but 1 of English EWT's sentences, with the vocabulary of data/pydocs
+max_length = 256  # all but 1 of English EWT's sentences, with the vocabulary of data/pydocs
 
 freeze_backbone = True
 dropout = 0.1

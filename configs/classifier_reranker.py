@@ -13,7 +13,7 @@ eval_data = "data/own/val.jsonl"
 loss_kind = "bce"
 _negatives = 7  # of each query
 pos_weight = float(_negatives)  # negatives / positives: both sides weigh the same
-max_seq_len = 512
+max_length = 512
 
 freeze_backbone = False
 pooling = "cls"

@@ -9,7 +9,7 @@ init_from = "jhu-clsp/ettin-encoder-150m"
 data = "data/stsb/train.jsonl"
 eval_data = "data/stsb/val.jsonl"
 loss_kind = "mse"  # judged by Pearson's and Spearman's correlation
-max_seq_len = 256
+max_length = 256
 
 freeze_backbone = False
 pooling = "mean"

@@ -8,7 +8,7 @@ init_from = "out/mlm_pydocs_tiny"
 data = "data/own/train.jsonl"
 eval_data = "data/own/val.jsonl"
 loss_kind = "softmax"
-max_seq_len = 128
+max_length = 128
 
 freeze_backbone = False
 pooling = "mean"

@@ -33,8 +33,8 @@ warmup_ratio = 0.1
 
 # Memory a GPU, estimated: weights in bf16 13 GB; LoRA (40M) and embedding with norms (131M), their
 # gradients and Adam, in fp32 2.8 GB; chunks of 16,384 tokens with checkpointing 8 GB. (They shard
-# the optimizer, ZeRO-1; its 1.4 GB need no sharding.) fsdp = True below 32 GB.
+# the optimizer, ZeRO-1; its 1.4 GB need no sharding.) fsdp = "full" below 32 GB.
 gradient_checkpointing = True
-chunk_tokens = 16384
+device_batch_tokens = 16384
 eval_interval = 500
 save_interval = 500

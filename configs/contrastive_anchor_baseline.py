@@ -43,10 +43,10 @@ warmup_steps = 300
 schedule = "linear"
 
 # Memory a GPU, estimated, with chunks of 16,384 tokens and checkpointing: 1B 2.5 + 2 GB; 1.5B and
-# 3B 6 + 4 GB; 8B 16 + 8 GB. No FSDP from 32 GB on; 8B on two 24 GB GPUs: fsdp = True,
-# chunk_tokens = 4096.
+# 3B 6 + 4 GB; 8B 16 + 8 GB. No FSDP from 32 GB on; 8B on two 24 GB GPUs: fsdp = "full",
+# device_batch_tokens = 4096.
 gradient_checkpointing = True
-chunk_tokens = 16384
+device_batch_tokens = 16384
 eval_interval = 100
 save_interval = 200
 keep_last = 2

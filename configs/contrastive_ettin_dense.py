@@ -29,6 +29,6 @@ warmup_ratio = 0.05
 
 # Memory, estimated for 150m: weights, gradients and Adam in fp32 2.4 GB; chunks of 16,384 tokens
 # 6 GB. The batch costs only its vectors: 1,536 x 768 x 4 bytes = 5 MB.
-chunk_tokens = 16384
+device_batch_tokens = 16384
 eval_interval = 250
 save_interval = 500

@@ -32,6 +32,6 @@ schedule = "linear"
 warmup_ratio = 0.05
 
 # Memory, estimated for 150m: 2.4 GB + 6 GB for chunks of 16,384 tokens
-chunk_tokens = 16384
+device_batch_tokens = 16384
 eval_interval = 1000
 save_interval = 5000

@@ -29,6 +29,6 @@ warmup_ratio = 0.1
 
 # Memory, estimated for 150m: 2.4 GB + 6 GB for chunks of 16,384 tokens; the logits [T, 50368] exist
 # for a few texts at a time
-chunk_tokens = 16384
+device_batch_tokens = 16384
 eval_interval = 500
 save_interval = 2000

@@ -19,13 +19,13 @@ group_size = 1
 batch_size = 128
 query_max_length = 128
 passage_max_length = 128
-max_steps = 1000
+max_steps = 23438  # 3 epochs, left after 1,000 steps at 96 % of the peak
+stop_step = 1000
 temperature = 0.05  # scale 20
 
 learning_rate = 3e-5
 warmup_steps = 0
-min_lr = 0.957 * learning_rate  # theirs at step 1,000 of 3 epochs (23,438 steps)
 
 # Memory, estimated: 8B 16 GB + 8 GB for chunks of 16,384 tokens with checkpointing; on a 24 GB GPU
-# chunk_tokens = 4096. Attention dropout needs a backend that has it: the choice is printed.
+# device_batch_tokens = 4096. Attention dropout needs a backend that has it: the choice is printed.
 eval_interval = 0

@@ -39,6 +39,6 @@ warmup_steps = 100
 
 # Memory a GPU, estimated: 250M weights with gradients and Adam in fp32 4 GB; chunks of 16,384
 # tokens without checkpointing 12 GB
-chunk_tokens = 16384
+device_batch_tokens = 16384
 eval_interval = 500
 save_interval = 2000

@@ -32,7 +32,7 @@ lora_alpha = 32.0
 lora_dropout = 0.05
 
 # A query is compared with the passages of all queries of the step: the larger the batch, the harder
-# the choice. The gradient cache lets it be large on a small card; memory depends on chunk_tokens.
+# the choice. The gradient cache lets it be large on a small card; memory depends on device_batch_tokens.
 # 128 queries/step, each among 128 x 4 = 512 passages; 10,000 lines = 78 steps an epoch
 batch_size = 128
 group_size = 4  # a positive and 3 of its negatives; lines without negatives are fine
@@ -49,8 +49,8 @@ schedule = "linear"
 warmup_ratio = 0.1
 
 # Memory, estimated: weights in bf16 1.2 GB, LoRA with Adam 0.2 GB, a chunk of 8,192 tokens 12 GB.
-# Out of memory? Halve chunk_tokens: the result stays the same.
-chunk_tokens = 8192
+# Out of memory? Halve device_batch_tokens: the result stays the same.
+device_batch_tokens = 8192
 eval_interval = 50
 save_interval = 100
 keep_best = True  # and the checkpoint with the lowest eval loss

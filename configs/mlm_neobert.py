@@ -4,13 +4,13 @@
 #   torchrun --nproc_per_node=8 pretrain_mlm.py configs/mlm_neobert.py
 # Then mlm_neobert_4096.py.
 out_dir = "out/neobert-250m"
-data_dir = "data/refinedweb"
+data = "data/refinedweb"
 model_size = "neobert-250m"
 
 # 8 GPUs x 64 rows x 4 micro-batches x 1,024 tokens = 2,097,152 tokens/step; 1M steps = 2.1T tokens
 max_seq_len = 1024
-batch_size = 8 * 64 * 4 * max_seq_len
-device_batch_size = 64 * max_seq_len
+batch_tokens = 8 * 64 * 4 * max_seq_len
+device_batch_tokens = 64 * max_seq_len
 max_steps = 1_000_000
 
 mask_prob = 0.2

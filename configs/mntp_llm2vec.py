@@ -24,7 +24,7 @@ _name = init_from.rstrip("/").split("/")[-1].split("@")[0].replace("Meta-Llama-3
 mask_prob, mask_all = _bases[_name]
 mask_token = "_"
 out_dir = f"out/llm2vec-mntp/{_name}"
-data_dir = f"data/wikitext103/{_name}"
+data = f"data/wikitext103/{_name}"
 
 # all of wikitext in chunks of 512, articles run on
 max_seq_len = 512
@@ -35,8 +35,8 @@ lora_alpha = 32.0
 lora_dropout = 0.05  # on q, k, v, o, gate, up, down; the head is frozen
 
 # 32 rows x 512 = 16,384 tokens/step on one device; 1,000 steps = 32,000 rows, 16.4M tokens
-batch_size = 32 * max_seq_len
-device_batch_size = 8 * max_seq_len
+batch_tokens = 32 * max_seq_len
+device_batch_tokens = 8 * max_seq_len
 max_steps = 1000
 
 learning_rate = 5e-5

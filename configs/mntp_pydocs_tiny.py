@@ -4,7 +4,7 @@
 # What it buys, and what not: bash runs/llm2vec.sh
 out_dir = "out/mntp_pydocs_tiny"
 init_from = "out/clm_pydocs_tiny"  # its newest checkpoint
-data_dir = "data/pydocs"
+data = "data/pydocs"
 max_seq_len = 512
 
 mask_token = "own"  # [MASK]: the decoder has its row, untrained; LoRA learns to live with it
@@ -15,8 +15,8 @@ lora_alpha = 32.0
 lora_dropout = 0.05
 
 # 8 rows x 512 tokens = 4,096 tokens/step; 80 steps = 328,000 tokens = 0.23 epochs
-batch_size = 8 * max_seq_len
-device_batch_size = batch_size
+batch_tokens = 8 * max_seq_len
+device_batch_tokens = batch_tokens
 max_steps = 80
 learning_rate = 6e-3  # a width of 256 bears 100 times LLM2Vec's
 warmup_steps = 8

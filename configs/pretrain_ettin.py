@@ -7,13 +7,13 @@ model_size = "ettin-17m"  # ettin-17m -32m -68m -150m -400m -1b
 objective = "mlm"  # clm: the decoder
 out_dir = f"out/{model_size}-{objective}"
 # yours to make: data/text/prepare.py --tokenizer answerdotai/ModernBERT-base --out data/ettin ...
-data_dir = "data/ettin"
+data = "data/ettin"
 
 # 4,608 rows x 1,024 tokens = 4,718,592 tokens/step; 1.7T tokens = 360,277 steps
 # 8 GPUs x 64 rows x 9 micro-batches; 400m: 8 x 32 x 18; 1b: 8 x 16 x 36
 max_seq_len = 1024
-batch_size = 4608 * max_seq_len
-device_batch_size = {"ettin-400m": 32, "ettin-1b": 16}.get(model_size, 64) * max_seq_len
+batch_tokens = 4608 * max_seq_len
+device_batch_tokens = {"ettin-400m": 32, "ettin-1b": 16}.get(model_size, 64) * max_seq_len
 max_tokens = 1_700_000_000_000
 
 mask_prob = 0.3

@@ -4,7 +4,7 @@
 base = "pretrain_ettin_ext.py"
 init_from = f"out/{model_size}-{objective}-ext/ext52982"  # phase 2's last
 out_dir = f"out/{model_size}-{objective}-decay"
-data_dir = "data/ettin_decay"
+data = "data/ettin_decay"
 checkpoint_prefix = "decay"
 
 max_tokens = 100_000_000_000  # 21,193 steps of 4,718,592 tokens

@@ -14,16 +14,16 @@ _qwen = ("<|im_start|>user\n", "<|im_end|><|endoftext|>")
 # On top come DDP's buckets (4 bytes a weight) and autocast's copies (2), not counted here.
 _bases = {  # wrap, pairs a forward, micro-batches, FSDP
     # 32 x 2 x 8 = 512; 20 + 2 + 9 GB: 80 GB GPUs
-    "Llama-3.2-1B-Instruct": (_llama, 32, 2, False),
+    "Llama-3.2-1B-Instruct": (_llama, 32, 2, ""),
     # 16 x 8 x 8 = 1,024; 51 + 3 + 11 GB: 80 GB, or with FSDP 6 + 5 + 11 GB: 48 GB
-    "Llama-3.2-3B-Instruct": (_llama, 16, 8, True),
+    "Llama-3.2-3B-Instruct": (_llama, 16, 8, "full"),
     # 4 x 16 x 8 = 512 (theirs 1 x 64 x 8); 128 GB of weights and Adam are 16 a GPU with FSDP, the
     # embedding and head whole 8, head 4, 4 GB: eight 80 GB GPUs, no fewer than four
-    "Llama-3.1-8B-Instruct": (_llama, 4, 16, True),
+    "Llama-3.1-8B-Instruct": (_llama, 4, 16, "full"),
     # 32 x 4 x 8 = 1,024; 25 + 2 + 11 GB: 80 GB, or with FSDP 48 GB
-    "Qwen2.5-1.5B-Instruct": (_qwen, 32, 4, False),
+    "Qwen2.5-1.5B-Instruct": (_qwen, 32, 4, ""),
     # a public fork's; its batch is not known, 8 x 8 x 8 = 512 is ours. 10 + 1 + 8 GB, 2,048 tokens
-    "Qwen3-0.6B": (_qwen, 8, 8, False),
+    "Qwen3-0.6B": (_qwen, 8, 8, ""),
 }
 # the part of the path that names the base
 _parts = [part.split("@")[0].replace("Meta-Llama", "Llama") for part in init_from.split("/")]
@@ -43,7 +43,8 @@ w_q2d = 0.5 if _fork else 0.2
 # for 8 GPUs; on fewer it is the same, by more micro-batches. 2,000 steps x 512 = 1.0M of 1.5M pairs
 batch_size = device_batch_size * _accumulation * 8
 seed = 1338  # another order than stage II's, which would see the same pairs first
-max_steps = None if _fork else 2000  # the fork: one epoch
+max_steps = None if _fork else 2000
+num_epochs = 1.0 if _fork else None
 
 learning_rate = 1e-4 if _fork else 4e-5  # in pure bf16, as theirs, such steps round to nothing
 weight_decay = 0.0

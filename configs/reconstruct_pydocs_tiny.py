@@ -23,5 +23,5 @@ schedule = "linear"
 warmup_ratio = 0.1
 
 eval_interval = 50
-eval_pairs = 200
+eval_lines = 200
 save_interval = 150

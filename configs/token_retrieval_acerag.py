@@ -40,6 +40,6 @@ warmup_ratio = 0.1
 # blocks 80,000 x 4,096 x 2 bytes x 32 = 21 GB; one block's activations, computed again, 22 GB (14
 # without LoRA's dropout), their gradients and the last hidden states about 6 GB: 65 GB.
 gradient_checkpointing = True
-chunk_tokens = 16384  # shorter passages share a forward
+device_batch_tokens = 16384  # shorter passages share a forward
 eval_interval = 100
 save_interval = 100

@@ -25,6 +25,6 @@ weight_decay = 0.01
 schedule = "linear"
 warmup_ratio = 0.1
 
-chunk_tokens = 8192
+device_batch_tokens = 8192
 eval_interval = 100
 save_interval = 500

@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))  # the project
-from data import join_spans, read_jsonl, require  # noqa: E402
+from data import read_jsonl, require  # noqa: E402
+from spans import join_spans  # noqa: E402
 
 PROMPT = """\
 You mark the parts of a passage that are needed to answer a query.

@@ -46,22 +46,22 @@ def ranked(queries, corpus, excluded, k, device="cpu", query_block=512, corpus_b
     """
     for q in range(0, len(queries), query_block):
         x = torch.from_numpy(np.array(queries[q : q + query_block])).to(device)
-        out = excluded[q : q + query_block]
-        rows = np.repeat(np.arange(len(out)), [len(places) for places in out])
-        columns = np.concatenate([np.empty(0, np.int64), *out]).astype(np.int64)
+        block = excluded[q : q + query_block]
+        rows = np.repeat(np.arange(len(block)), [len(texts) for texts in block])
+        columns = np.concatenate([np.empty(0, np.int64), *block]).astype(np.int64)
         best = torch.zeros(len(x), 0, device=device)
-        where = torch.zeros(len(x), 0, dtype=torch.int64, device=device)
+        places = torch.zeros(len(x), 0, dtype=torch.int64, device=device)
         for n in range(0, len(corpus), corpus_block):
             y = torch.from_numpy(np.array(corpus[n : n + corpus_block])).to(device)
             scores = x @ y.t()  # [b, n]
-            here = np.flatnonzero((columns >= n) & (columns < n + len(y)))
-            at = torch.from_numpy(np.stack((rows[here], columns[here] - n))).to(device)
-            scores[at[0], at[1]] = -torch.inf
+            in_block = np.flatnonzero((columns >= n) & (columns < n + len(y)))
+            out = torch.from_numpy(np.stack((rows[in_block], columns[in_block] - n))).to(device)
+            scores[out[0], out[1]] = -torch.inf
             some, found = top(scores, k)
             # the best so far stand left of what comes: among equal scores left is first
             best, order = top(torch.cat((best, some), 1), k)
-            where = torch.cat((where, found + n), 1).gather(1, order)
-        yield q, best.cpu().numpy(), where.cpu().numpy()
+            places = torch.cat((places, found + n), 1).gather(1, order)
+        yield q, best.cpu().numpy(), places.cpu().numpy()
 
 
 def top(scores, k):
@@ -101,12 +101,13 @@ def mine(lines, corpus_texts, queries, corpus, lo, hi, n, margin, keep, seed, de
         out = {line["query"], *positives[line["query"]], *(line["neg"] if keep else [])}
         excluded.append(np.array(sorted(corpus_texts[t] for t in out if t in corpus_texts)))
     text_at = list(corpus_texts)
-    for first, best, where in ranked(queries, corpus, excluded, max(hi, 1), device):
-        for i, (scores, places) in enumerate(zip(best, where, strict=True), first):
+    for first, *block in ranked(queries, corpus, excluded, max(hi, 1), device):
+        for i, (scores, places) in enumerate(zip(*block, strict=True), first):
             line = lines[i]
-            own = [corpus_texts[t] for t in line["pos"] + (line["neg"] if keep else [])]
-            own = (corpus[own] @ queries[i]).tolist()
-            pos_scores, neg_scores = own[: len(line["pos"])], own[len(line["pos"]) :]
+            given = [corpus_texts[t] for t in line["pos"] + (line["neg"] if keep else [])]
+            given_scores = (corpus[given] @ queries[i]).tolist()
+            pos_scores = given_scores[: len(line["pos"])]
+            neg_scores = given_scores[len(line["pos"]) :]
             ceiling = np.inf if margin is None else min(pos_scores) - margin
             rng = np.random.default_rng((seed, i))
             scores, places = choose(scores, places, ceiling, lo, hi, n, rng)
@@ -116,7 +117,7 @@ def mine(lines, corpus_texts, queries, corpus, lo, hi, n, margin, keep, seed, de
             yield pair | ({"prompt": line["prompt"]} if line["prompt"] else {})
 
 
-def embed_queries(embedder, lines, instruction, batch_tokens):
+def embed_queries(embedder, lines, instruction, device_batch_tokens):
     """[len(lines), C]: one call for each prompt among the lines."""
     groups = {}
     for i, line in enumerate(lines):
@@ -124,7 +125,7 @@ def embed_queries(embedder, lines, instruction, batch_tokens):
     vectors = np.empty((len(lines), embedder.dim), np.float32)
     for prompt, which in groups.items():
         texts = [lines[i]["query"] for i in which]
-        vectors[which] = embedder.encode(texts, prompt, batch_tokens, progress=True)
+        vectors[which] = embedder.encode(texts, prompt, device_batch_tokens, progress=True)
     return vectors
 
 
@@ -143,7 +144,8 @@ def arguments(argv=None):
     add("--keep", action="store_true", help="the negatives of the file stay, in front, with scores")
     add("--query_instruction", help="for lines without a prompt; default: the model's own")
     add("--passage_instruction", help="default: the model's own")
-    add("--batch_tokens", type=int, help="of one forward; else 2,048 on the CPU, 16,384 on a GPU")
+    add("--device_batch_tokens", type=int,
+        help="of one forward; else 2,048 on the CPU, 16,384 on a GPU")  # fmt: skip
     add("--seed", type=int, default=1337)
     args = parser.parse_args(argv)
     try:
@@ -171,20 +173,24 @@ def main(argv=None):
     embedder = Embedder.load(args.model)
     if embedder.pooling == "tokens":
         raise SystemExit(f"{args.model} gives several vectors a text: mine with one that gives one")
-    own, given = embedder.prompts, (args.query_instruction, args.passage_instruction)
-    names = zip(("query", "document"), given, strict=True)
-    ask, answer = (own.get(name, "") if said is None else said for name, said in names)
-    print(f"{len(lines):,} queries (instruction {ask!r}), {len(texts):,} texts ({answer!r})")
-    queries = embed_queries(embedder, lines, ask, args.batch_tokens)
+    query_instruction, passage_instruction = args.query_instruction, args.passage_instruction
+    if query_instruction is None:
+        query_instruction = embedder.prompts.get("query", "")
+    if passage_instruction is None:
+        passage_instruction = embedder.prompts.get("document", "")
+    print(f"{len(lines):,} queries (instruction {query_instruction!r}), {len(texts):,} texts "
+          f"({passage_instruction!r})")  # fmt: skip
+    budget = args.device_batch_tokens
+    queries = embed_queries(embedder, lines, query_instruction, budget)
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(args.out))) as folder:
         path = os.path.join(folder, "corpus.npy")
-        corpus = embedder.encode(list(texts), answer, args.batch_tokens, progress=True, out=path)
-        device = embedder.model.embed.weight.device
-        how = args.lo, args.hi, args.negatives, args.margin, args.keep, args.seed, device
+        corpus = embedder.encode(list(texts), passage_instruction, budget, progress=True, out=path)
+        rule = args.lo, args.hi, args.negatives, args.margin, args.keep, args.seed
         short = n_neg = 0
         with open(args.out + ".tmp", "wb") as out:
-            pairs = mine(lines, texts, queries, corpus, *how)
+            device = embedder.model.embed.weight.device
+            pairs = mine(lines, texts, queries, corpus, *rule, device)
             for line, pair in zip(lines, tqdm(pairs, "mining", len(lines)), strict=True):
                 mined = len(pair["neg"]) - (len(line["neg"]) if args.keep else 0)
                 short, n_neg = short + (mined < args.negatives), n_neg + len(pair["neg"])

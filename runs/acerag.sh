@@ -44,12 +44,14 @@ for seed in 1 2 3; do
     say "seed $seed, stage 1: passage retrieval"
     $python train_contrastive.py configs/contrastive_pydocs_tiny.py --seed=$seed --resume=True \
         --init_from=out/clm_pydocs_tiny --pooling=last --data="($pairs,)" --batch_size=64 \
-        --max_steps=$stage1 --eval_interval=0 --out_dir=$out/$first-$seed
+        --num_epochs=None --max_steps=$stage1 --eval_interval=0 --out_dir=$out/$first-$seed
     for task in $tasks; do
         if [ $task = pydocs ]; then
-            files="--data=data/pydocs/spans_train.jsonl --eval_data=data/pydocs/spans_test.jsonl"
+            test=data/pydocs/spans_test.jsonl
+            files="--data=data/pydocs/spans_train.jsonl"
         else
-            files="--data=$out/qed_train.jsonl --eval_data=$out/qed_dev.jsonl --passage_max_length=384"
+            test=$out/qed_dev.jsonl
+            files="--data=$out/qed_train.jsonl --passage_max_length=384"
             files+=" --rope_scaling=() --max_seq_len=None" # within the 512 positions of the decoder
         fi
         for start in $first none; do
@@ -59,11 +61,10 @@ for seed in 1 2 3; do
             say "seed $seed, stage 2: $task from $from"
             # the test data is looked at once, when all is done
             $python train_token_retrieval.py configs/token_retrieval_pydocs_tiny.py $files \
-                --seed=$seed --resume=True --init_from=$from --batch_size=16 --max_steps=$stage2 \
-                --eval_interval=0 --out_dir=$run
-            [ -f $run/results.json ] || $python train_token_retrieval.py $files \
-                configs/token_retrieval_pydocs_tiny.py --seed=$seed --init_from=$from \
-                --out_dir=$run --eval_only=True --eval_lines=0
+                --seed=$seed --resume=True --init_from=$from --batch_size=16 \
+                --num_epochs=None --max_steps=$stage2 --eval_interval=0 --out_dir=$run
+            [ -f $run/results.json ] || $python -m evals.token_retrieval --model=$run \
+                --eval_data=$test --eval_lines=0 --out_dir=$run
         done
     done
 done

@@ -18,7 +18,7 @@ $python pretrain_mlm.py configs/clm_pydocs_tiny.py --resume=True
 
 stage2() { # its folder, what it starts from, steps, seed
     $python train_contrastive.py configs/contrastive_anchor_tiny.py --out_dir=$out/$1 \
-        --init_from=$2 --max_steps=$3 --eval_interval=$3 --seed=$4 --resume=True
+        --init_from=$2 --num_epochs=None --max_steps=$3 --eval_interval=$3 --seed=$4 --resume=True
 }
 models=out/clm_pydocs_tiny
 for seed in 1 2 3; do

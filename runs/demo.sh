@@ -15,7 +15,7 @@ say "2/6 data: the documentation of Python, numpy and torch on this machine"
 
 say "3/6 pretraining: a masked language model"
 $python pretrain_mlm.py configs/mlm_pydocs_tiny.py --resume=True
-$python plot.py out/mlm_pydocs_tiny --keys=loss,eval_loss --out=out/mlm_pydocs_tiny/curves.png
+$python -m tools.plot out/mlm_pydocs_tiny --keys=loss,eval_loss --out=out/mlm_pydocs_tiny/curves.png
 
 say "4/6 what it has learned: five guesses for each [MASK]"
 cat > out/masks.txt <<'TEXTS'
@@ -31,13 +31,14 @@ $python train_contrastive.py configs/contrastive_pydocs_tiny.py --resume=True
 say "6/6 retrieval over modules that no training saw"
 [ -d out/untrained ] || $python - <<'PYTHON'
 import torch
-from data import load_tokenizer
+from formats.huggingface import save_pretrained
 from model import from_scratch
+from tokenizer import load_tokenizer
 torch.manual_seed(1337)
 tokenizer = load_tokenizer("data/pydocs/tokenizer")
 specials = [f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep")]
 ids = {key: getattr(tokenizer, key) for key in specials}
-from_scratch("modernbert-tiny", hf=ids).save_pretrained("out/untrained")
+save_pretrained(from_scratch("modernbert-tiny", hf=ids), "out/untrained")
 tokenizer.save_pretrained("out/untrained")
 PYTHON
 $python eval_mteb.py --local=data/pydocs/test.jsonl --out_dir=out/eval_pydocs \

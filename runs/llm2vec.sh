@@ -32,7 +32,7 @@ with open("data/pydocs/train.jsonl") as f, open(sys.argv[1], "w") as out:
 PYTHON
 train() {  # out_dir, then keys; LoRA as in MNTP, 64 texts a step
     [ -d "$1/step$steps" ] || $python train_contrastive.py configs/contrastive_pydocs_tiny.py \
-        --out_dir="$1" --max_steps=$steps --batch_size=64 --lora_rank=16 \
+        --out_dir="$1" --num_epochs=None --max_steps=$steps --batch_size=64 --lora_rank=16 \
         --resume=True "${@:2}"
 }
 for seed in $seeds; do

@@ -25,6 +25,32 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
+def hide(patch):
+    import torch
+
+    patch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the processes that tests start
+    patch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hide_cuda():
+    """Tests compare bits and start more ranks than there are GPUs: on the CPU, even where CUDA is,
+    but for those that are marked with pytest.mark.cuda."""
+    with pytest.MonkeyPatch.context() as patch:
+        hide(patch)
+        yield patch
+
+
+@pytest.fixture(autouse=True)
+def show_cuda(request, hide_cuda):
+    marked = request.node.get_closest_marker("cuda")
+    if marked:
+        hide_cuda.undo()
+    yield
+    if marked:
+        hide(hide_cuda)
+
+
 @pytest.fixture(scope="session")
 def toy_tokens(tmp_path_factory):
     """A folder of token files: 400 documents of made-up but regular text, vocabulary 512."""
@@ -32,7 +58,8 @@ def toy_tokens(tmp_path_factory):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from data import vocab_size_of, write_meta, write_tokens
+    from tokenizer import vocab_size_of
+    from tokens import write_meta, write_tokens
 
     rng = np.random.default_rng(0)
     words = [f"{a}{b}" for a in ("ta", "mo", "ri", "su", "ke") for b in ("n", "lo", "ma", "s")]
@@ -58,3 +85,13 @@ def toy_tokens(tmp_path_factory):
     splits["val"] = write_tokens(folder, "val", ids[350:], n)
     write_meta(folder, tokenizer, "toy", splits)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def folders(toy_tokens, tmp_path_factory):
+    """{family: a folder of a small model}, with the tokenizer of toy_tokens. Not to be changed."""
+    from harness import FAMILIES, model_folder
+    from tokenizer import load_tokenizer
+
+    root, tokenizer = tmp_path_factory.mktemp("models"), load_tokenizer(f"{toy_tokens}/tokenizer")
+    return {name: model_folder(root / name, name, tokenizer) for name in FAMILIES}

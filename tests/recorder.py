@@ -113,7 +113,7 @@ def make_data(folder):
         np.concatenate(ids).astype("<u2").tofile(path + ".bin")
         np.cumsum([0, *map(len, ids)]).astype("<i8").tofile(path + ".idx")
         splits[split] = {"docs": len(ids), "tokens": sum(map(len, ids))}
-    meta = dict(dtype="uint16", vocab_size=vocab_size, tokenizer="recorder", special_ids=[0, 1, 2, 3],
+    meta = dict(dtype="uint16", vocab_size=vocab_size, tokenizer="", special_ids=[0, 1, 2, 3],
                 mask_id=3, splits=splits, tokenizer_sha256="")  # fmt: skip
     with open(os.path.join(folder, "tokens", "meta.json"), "w") as f:
         json.dump(meta, f)
@@ -146,8 +146,9 @@ def make_data(folder):
         **shape, **ids, cls_token_id=0, sep_token_id=1, max_position_embeddings=256,
         local_attention=16, global_attn_every_n_layers=2,
     )  # fmt: skip
-    for name, model in (("llama", transformers.LlamaForCausalLM(llama)),
-                        ("modernbert", transformers.ModernBertForMaskedLM(modernbert))):  # fmt: skip
+    both = (("llama", transformers.LlamaForCausalLM(llama)),
+            ("modernbert", transformers.ModernBertForMaskedLM(modernbert)))  # fmt: skip
+    for name, model in both:
         model.save_pretrained(os.path.join(folder, name))
         tokenizer.save_pretrained(os.path.join(folder, name))
 
@@ -169,7 +170,8 @@ def record(tree):
                 argv.append(f"--{key}={value}")
             launch = [sys.executable]
             if ranks > 1:
-                launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+                launch += ["-m", "torch.distributed.run", "--standalone"]
+                launch += [f"--nproc_per_node={ranks}"]
             env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": tree}
             done = subprocess.run(
                 [*launch, os.path.join(tree, script), *argv], cwd=folder, env=env, text=True,

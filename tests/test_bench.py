@@ -9,11 +9,11 @@ import random
 import subprocess
 import sys
 
+import bench
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
 from data import make_seqs
 from model import from_scratch
 

@@ -1,100 +1,71 @@
-"""train_classifier.py: words and texts against loops and transformers, tiny runs of the script,
-whole, killed and resumed, on 1 and 2 ranks; data/ud and data/conll2003.
+"""train_classifier.py and evals/classifier.py: words and texts against loops and transformers, tiny
+runs, whole, killed and resumed, on 1 and 2 ranks; data/ud and data/conll2003.
 
     python -m pytest tests/test_classifier.py
 """
 
 import glob
-import importlib.util
 import json
 import os
 import re
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
-from tokenizers import normalizers
+from sklearn.metrics import ndcg_score
+from tokenizers import normalizers, processors
 
 import common
 import harness
 import train_classifier as T
-from data import load_tokenizer
-from harness import kill_at_step, losses, run_ranks, saved, start
-from model import Head, from_pretrained, from_scratch
+from attention import make_seqs
+from formats.classifier import read_classifier, save_classifier, transformers_class
+from formats.huggingface import from_pretrained, save_pretrained
+from harness import kill_at_step, losses, run_ranks, saved, start, write_jsonl
+from labels import label_set, number_labels, read_texts, read_words
+from metrics import score_texts, score_words
+from tokenizer import load_tokenizer
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SYLLABLES = [f"{a}{b}" for a in ("ta", "mo", "ri", "su", "ke") for b in ("n", "lo", "ma", "s")]
 
 
 def settings(**changes):
     """What the main block gives to the functions, for one rank on the CPU."""
-    plain = dict(
-        task="words", loss_kind="softmax", labels=["A", "B", "C"], label_position="same_token",
-        merge_subwords=True, pooling="mean", prefix="", suffix="", separator="[SEP]",
-        max_seq_len=64, prediction_head=False, dropout=0.0, pos_weight=1.0, frozen=False,
-        batch_size=4, device_batch_size=4, seed=7, rank=0, world_size=1,
-        device=torch.device("cpu"), autocast=nullcontext,
-    )  # fmt: skip
-    assert changes.keys() <= plain.keys()
-    s = plain | changes
-    return s if s["loss_kind"] == "softmax" else s | {"labels": []}
+    plain = dict(labels=["A", "B", "C"], separator="[SEP]", max_length=64, dropout=0.0, rank=0,
+                 world_size=1, device=torch.device("cpu"), autocast=nullcontext)  # fmt: skip
+    s = SimpleNamespace(**(vars(T) | plain | changes))
+    s.labels = s.labels if s.loss_kind == "softmax" else []
+    return s
 
 
-def write_lines(path, records):
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    return str(path)
-
-
-SMALL = dict(n_layer=2, n_head=4, n_embd=32, n_hidden=48, vocab_size=512, max_seq_len=64)
-SIZES = {
-    "modernbert": ("modernbert-tiny", dict(layer_kinds=["global", "local"], window=4)),
-    "modernbert-decoder": ("modernbert-tiny", dict(causal=True, layer_kinds=["local", "global"],
-                                                   window=4)),
-    "llama": ("llama-tiny", {}),
-    "qwen3": ("qwen3-tiny", dict(n_kv_head=2)),
-    "qwen3-bidirectional": ("qwen3-tiny", dict(n_kv_head=2, causal=False)),
-    "mistral": ("llama-tiny", dict(family="mistral", n_kv_head=2)),
-    "neobert": ("neobert-250m", {}),
-}  # fmt: skip
-
-
-def make_model(name):
-    size, changes = SIZES[name]
+def make_classifier(folder, s, frozen=False):
     torch.manual_seed(0)
-    model = from_scratch(size, **(SMALL | changes))
-    model.config.out_dropout = 0.0
-    for key, p in model.named_parameters():  # larger than at init, so that attention acts
-        p.data.normal_(0, 1.0 if key == "embed.weight" else 0.3) if p.dim() == 2 else None
-    return model
-
-
-def make_classifier(name, s):
-    model = make_model(name)
-    head = None
-    if s["prediction_head"]:
-        head = Head(model.config)
-        head.dense.weight.data.normal_(0, 0.3)
-    model.drop_head()
-    n_out = len(s["labels"]) if s["loss_kind"] == "softmax" else 1
-    classifier = T.Classifier(model, head, n_out, T.has_bias(model.config, s), s)
-    for p in classifier.linear.parameters():
+    model = from_pretrained(folder).requires_grad_(not frozen)
+    model.set_dropout(out=0.0)
+    classifier = T.Classifier(model, T.take_head(model, s), s)
+    for p in classifier.last_layers["linear"].parameters():
         p.data.normal_(0, 0.3)
     return classifier
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tokenizer(toy_tokens):
     return load_tokenizer(os.path.join(toy_tokens, "tokenizer"))
 
 
 @pytest.fixture(scope="module")
-def model_folder(toy_tokens, tokenizer, tmp_path_factory):
+def model_folder(folders, toy_tokens, tmp_path_factory):
+    """An encoder without dropout of its own."""
     folder = str(tmp_path_factory.mktemp("model"))
-    make_model("modernbert").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model = from_pretrained(folders["modernbert"])
+    model.config.out_dropout = 0.0
+    save_pretrained(model, folder)
+    load_tokenizer(os.path.join(toy_tokens, "tokenizer")).save_pretrained(folder)
     return folder
 
 
@@ -143,49 +114,49 @@ HARD = [
 
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("position", ["same_token", "next_token"])
-def test_word_vectors_equal_loops(position, merge, tokenizer, toy_tokens):
+def test_word_vectors_equal_loops(position, merge, tokenizer):
     """With words that tokenize to nothing (a soft hyphen at the start) and some that are cut."""
-    tokenizer = load_tokenizer(os.path.join(toy_tokens, "tokenizer"))
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\xad", "")
     all_words = HARD + [e["words"] for e in sentences(12)]
-    encoded = T.tokenize_words(tokenizer, all_words, 14)
-    tokens, seqs, where = T.pack_words(encoded, [len(w) for w in all_words], position, merge)
-    hidden = torch.randn(len(tokens), 8, generator=torch.Generator().manual_seed(0)).double()
-    got = T.mean_of_words(hidden[where.rows], where)
+    examples = [{"words": words, "targets": [0] * len(words)} for words in all_words]
+    s = settings(label_position=position, merge_subwords=merge, max_length=14)
+    batch = T.make_batch(examples, tokenizer, s)
+    hidden = torch.randn(len(batch.tokens), 8, generator=torch.Generator().manual_seed(0)).double()
+    got = T.mean_of_words(hidden[batch.units.rows], batch.units)
     want, start, missing, kept, n = [], 0, [], [], 0
     for i, words in enumerate(all_words):
         ids, positions = plain_words(tokenizer, words, 14)
-        assert tokens[start : start + len(ids)].tolist() == ids
-        for w, at in enumerate(positions):
-            if not at:
+        assert batch.tokens[start : start + len(ids)].tolist() == ids
+        for w, places in enumerate(positions):
+            if not places:
                 missing.append((i, w))
                 continue
             if not merge:
-                at = at[:1]
+                places = places[:1]
             shift = 1 if position == "next_token" else 0
-            vectors = [hidden[start + place - shift] for place in at]
+            vectors = [hidden[start + place - shift] for place in places]
             want.append(sum(vectors) / len(vectors))
             kept.append(n + w)
         start, n = start + len(ids), n + len(words)
-    assert where.kept.tolist() == kept
-    assert start == len(tokens) == sum(seqs.lengths) and max(seqs.lengths) == 14
+    assert batch.kept.tolist() == kept and len(batch.targets) == len(kept)
+    assert start == len(batch.tokens) == sum(batch.seqs.lengths) and max(batch.seqs.lengths) == 14
     assert (5, 0) in missing and (3, 4) in missing
     torch.testing.assert_close(got, torch.stack(want), rtol=1e-12, atol=1e-12)
 
 
 def test_a_first_token_without_bos_is_read_where_it_stands():
-    one, other = ([5, 6, 7], np.arange(3), np.array([0, 0, 1])), ([8], np.zeros(1, int))
-    encoded = [one, (*other, np.zeros(1, int))]
-    _, _, where = T.pack_words(encoded, [2, 1], "next_token", True)
-    assert where.rows.tolist() == [0, 0, 1, 3] and where.count.tolist() == [2, 1, 1]
+    encoded = [([5, 6, 7], np.arange(3), np.array([0, 0, 1])), ([8], np.zeros(1, int), [0])]
+    encoded = [(ids, places, np.array(words)) for ids, places, words in encoded]
+    words, _ = T.words_of(encoded, [2, 1], settings(label_position="next_token"))
+    assert words.rows.tolist() == [0, 0, 1, 3] and words.count.tolist() == [2, 1, 1]
 
 
 def test_words_without_a_token_are_counted_wrong():
     examples = [{"labels": ["B-X", "I-X", "O"]}, {"labels": ["O", "B-Y"]}]
     names = ["B-X", "B-Y", "I-X", "O"]
-    metrics, missing = T.score_words(examples, [[0, 2, 3], [3, 1]], names)
+    metrics, missing = score_words(examples, [[0, 2, 3], [3, 1]], names)
     assert missing == 0 and set(metrics.values()) == {1.0}
-    metrics, missing = T.score_words(examples, [[0, 2, -1], [-1, -1]], names)
+    metrics, missing = score_words(examples, [[0, 2, -1], [-1, -1]], names)
     assert missing == 3 and metrics["acc"] == 2 / 5
     assert metrics["recall"] == 0.5 and metrics["precision"] == 1.0
 
@@ -194,27 +165,20 @@ def test_entity_scores_equal_loops():
     rng, kinds = np.random.default_rng(0), ["O", "B-P", "I-P", "B-L", "I-L"]
     examples = [{"labels": [str(k) for k in rng.choice(kinds, 12)]} for _ in range(30)]
     found = [[int(i) for i in rng.integers(0, 5, 12)] for _ in range(30)]
+    letter = dict(zip(kinds, ".PpLl", strict=True))
 
     def entities(labels):  # (kind, begin, end): I- after another kind begins one, as conlleval has
-        out, begin = set(), None
-        for i, label in enumerate([*labels, "O"]):
-            kind = None if label == "O" else label[2:]
-            before = None if i == 0 or labels[i - 1] == "O" else labels[i - 1][2:]
-            if begin is not None and (kind != before or label[0] == "B"):
-                out.add((before, begin, i))
-                begin = None
-            if kind and begin is None:
-                begin = i
-        return out
+        row = "".join(letter[label] for label in labels)
+        return {(m[0][0].upper(), *m.span()) for m in re.finditer("Pp*|p+|Ll*|l+", row)}
 
-    right = n_gold = n_found = 0
-    for example, row in zip(examples, found, strict=True):
-        gold, guess = entities(example["labels"]), entities([kinds[i] for i in row])
-        right, n_gold, n_found = right + len(gold & guess), n_gold + len(gold), n_found + len(guess)
-    metrics, _ = T.score_words(examples, found, kinds)
-    assert metrics["precision"] == pytest.approx(right / n_found)
+    gold = [entities(example["labels"]) for example in examples]
+    guess = [entities([kinds[i] for i in row]) for row in found]
+    n_gold, n_guess = sum(map(len, gold)), sum(map(len, guess))
+    right = sum(len(a & b) for a, b in zip(gold, guess, strict=True))
+    metrics, _ = score_words(examples, found, kinds)
+    assert metrics["precision"] == pytest.approx(right / n_guess)
     assert metrics["recall"] == pytest.approx(right / n_gold)
-    assert metrics["f1"] == pytest.approx(2 * right / (n_gold + n_found)) and right > 5
+    assert metrics["f1"] == pytest.approx(2 * right / (n_gold + n_guess)) and right > 5
 
 
 # ---- losses and gradients ----
@@ -250,46 +214,45 @@ CASES = [
     dict(task="texts", pooling="cls", prediction_head=True),
     dict(task="texts", pooling="last", loss_kind="bce", pos_weight=3.0),
     dict(task="texts", pooling="weighted_mean", loss_kind="mse"),
-    dict(task="texts", pooling="mean", prefix="tan: ", suffix="!", max_seq_len=20),
+    dict(task="texts", pooling="mean", prefix="tan: ", suffix="!", max_length=20),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_losses_and_gradients_equal_each_text_alone(case, tokenizer, monkeypatch):
+def test_losses_and_gradients_equal_each_text_alone(case, tokenizer, folders, monkeypatch):
     """In fp64: a packed batch against every text by itself, with losses written out."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     s = settings(**case)
-    classifier = make_classifier("modernbert", s).double()
-    examples = sentences(5) if s["task"] == "words" else TEXTS
-    batch = T.make_batch(examples, tokenizer, s)
-    loss, hits = classifier(*batch)
+    classifier = make_classifier(folders["modernbert"], s).double()
+    examples = sentences(5) if s.task == "words" else TEXTS
+    loss, hits = classifier(*T.make_batch(examples, tokenizer, s).to("cpu"))
     loss.backward()
     grads = {n: p.grad.clone() for n, p in classifier.named_parameters()}
     classifier.zero_grad()
     want = want_hits = 0.0
-    head = classifier.head or (lambda x: x)
+    head, linear = classifier.last_layers.values()
     for example in examples:
-        if s["task"] == "words":
-            ids, positions = plain_words(tokenizer, example["words"], s["max_seq_len"])
+        if s.task == "words":
+            ids, positions = plain_words(tokenizer, example["words"], s.max_length)
         else:
             [text] = T.join_texts([example], tokenizer, s)  # has a test of its own
-            ids = tokenizer(s["prefix"] + text + s["suffix"])["input_ids"]
-            assert len(ids) <= s["max_seq_len"]
-        h = classifier.model(torch.tensor(ids), T.make_seqs([len(ids)]))
-        if s["task"] == "words":
-            shift = s["label_position"] == "next_token"
-            at = [p if s["merge_subwords"] else p[:1] for p in positions]
-            rows = [sum(head(h[i - shift]) for i in p) / len(p) for p in at]
+            ids = tokenizer(s.prefix + text + s.suffix)["input_ids"]
+            assert len(ids) <= s.max_length
+        h = classifier.model(torch.tensor(ids), make_seqs([len(ids)]))
+        if s.task == "words":
+            shift = s.label_position == "next_token"
+            places = [p if s.merge_subwords else p[:1] for p in positions]
+            rows = [sum(head(h[i - shift]) for i in p) / len(p) for p in places]
             labels = example["targets"]
         else:
-            rows = [head(plain_pool(h, s["pooling"]))]
-            labels = example["targets"] if s["loss_kind"] == "softmax" else [example["label"]]
+            rows = [head(plain_pool(h, s.pooling))]
+            labels = example["targets"] if s.loss_kind == "softmax" else [example["label"]]
         for row, label in zip(rows, labels, strict=True):
-            z = classifier.linear(row)
-            want = want + plain_loss(z, label, s["loss_kind"], s["pos_weight"])
-            if s["loss_kind"] == "softmax":
+            z = linear(row)
+            want = want + plain_loss(z, label, s.loss_kind, s.pos_weight)
+            if s.loss_kind == "softmax":
                 want_hits += int(z.argmax()) == label
-            elif s["loss_kind"] == "bce":
+            elif s.loss_kind == "bce":
                 want_hits += (z.item() > 0) == (label > 0.5)
     want.backward()
     assert loss.item() == pytest.approx(want.item(), rel=1e-10) and hits == want_hits
@@ -300,22 +263,19 @@ def test_losses_and_gradients_equal_each_text_alone(case, tokenizer, monkeypatch
 
 def test_pairs_are_the_tokenizers_own(tokenizer):
     """With SEP between them, a pair has the ids of the tokenizer's template for pairs."""
-    from tokenizers import processors
-
-    tokens, seqs, _, _ = T.make_batch(TEXTS[:1], tokenizer, settings(task="texts"))
-    theirs = load_tokenizer(tokenizer.name_or_path)
-    theirs.backend_tokenizer.post_processor = processors.TemplateProcessing(
+    batch = T.make_batch(TEXTS[:1], tokenizer, settings(task="texts"))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]",
         special_tokens=[("[CLS]", 0), ("[SEP]", 1)],
     )  # fmt: skip
-    assert tokens.tolist() == theirs(TEXTS[0]["text"], TEXTS[0]["pair"])["input_ids"]
+    assert batch.tokens.tolist() == tokenizer(TEXTS[0]["text"], TEXTS[0]["pair"])["input_ids"]
 
 
 def test_text_metrics_equal_loops():
     rng = np.random.default_rng(0)
     y, z = rng.integers(0, 3, 60), rng.normal(size=(60, 3))
     guess = z.argmax(1)
-    found = T.score_texts([{"targets": [int(i)]} for i in y], z, "softmax")
+    found = score_texts([{"targets": [int(i)]} for i in y], z, "softmax")
     assert found["acc"] == pytest.approx(np.mean([a == b for a, b in zip(y, guess, strict=True)]))
     f1 = [2 * np.sum((y == k) & (guess == k)) / (np.sum(y == k) + np.sum(guess == k))
           for k in range(3)]  # fmt: skip
@@ -328,22 +288,17 @@ def test_text_metrics_equal_loops():
     y, z = rng.random(40) < 0.4, rng.normal(size=(40, 1))
     texts = [f"q{i // 5}" for i in range(40)]
     y[:5] = True  # a query without a wrong candidate is left out
-    found = T.score_texts(
+    found = score_texts(
         [{"text": t, "label": float(i)} for t, i in zip(texts, y, strict=True)], z, "bce"
     )
     hits = np.sum(y & (z[:, 0] > 0))
     assert found["f1"] == pytest.approx(2 * hits / (np.sum(y) + np.sum(z > 0)))
-    ndcg = []
-    for q in range(8):
-        rel, score = y[q * 5 : q * 5 + 5], z[q * 5 : q * 5 + 5, 0]
-        if 0 < rel.sum() < 5:
-            order = sorted(range(5), key=lambda i: -score[i])
-            dcg = sum(rel[j] / np.log2(i + 2) for i, j in enumerate(order))
-            ndcg.append(dcg / sum(1 / np.log2(i + 2) for i in range(rel.sum())))
-    assert len(ndcg) > 3 and found["ndcg"] == pytest.approx(np.mean(ndcg))
+    queries = [slice(q, q + 5) for q in range(0, 40, 5) if 0 < y[q : q + 5].sum() < 5]
+    want = [ndcg_score([y[q]], [z[q, 0]], k=10) for q in queries]
+    assert len(want) > 3 and found["ndcg"] == pytest.approx(np.mean(want))
 
     y, z = rng.normal(size=30), rng.normal(size=(30, 1))
-    found = T.score_texts([{"label": i} for i in y], z, "mse")
+    found = score_texts([{"label": i} for i in y], z, "mse")
     assert found["pearson"] == pytest.approx(np.corrcoef(y, z[:, 0])[0, 1])
     ranks = y.argsort().argsort(), z[:, 0].argsort().argsort()
     assert found["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
@@ -351,91 +306,81 @@ def test_text_metrics_equal_loops():
 
 # ---- folders ----
 
-THEIRS = [
-    ("modernbert", dict(prediction_head=True)),
-    ("llama", dict()),
-    ("qwen3-bidirectional", dict()),
-    ("modernbert", dict(task="texts", pooling="cls", prediction_head=True)),
-    ("modernbert", dict(task="texts", pooling="mean", prediction_head=True, loss_kind="mse")),
-    ("modernbert-decoder", dict(task="texts", pooling="last", prediction_head=True)),
-    ("llama", dict(task="texts", pooling="last", loss_kind="bce")),
-    ("mistral", dict(task="texts", pooling="last")),
-    ("qwen3", dict(task="texts", pooling="last")),
+FOLDERS = [  # family, settings, why transformers has no such class
+    ("modernbert", dict(prediction_head=True), None),
+    ("llama", dict(), None),
+    ("llama-bidirectional", dict(), None),
+    ("modernbert", dict(task="texts", pooling="cls", prediction_head=True), None),
+    ("modernbert", dict(task="texts", prediction_head=True, loss_kind="mse"), None),
+    ("modernbert-decoder", dict(task="texts", pooling="last", prediction_head=True), None),
+    ("llama", dict(task="texts", pooling="last", loss_kind="bce"), None),
+    ("mistral", dict(task="texts", pooling="last"), None),
+    ("qwen3", dict(task="texts", pooling="last"), None),
+    ("llama", dict(label_position="next_token"), "not one before"),
+    ("modernbert", dict(), "prediction_head=True"),
+    ("modernbert-decoder", dict(), "labels no tokens"),
+    ("llama", dict(task="texts"), "pools last"),
+    ("neobert", dict(task="texts", pooling="cls"), "no NeoBERT"),
 ]
 
 
-@pytest.mark.parametrize(("family", "case"), THEIRS, ids=str)
-def test_saved_folders_are_transformers_own(family, case, tokenizer, tmp_path):
-    import transformers
-
+@pytest.mark.parametrize(("family", "case", "reason"), FOLDERS, ids=str)
+def test_saved_folders_are_transformers_or_ours(
+    family, case, reason, folders, tokenizer, tmp_path
+):
     s = settings(**case, dropout=0.2)
-    classifier = make_classifier(family, s).eval()
-    own = load_tokenizer(tokenizer.name_or_path)
+    classifier = make_classifier(folders[family], s).eval()
     if family in ("llama", "mistral"):  # their tokenizers have no padding
-        own.pad_token = None
-    T.set_pad(own, classifier.model.config)
-    T.save_classifier(str(tmp_path), classifier, own, s, classifier.state_dict())
-    name, problem = T.transformers_class(classifier.model.config, s)
-    assert problem is None
-    theirs, info = getattr(transformers, name).from_pretrained(
-        tmp_path, output_loading_info=True, attn_implementation="sdpa"
-    )
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert theirs.config.num_labels == classifier.linear.out_features
-    auto = "Token" if s["task"] == "words" else "Sequence"
-    auto = getattr(transformers, f"AutoModelFor{auto}Classification").from_pretrained(tmp_path)
-    assert type(auto) is type(theirs)
-    if s["loss_kind"] == "softmax":
-        assert theirs.config.id2label == {0: "A", 1: "B", 2: "C"}
-
-    examples = sentences(5) if s["task"] == "words" else TEXTS
-    with torch.no_grad():
-        batch = T.make_batch(examples, own, s)
-        logits = classifier(*batch[:3])
-        texts = ([" ".join(e["words"]) for e in examples] if s["task"] == "words"
-                 else T.join_texts(examples, own, s))  # fmt: skip
-        padded = load_tokenizer(str(tmp_path))(texts, padding=True, return_tensors="pt")
-        there = theirs(**{k: padded[k] for k in ("input_ids", "attention_mask")}).logits
-    if s["task"] == "words":  # the mean of the logits of a word's tokens
-        flat = torch.cat([x[m > 0] for x, m in zip(there, padded["attention_mask"], strict=True)])
-        there = T.mean_of_words(flat[batch[2].rows], batch[2])
-    assert logits.abs().max() > 0.3
-    torch.testing.assert_close(logits, there, atol=2e-5, rtol=1e-4)
-    # and back: what an embedder or another stage starts from
+        tokenizer.pad_token = None
+    tensors = classifier.model.state_dict(), classifier.last_layers.state_dict()
+    save_classifier(str(tmp_path), classifier.model.config, tokenizer, s, *tensors)
+    # back: what an embedder or another stage starts from
     again = from_pretrained(str(tmp_path))
     assert again.config.head == "none"
     for key, p in again.state_dict().items():
         assert torch.equal(p, classifier.model.state_dict()[key]), key
+    notes, last_layers = read_classifier(str(tmp_path))
+    assert all(torch.equal(last_layers[key], p) for key, p in tensors[1].items())
+    path = tmp_path / "nanoembed_classifier.json"  # what earlier versions wrote is read, too
+    path.write_text(path.read_text().replace("max_length", "max_seq_len"))
+    assert read_classifier(str(tmp_path))[0]["max_length"] == notes["max_length"] == 64
+    name, problem = transformers_class(classifier.model.config, s)
+    assert [notes["transformers"], notes["problem"]] == [name, problem]
+    if reason:
+        assert name is None and reason in problem
+        files = load_file(tmp_path / "model.safetensors")
+        assert "linear.weight" in files and not any(k.startswith(("score", "cl")) for k in files)
+        return
 
-
-@pytest.mark.parametrize(
-    ("family", "case", "reason"),
-    [
-        ("llama", dict(label_position="next_token"), "not one before"),
-        ("modernbert", dict(), "prediction_head=True"),
-        ("modernbert-decoder", dict(), "labels no tokens"),
-        ("llama", dict(task="texts", pooling="mean"), "pools last"),
-        ("neobert", dict(task="texts", pooling="cls"), "no NeoBERT"),
-    ],
-)
-def test_what_differs_from_transformers_is_ours_alone(family, case, reason, tokenizer, tmp_path):
-    s = settings(**case)
-    classifier = make_classifier(family, s)
-    own = load_tokenizer(tokenizer.name_or_path)
-    T.save_classifier(str(tmp_path), classifier, own, s, classifier.state_dict())
-    notes, tensors = T.read_classifier(str(tmp_path))
-    assert notes["transformers"] is None and reason in notes["problem"]
-    files = load_file(tmp_path / "model.safetensors")
-    assert "linear.weight" in files and not any(k.startswith(("score", "class")) for k in files)
-    assert torch.equal(tensors["linear.weight"], classifier.linear.weight)
-    for key, p in from_pretrained(str(tmp_path)).state_dict().items():
-        assert torch.equal(p, classifier.model.state_dict()[key]), key
+    theirs, info = getattr(transformers, name).from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="sdpa"
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert theirs.config.num_labels == classifier.last_layers["linear"].out_features
+    auto = "Token" if s.task == "words" else "Sequence"
+    auto = getattr(transformers, f"AutoModelFor{auto}Classification").from_pretrained(tmp_path)
+    assert type(auto) is type(theirs)
+    if s.loss_kind == "softmax":
+        assert theirs.config.id2label == {0: "A", 1: "B", 2: "C"}
+    examples = sentences(5) if s.task == "words" else TEXTS
+    with torch.no_grad():
+        batch = T.make_batch(examples, tokenizer, s)
+        logits = classifier(*batch.to("cpu")[:3])
+        texts = ([" ".join(e["words"]) for e in examples] if s.task == "words"
+                 else T.join_texts(examples, tokenizer, s))  # fmt: skip
+        padded = load_tokenizer(str(tmp_path))(texts, padding=True, return_tensors="pt")
+        there = theirs(**{k: padded[k] for k in ("input_ids", "attention_mask")}).logits
+    if s.task == "words":  # the mean of the logits of a word's tokens
+        flat = torch.cat([x[m > 0] for x, m in zip(there, padded["attention_mask"], strict=True)])
+        there = T.mean_of_words(flat[batch.units.rows], batch.units)
+    assert logits.abs().max() > 0.3
+    torch.testing.assert_close(logits, there, atol=2e-5, rtol=1e-4)
 
 
 # ---- whole runs ----
 
 TINY = """
-max_seq_len = 14  # cuts some words
+max_length = 14  # cuts some words
 batch_size = 8
 device_batch_size = 2
 max_steps = 6
@@ -450,19 +395,16 @@ dtype = "fp32"
 SCRIPT = "train_classifier.py"
 FAST = ["--learning_rate=0.1"]  # for the last layer alone
 arguments, run = partial(harness.arguments, SCRIPT), partial(harness.run, SCRIPT)
+evaluate = partial(harness.run, "evals/classifier.py", "--device_batch_size=2")
 
 
 @pytest.fixture(scope="module")
 def tiny(model_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("config")
-    keys = ("words", "labels")
-    files = {}
-    for name, n in (("train", 45), ("val", 21)):
-        lines = [{key: e[key] for key in keys} for e in sentences(n, seed=n)]
-        files[name] = write_lines(folder / f"{name}.jsonl", lines)
-    more = f"init_from = {model_folder!r}\ndata = {files['train']!r}\n"
-    more += f"eval_data = {files['val']!r}\n"
-    (folder / "tiny.py").write_text(TINY + more)
+    folder, text = tmp_path_factory.mktemp("config"), f"{TINY}init_from = {model_folder!r}\n"
+    for key, n in (("data", 45), ("eval_data", 21)):
+        lines = [{key: e[key] for key in ("words", "labels")} for e in sentences(n, seed=n)]
+        text += f"{key} = {write_jsonl(folder / f'{key}.jsonl', lines)!r}\n"
+    (folder / "tiny.py").write_text(text)
     return str(folder / "tiny.py")
 
 
@@ -481,8 +423,8 @@ def text_keys(tmp_path_factory):
         other = " ".join(text.split()[:share] + say(4 - share).split())
         scores.append({"text": text, "text_pair": other, "label": share * 1.25})
     for kind, lines in (("softmax", classes), ("bce", pairs), ("mse", scores)):
-        path = write_lines(folder / f"{kind}.jsonl", lines)
-        out[kind] = [f"--data={path}", f"--eval_data={path}", "--task=texts", "--max_seq_len=40",
+        path = write_jsonl(folder / f"{kind}.jsonl", lines)
+        out[kind] = [f"--data={path}", f"--eval_data={path}", "--task=texts", "--max_length=40",
                      f"--loss_kind={kind}", "--prediction_head=True", "--freeze_backbone=False",
                      "--learning_rate=1e-3"]  # fmt: skip
     out["bce"].append("--pos_weight=2")
@@ -497,30 +439,48 @@ def unbroken(tiny, tmp_path_factory):
     return out_dir
 
 
+def results(folder):
+    """The one file's in results.json."""
+    (found,) = json.loads((folder / "results.json").read_text()).values()
+    return found
+
+
 def test_a_frozen_run_learns_and_changes_its_last_layer_alone(tiny, model_folder, tmp_path):
     lines = [{"words": e["words"], "labels": e["labels"]} for e in sentences(60, 5, 9, 1)]
-    path = write_lines(tmp_path / "easy.jsonl", lines)
-    more = ["--max_steps=60", "--learning_rate=0.05", "--dropout=0.1", f"--data={path}"]
-    run(tiny, tmp_path, *more, f"--eval_data={path}", "--eval_interval=20")
+    path = write_jsonl(tmp_path / "easy.jsonl", lines)
+    more = ["--max_steps=60", "--learning_rate=0.05", "--dropout=0.1", "--attn_dropout=0.3"]
+    run(tiny, tmp_path, *more, f"--data={path}", f"--eval_data={path}", "--eval_interval=20")
     curve, right = losses(tmp_path), losses(tmp_path, "eval_acc")
     assert list(curve) == list(range(1, 61)) and list(right) == [20, 40, 60]
     assert right[60] > 0.6 and curve[60] < 0.8 * curve[1]
-    base = from_pretrained(model_folder).state_dict()
-    for key, p in from_pretrained(str(tmp_path)).state_dict().items():
-        assert torch.equal(p, base[key]), key
-    (found,) = json.loads((tmp_path / "results.json").read_text()).values()
+    base, last = from_pretrained(model_folder), from_pretrained(str(tmp_path))
+    for key, p in last.state_dict().items():
+        assert torch.equal(p, base.state_dict()[key]), key
+    assert last.config.attn_dropout == base.config.attn_dropout == 0.0  # the run's is not saved
+    found = results(tmp_path)
     assert found["task"] == "words" and found["n"] == sum(len(x["words"]) for x in lines)
     assert found["metrics"]["acc"] == right[60]
 
 
-def test_eval_only_gives_the_metrics_of_the_end(tiny, unbroken, tmp_path, capsys):
-    run_ = partial(run, tiny, tmp_path, "--eval_only=True", f"--init_from={unbroken}")
-    with pytest.raises(SystemExit):
-        run_("--label_position=next_token", "--max_seq_len=64", "--dropout=0.9")
+def test_evaluation_later_gives_the_metrics_of_the_end(
+    tiny, model_folder, unbroken, tmp_path, capsys
+):
+    path = os.path.join(os.path.dirname(tiny), "eval_data.jsonl")
+    keys = ["--dtype=fp32", f"--model={unbroken}", f"--eval_data={path}"]
+    evaluate(tmp_path, *keys)
     assert "as it was trained" in capsys.readouterr().out
     one, other = (json.loads((x / "results.json").read_text()) for x in (unbroken, tmp_path))
-    assert one == other and list(one.values())[0]["missing"] > 0
+    assert one == other and results(unbroken)["missing"] > 0
     assert os.listdir(tmp_path) == ["results.json"]
+    evaluate(tmp_path, *keys, "--eval_lines=5")
+    assert results(tmp_path)["n"] == sum(len(x["words"]) for x in harness.read_jsonl(path)[:5])
+    (tmp_path / "x.txt").write_text("-DOCSTART- O\n\ntan A\n")
+    for more, message in (
+        ([f"--eval_data={tmp_path}/x.txt", "--eval_lines=2"], "no example in its first 2 lines"),
+        (["--model="], "give --model"), ([f"--model={model_folder}"], "no classifier saved by us"),
+    ):  # fmt: skip
+        with pytest.raises((SystemExit, ValueError), match=message):
+            evaluate(tmp_path, *keys, *more)
 
 
 def test_kinds_of_texts_learn_and_reload(tiny, text_keys, tmp_path):
@@ -530,10 +490,8 @@ def test_kinds_of_texts_learn_and_reload(tiny, text_keys, tmp_path):
         run(tiny, whole, *keys)
         found = losses(whole, f"eval_{metric}")
         assert found[30] > found[10] and found[30] > 0.5, (kind, found)
-        with pytest.raises(SystemExit):
-            run(tiny, after, keys[1], "--eval_only=True", f"--init_from={whole}")
-        one, other = (json.loads((x / "results.json").read_text()) for x in (whole, after))
-        assert one == other and one
+        evaluate(after, keys[1], f"--model={whole}", "--dtype=fp32")
+        assert results(whole) == results(after)
 
 
 def test_killed_and_resumed_is_bit_equal(tiny, unbroken, tmp_path):
@@ -544,24 +502,23 @@ def test_killed_and_resumed_is_bit_equal(tiny, unbroken, tmp_path):
     assert saved(tmp_path, 6) == saved(unbroken, 6)
 
 
-def test_lora_resumes_merged_and_as_an_adapter(tiny, tmp_path):
-    keys = ["--lora_rank=2", "--dropout=0.1", "--schedule=constant"]
+def test_lora_resumes_merged_and_as_an_adapter(tiny, tokenizer, tmp_path):
+    keys = ["--lora_rank=2", "--dropout=0.1"]
     whole, half = tmp_path / "whole", tmp_path / "half"
-    model = run(tiny, whole, *keys).classifier.eval()
-    run(tiny, half, *keys, "--max_steps=3")
+    classifier = run(tiny, whole, *keys).classifier.eval()
+    run(tiny, half, *keys, "--stop_step=3")
     run(tiny, half, *keys, "--resume=True")
     for column in ("loss", "gnorm", "eval_loss"):
         assert losses(half, column) == losses(whole, column)
     assert saved(half, 6) == saved(whole, 6)
-    s = model.settings
-    examples = sentences(4)
-    batch = T.make_batch(examples, load_tokenizer(str(whole / "step6")), s)
+    batch = T.make_batch(sentences(4), tokenizer, classifier.s)
     merged = from_pretrained(str(whole / "step6"))
     with torch.no_grad():
-        ours, theirs = model.model(*batch[:2]), merged(*batch[:2])
+        ours, theirs = (m(batch.tokens, batch.seqs) for m in (classifier.model, merged))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     # an adapter's folder is a model to start from, its base is found
-    run(tiny, tmp_path / "next", f"--init_from={whole / 'step6' / 'adapter'}", "--max_steps=1")
+    run(tiny, tmp_path / "next", f"--init_from={whole / 'step6' / 'adapter'}", "--max_steps=1",
+        "--warmup_steps=None")  # fmt: skip
     last = from_pretrained(str(tmp_path / "next" / "step1")).state_dict()
     assert all(torch.equal(p, last[key]) for key, p in merged.state_dict().items())
 
@@ -582,18 +539,18 @@ def test_two_ranks_equal_one(tiny, text_keys, tmp_path):
     kinds = {
         "ddp": [],
         "whole": ["--freeze_backbone=False", "--learning_rate=1e-3"],
-        "fsdp": ["--freeze_backbone=False", "--learning_rate=1e-3", "--fsdp=True"],
-        "lora": ["--lora_rank=2", "--lora_dropout=0", "--fsdp=True"],
-        "mse": [*text_keys["mse"], "--fsdp=True"],
+        "fsdp": ["--freeze_backbone=False", "--learning_rate=1e-3", "--fsdp=full"],
+        "lora": ["--lora_rank=2", "--lora_dropout=0", "--fsdp=full"],
+        "mse": [*text_keys["mse"], "--fsdp=full"],
     }
     argvs = []
     for kind, flags in kinds.items():
         argvs.append(arguments(tiny, tmp_path / kind, *flags))
         if kind != "fsdp":
-            run(tiny, tmp_path / f"{kind}-one", *flags, "--fsdp=False")
-    more = ["--freeze_backbone=False", "--dropout=0.2", "--schedule=constant"]
+            run(tiny, tmp_path / f"{kind}-one", *flags, "--fsdp=")
+    more = ["--freeze_backbone=False", "--dropout=0.2"]
     half = arguments(tiny, tmp_path / "half", *more)
-    argvs += [arguments(tiny, tmp_path / "unbroken", *more), half + ["--max_steps=3"]]
+    argvs += [arguments(tiny, tmp_path / "unbroken", *more), half + ["--stop_step=3"]]
     argvs += [half + ["--resume=True"]]
     run_ranks(2, argvs)
     for kind in kinds:
@@ -605,7 +562,7 @@ def test_two_ranks_equal_one(tiny, text_keys, tmp_path):
 
 def test_sigterm_saves_and_exits(tiny, unbroken, tmp_path, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(common, "catch_sigterm", lambda: lambda: calls.append(1) or len(calls) > 4)
+    monkeypatch.setattr(common, "catch_stop", lambda: lambda: calls.append(1) or len(calls) > 4)
     run(tiny, tmp_path, "--dropout=0.1", *FAST)
     assert f"saved {tmp_path}/step4" in capsys.readouterr().out and max(losses(tmp_path)) == 4
     monkeypatch.undo()
@@ -625,7 +582,7 @@ def test_show_batch_and_dry_run(tiny, text_keys, unbroken, tmp_path, capsys):
     before = sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("*"))
     run(tiny, unbroken, "--dry_run=True")
     out = capsys.readouterr().out
-    assert re.search(r"dry run: [\d.]+ s/step, [\d.,]+ texts/s, peak memory .* fits", out)
+    assert re.search(r"dry run: [\d.]+ s/step, [\d.,]+ ex/s, .*, peak memory .* fits", out)
     assert sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("*")) == before
 
 
@@ -635,16 +592,15 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path, capsys)
     with pytest.raises(SystemExit, match="4th such step"):
         run(tiny, tmp_path, *keys)
     out = capsys.readouterr().out
-    assert re.search(r"step \d: loss nan.* skipped. Lines of .*train.jsonl: \[\d+", out)
+    assert re.search(r"step \d: loss nan.* skipped. Lines of .*data.jsonl: \[\d+", out)
 
 
-def test_dropout_is_off_in_evaluation(tokenizer):
-    s = settings(dropout=0.9, frozen=True)
-    classifier = make_classifier("modernbert", s).train()
-    examples = sentences(6)
+def test_dropout_is_off_in_evaluation(tokenizer, folders):
+    s, examples = settings(dropout=0.9), sentences(6)
+    classifier = make_classifier(folders["modernbert"], s, frozen=True).train()
     one, other = (T.evaluate(classifier, examples, tokenizer, s) for _ in range(2))
     assert one == other and classifier.training and not classifier.model.training
-    batch = T.make_batch(examples, tokenizer, s)
+    batch = T.make_batch(examples, tokenizer, s).to("cpu")
     assert not torch.equal(classifier(*batch[:3]), classifier(*batch[:3]))
     classifier.eval()
     loss = classifier(*batch)[0].item() / len(batch[3])
@@ -653,71 +609,61 @@ def test_dropout_is_off_in_evaluation(tokenizer):
 
 # ---- bad input ----
 
-GOOD = '{"words": ["a", "b"], "labels": ["A", "B"]}\n'
+GOOD = {"words": '{"words": ["a", "b"], "labels": ["1", "B"]}',
+        "texts": '{"text": "a", "label": 1}'}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("kind", "line", "message"),
     [
-        ('{"words": ["a", "b"], "labels": ["A"]}', "line 3: 2 words and 1 in 'labels'"),
-        ('{"words": [], "labels": []}', "line 3: 0 words and 0"),
-        ('{"words": ["a"]}', "line 3: field 'labels' is missing"),
-        ('{"words": "a b", "labels": ["A", "B"]}', "line 3: field 'words' is 'a b'"),
-        ('{"words": ["a"], "labels": [1]}', "line 3: field 'labels' is [1] (expected list of str)"),
-        ('{"words": ["a"', "line 3: not JSON"),
-        ('{"words": ["a"], "labels": ["D"]}', "line 3: label 'D' is none of the 2 labels: A, B"),
+        ("words", '{"words": ["a", "b"], "labels": ["A"]}', "2 words and 1 in 'labels'"),
+        ("words", '{"words": [], "labels": []}', "0 words and 0"),
+        ("words", '{"words": ["a"]}', "field 'labels' is missing"),
+        ("words", '{"words": "a b", "labels": ["A", "B"]}', "field 'words' is 'a b'"),
+        ("words", '{"words": ["a"], "labels": [1]}', "'labels' is [1] (expected list of str)"),
+        ("words", '{"words": ["a"', "not JSON"),
+        ("words", '{"words": ["a"], "labels": ["D"]}', "label 'D' is none of the 2 labels: 1, B"),
+        ("softmax", '{"text": "a", "label": 0.5}', "field 'label' is 0.5 (expected str)"),
+        ("softmax", '{"text": "a"}', "field 'label' is missing"),
+        ("softmax", '{"text": 1, "label": "x"}', "field 'text' is 1"),
+        ("softmax", '{"text": "a", "text_pair": 2, "label": "x"}', "field 'text_pair' is 2"),
+        ("softmax", '{"text": "a", "label": "x"}', "label 'x' is none of the 2 labels: 1, B"),
+        ("bce", '{"text": "a", "label": 2}', "label 2.0, expected one from 0 to 1"),
+        ("mse", '{"text": "a", "label": "1"}', "field 'label' is '1' (expected float)"),
+        ("mse", '{"text": "a", "label": NaN}', "label nan, expected one that is finite"),
     ],
 )
-def test_broken_lines_of_words(line, message, tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text(f"{GOOD}\n{line}\n{GOOD}")
+def test_broken_lines(kind, line, message, tmp_path):
+    path, good = tmp_path / "x.jsonl", GOOD.get(kind, GOOD["texts"])
+    path.write_text(f"{good}\n\n{line}\n{good}\n")
     with pytest.raises(ValueError) as error:
-        T.number_labels(T.read_words(str(path), "labels", -1), ["A", "B"], str(path))
-    assert f"{path} " in str(error.value) and message in str(error.value)
+        read = partial(read_words, field="labels", column=-1) if kind == "words" else read_texts
+        args = [] if kind == "words" else [kind]
+        number_labels(read(str(path), *args), ["1", "B"], str(path))
+    assert f"{path} line 3: " in str(error.value) and message in str(error.value)
 
 
 def test_columns(tmp_path):
     path = tmp_path / "eng.testa"
     text = "-DOCSTART- -X- O O\n\nEU NNP I-NP I-ORG\nrejects VBZ I-VP O\n\n\n"
     path.write_text(text + "Peter NNP I-NP I-PER")
-    examples = T.read_words(str(path), "labels", 3)
-    assert examples == T.read_words(str(path), "labels", -1) == [
+    examples = read_words(str(path), "labels", 3)
+    assert examples == read_words(str(path), "labels", -1) == [
         {"words": ["EU", "rejects"], "labels": ["I-ORG", "O"], "lines": [3, 4]},
         {"words": ["Peter"], "labels": ["I-PER"], "lines": [7]},
     ]  # fmt: skip
-    assert T.read_words(str(path), "labels", 1)[0]["labels"] == ["NNP", "VBZ"]
+    assert read_words(str(path), "labels", 1)[0]["labels"] == ["NNP", "VBZ"]
     with pytest.raises(ValueError, match="eng.testa line 4: label 'O' is none of the 2 labels"):
-        T.number_labels(examples, ["I-ORG", "I-PER"], str(path))
+        number_labels(examples, ["I-ORG", "I-PER"], str(path))
     path.write_text("a X\nb\n")
     with pytest.raises(ValueError, match="eng.testa line 2: 1 columns, no label in -1"):
-        T.read_words(str(path), "labels", -1)
-
-
-@pytest.mark.parametrize(
-    ("kind", "line", "message"),
-    [
-        ("softmax", '{"text": "a", "label": 0.5}', "line 3: field 'label' is 0.5 (expected str)"),
-        ("softmax", '{"text": "a"}', "line 3: field 'label' is missing"),
-        ("softmax", '{"text": 1, "label": "x"}', "line 3: field 'text' is 1"),
-        ("softmax", '{"text": "a", "text_pair": 2, "label": "x"}', "field 'text_pair' is 2"),
-        ("softmax", '{"text": "a", "label": "x"}', "line 3: label 'x' is none of the 1 labels: 1"),
-        ("bce", '{"text": "a", "label": 2}', "line 3: label 2.0, expected one from 0 to 1"),
-        ("mse", '{"text": "a", "label": "1"}', "line 3: field 'label' is '1' (expected float)"),
-        ("mse", '{"text": "a", "label": NaN}', "line 3: label nan, expected one that is finite"),
-    ],
-)
-def test_broken_lines_of_texts(kind, line, message, tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text(f'{{"text": "a", "label": 1}}\n\n{line}\n')
-    with pytest.raises(ValueError) as error:
-        T.number_labels(T.read_texts(str(path), kind), ["1"], str(path))
-    assert f"{path} " in str(error.value) and message in str(error.value)
+        read_words(str(path), "labels", -1)
 
 
 def test_pairs_with_negatives_become_labelled_texts(tmp_path):
     lines = [{"query": "q", "pos": ["a", "b"], "neg": ["c"], "prompt": "ask: "},
              {"query": "r", "positive": "d"}]  # fmt: skip
-    examples = T.read_texts(write_lines(tmp_path / "x.jsonl", lines), "bce")
+    examples = read_texts(write_jsonl(tmp_path / "x.jsonl", lines), "bce")
     assert [(e["text"], e["pair"], e["label"], e["lines"]) for e in examples] == [
         ("ask: q", "a", 1.0, [1]), ("ask: q", "b", 1.0, [1]), ("ask: q", "c", 0.0, [1]),
         ("r", "d", 1.0, [2]),
@@ -727,48 +673,45 @@ def test_pairs_with_negatives_become_labelled_texts(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--task=word"], "task='word': expected one of words, texts"),
+        (["--task=word"], "task='word': expected one of 'words', 'texts'"),
         (["--label_position=next"], "label_position='next'"),
         (["--loss_kind=mse"], "words have the labels of softmax"),
         (["--lora_rank=2", "--freeze_backbone=False"], "LoRA freezes the backbone"),
         (["--device_batch_size=3"], "batch_size=8 must be k x device_batch_size=3"),
         (["--data=nowhere.jsonl"], "nowhere.jsonl"),
         (["--init_from=nowhere/at/all"], "nowhere/at/all"),
-        (["--label_names=('A','B')"], "train.jsonl line"),
-        (["--eval_only=True"], "no classifier saved by us"),
+        (["--label_names=('A','B')"], "data.jsonl line"),
+        (["--eval_only=True"], "unknown key 'eval_only'"),
+        (["--fsdp=full"], "start with torchrun"),
+        (["--train_also=norm"], "goes with LoRA"),
+        (["--num_epochs=1"], "max_steps=6, num_epochs=1.0; expected one of"),
         (["--pooling=max", "--task=texts"], "pooling='max'"),
         (["--dropuot=0.1"], "did you mean 'dropout'"),
-        (["--max_seq_len=2"], "leaves no room"),
+        (["--max_length=2"], "leaves no room"),
+        (["--eval_data={other}"], "other.jsonl line 2: label 'Z' is none of the 3 labels"),
+        (["--out_dir={unbroken}"], "--resume=True goes on"),
+        (["--out_dir={unbroken}", "--resume=True", "--data={other}", "--eval_data="],
+         "was trained with labels="),
     ],
-)
-def test_bad_settings_say_what_is_expected(tiny, tmp_path, more, message):
+)  # fmt: skip
+def test_bad_settings_say_what_is_expected(tiny, unbroken, tmp_path, more, message):
+    lines = [{"words": ["tan"], "labels": ["A"]}, {"words": ["tan"], "labels": ["Z"]}]
+    other = write_jsonl(tmp_path / "other.jsonl", lines)
     with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as error:
-        run(tiny, tmp_path, *more)
+        run(tiny, tmp_path, *(key.format(other=other, unbroken=unbroken) for key in more))
     assert message in str(error.value)
 
 
 def test_labels_are_sorted():
-    def named(*labels):
-        return T.label_set([{"label": x} for x in labels])
-
-    assert named("10", "2", "0", "2") == ["0", "2", "10"]
-    assert named("b", "B", "a") == ["B", "a", "b"]
-    assert named("x", "10", "9") == ["9", "10", "x"]
-
-
-def test_resume_keeps_its_labels(tiny, unbroken, tmp_path):
-    lines = [{"words": ["tan"], "labels": ["other"]}, {"words": ["mo"], "labels": ["labels"]}]
-    path = tmp_path / "other.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(SystemExit, match="was trained with labels="):
-        run(tiny, unbroken, f"--data={path}", "--eval_data=", "--resume=True")
+    for labels, wanted in (("10 2 0 2", "0 2 10"), ("b B a", "B a b"), ("x 10 9", "9 10 x")):
+        assert label_set([{"label": x} for x in labels.split()]) == wanted.split()
 
 
 def test_both_texts_of_a_long_pair_are_seen(tokenizer):
-    s = dict(prefix="", suffix="", separator="[SEP]", max_seq_len=32, task="texts",
-             loss_kind="mse", pooling="mean")  # fmt: skip
+    s = settings(max_length=32, task="texts", loss_kind="mse")
     for text, pair in (("tan " * 60, "ris su"), ("tan", "ris " * 60), ("tan " * 60, "ris " * 60)):
-        tokens, *_ = T.make_batch([{"text": text, "pair": pair, "label": 0.0}], tokenizer, s)
+        example = {"text": text, "pair": pair, "label": 0.0}
+        tokens = T.make_batch([example], tokenizer, s).tokens
         shown = tokenizer.decode(tokens).split("[SEP]")
         assert len(tokens) <= 32 and "tan" in shown[0] and "ris" in shown[1] and len(shown) == 3
         if pair == "ris su":
@@ -777,47 +720,20 @@ def test_both_texts_of_a_long_pair_are_seen(tokenizer):
     assert min(even) > 5, even
 
 
-def test_labels_that_training_never_saw_are_an_error(tiny, tmp_path):
-    path = tmp_path / "val.jsonl"
-    path.write_text('{"words": ["tan"], "labels": ["A"]}\n{"words": ["tan"], "labels": ["Z"]}\n')
-    with pytest.raises(ValueError, match="val.jsonl line 2: label 'Z' is none of the 3 labels"):
-        run(tiny, tmp_path / "out", f"--eval_data={path}")
-
-
-def test_a_run_is_not_overwritten(tiny, unbroken):
-    with pytest.raises(SystemExit, match="--resume=True"):
-        run(tiny, unbroken)
-
-
-def test_configs_have_keys_of_the_script(monkeypatch):
-    paths = sorted(glob.glob(os.path.join(ROOT, "configs", "classifier_*.py")))
+def test_configs_have_keys_of_the_script():
+    paths = sorted(glob.glob(os.path.join(harness.ROOT, "configs", "classifier_*.py")))
     assert len(paths) == 5
-    for path in paths:
-        monkeypatch.setattr("sys.argv", [SCRIPT, path])
-        found = common.configure(dict(vars(T)))
+    for name in (os.path.basename(path).removesuffix(".py") for path in paths):
+        found = harness.configured(SCRIPT, name)
         assert found["batch_size"] % found["device_batch_size"] == 0
-        assert found["task"] == ("words" if found["label_names"] or "pos_ud" in path else "texts")
-        if "conll" in path:
-            sizes = {"pos": 47, "chunk": 23, "ner": 9}
-            for field, n in sizes.items():
-                monkeypatch.setattr("sys.argv", [SCRIPT, path, f"--label_field={field}"])
-                names = common.configure(dict(vars(T)))["label_names"]
-                assert len(set(names)) == len(names) == n, field
+        assert found["task"] == ("words" if found["label_names"] or "pos_ud" in name else "texts")
+    for field, n in {"pos": 47, "chunk": 23, "ner": 9}.items():
+        found = harness.configured(SCRIPT, "classifier_conll2003", f"--label_field={field}")
+        names = found["label_names"]
+        assert len(set(names)) == len(names) == n, field
 
 
 # ---- prepare ----
-
-
-def script(path):
-    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), os.path.join(ROOT, path))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def read_lines(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
-
 
 COLUMNS = """-DOCSTART- -X- -X- O
 
@@ -840,14 +756,14 @@ WANTED = [
 
 
 def test_conll2003_from_columns_and_from_the_hubs_schema(tmp_path, capsys):
-    prepare = script("data/conll2003/prepare.py")
+    prepare = harness.script("data/conll2003/prepare.py")
     for name in ("eng.train", "eng.testa", "eng.testb"):
         (tmp_path / name).write_text(COLUMNS)
     prepare.main(["--input", str(tmp_path), "--out", str(tmp_path / "a")])
     shown = capsys.readouterr().out
     assert "2 sentences, 8 words, 5 names; expected 14,041, 203,621, 23,499: NOT the data" in shown
     for name in ("train", "val", "test"):
-        assert read_lines(tmp_path / "a" / f"{name}.jsonl") == WANTED
+        assert harness.read_jsonl(tmp_path / "a" / f"{name}.jsonl") == WANTED
     (tmp_path / "eng.testa").write_text("EU NNP I-NP\n")
     with pytest.raises(ValueError, match="eng.testa line 1: 3 columns, expected 4"):
         prepare.main(["--input", str(tmp_path), "--out", str(tmp_path / "a")])
@@ -865,11 +781,11 @@ def test_conll2003_from_columns_and_from_the_hubs_schema(tmp_path, capsys):
         dataset.to_parquet(tmp_path / "hub" / f"{split}-00000-of-00001.parquet")
     prepare.main(["--dataset", str(tmp_path / "hub"), "--out", str(tmp_path / "b")])
     for name in ("train", "val", "test"):
-        assert read_lines(tmp_path / "b" / f"{name}.jsonl") == WANTED
+        assert harness.read_jsonl(tmp_path / "b" / f"{name}.jsonl") == WANTED
 
 
 def test_universal_dependencies(tmp_path):
-    prepare, row = script("data/ud/prepare.py"), "{}\t{}\tx\t{}\t{}" + "\t_" * 5 + "\n"
+    prepare, row = harness.script("data/ud/prepare.py"), "{}\t{}\tx\t{}\t{}" + "\t_" * 5 + "\n"
     text = "# text = I don't\n" + row.format(1, "I", "PRON", "PRP")
     text += row.format("2-3", "don't", "_", "_") + row.format(2, "do", "AUX", "VBP")
     text += row.format(3, "n't", "PART", "RB") + row.format("3.1", "go", "VERB", "VB") + "\n"
@@ -880,10 +796,10 @@ def test_universal_dependencies(tmp_path):
     upos = [{"words": ["I", "do", "n't"], "labels": ["PRON", "AUX", "PART"]},
             {"words": ["New York"], "labels": ["PROPN"]}]  # fmt: skip
     for name in ("train", "val", "test"):
-        assert read_lines(tmp_path / "out" / f"{name}.jsonl") == upos
+        assert harness.read_jsonl(tmp_path / "out" / f"{name}.jsonl") == upos
     one = str(tmp_path / "one.jsonl")
     prepare.main(["--input", str(tmp_path / "en_x-ud-dev.conllu"), "--out", one, "--tags", "xpos"])
-    assert read_lines(one)[0]["labels"] == ["PRP", "VBP", "RB"]
+    assert harness.read_jsonl(one)[0]["labels"] == ["PRP", "VBP", "RB"]
     (tmp_path / "en_x-ud-dev.conllu").write_text("1\tI\tI\tPRON\n")
     with pytest.raises(ValueError, match="dev.conllu line 1: 4 columns, expected 10"):
         prepare.main(["--input", str(tmp_path), "--out", str(tmp_path / "out")])

@@ -1,4 +1,5 @@
-"""common.py and plot.py. The checks at the end run inside two gloo ranks, started once.
+"""common.py, checkpoint.py, optim.py and tools/plot.py. The checks at the end run inside two gloo
+ranks, started once.
 
 python -m pytest tests/test_common.py
 """
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+import types
 
 import pytest
 import torch
@@ -24,7 +26,10 @@ from torch import nn
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)  # the ranks run this file as a script
 
+import checkpoint  # noqa: E402
 import common  # noqa: E402
+import optim  # noqa: E402
+from tools import plot  # noqa: E402
 
 # ---- config ----
 
@@ -279,45 +284,50 @@ def test_sums_without_ranks():
     assert common.all_reduce_sum([1, 2.5, torch.tensor(3.0)]) == [1.0, 2.5, 3.0]
 
 
-def test_sigterm_sets_a_flag():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_sets_a_flag_and_a_second_ctrl_c_ends(number):
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        stop_requested = common.catch_sigterm()
+        stop_requested = common.catch_stop()
         assert stop_requested() is False
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert stop_requested() is True
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for n, handler in before.items():
+            signal.signal(n, handler)
 
 
 # ---- checkpoints ----
 
 
 def write_checkpoint(out_dir, name, text="weights"):
-    tmp = common.begin_checkpoint(out_dir, name)
+    tmp = checkpoint.begin_checkpoint(out_dir, name)
     os.makedirs(os.path.join(tmp, "1_Pooling"))
     for file in ("model.safetensors", "1_Pooling/config.json", "training_state.pt"):
         with open(os.path.join(tmp, file), "w") as f:
             f.write(text)
-    return common.commit_checkpoint(tmp)
+    return checkpoint.commit_checkpoint(tmp)
 
 
 def names(out_dir):
-    return sorted(os.listdir(out_dir))
+    return sorted(set(os.listdir(out_dir)) - {"final"})
 
 
 def test_checkpoint_is_listed_and_found(tmp_path, capsys):
     out = str(tmp_path / "out")
-    assert common.latest_checkpoint(out, "step") is None
+    assert checkpoint.latest_checkpoint(out, "step") is None
     for name in ("step9", "step10", "ext99", "stepx"):
         path = write_checkpoint(out, name)
     assert path == os.path.join(out, "stepx") and "step10" in names(out)
     assert json.load(open(f"{out}/step10/complete.json")) == {
         "1_Pooling/config.json": 7, "model.safetensors": 7, "training_state.pt": 7
     }  # fmt: skip
-    assert common.latest_checkpoint(out, "step") == os.path.join(out, "step10")  # by number
-    assert common.latest_checkpoint(out, "ext") == os.path.join(out, "ext99")
-    assert common.latest_checkpoint(out, "decay") is None
+    assert checkpoint.latest_checkpoint(out, "step") == os.path.join(out, "step10")  # by number
+    assert checkpoint.latest_checkpoint(out, "ext") == os.path.join(out, "ext99")
+    assert checkpoint.latest_checkpoint(out, "decay") is None
     assert capsys.readouterr().out == ""
 
 
@@ -325,8 +335,8 @@ def test_checkpoint_replaces_one_of_the_same_name(tmp_path):
     write_checkpoint(tmp_path, "step1")
     stale = tmp_path / "step1" / "old_file"
     stale.write_text("x")
-    assert (tmp_path / common.begin_checkpoint(tmp_path, "step1")).is_dir()
-    assert common.latest_checkpoint(tmp_path, "step") == str(tmp_path / "step1")
+    assert (tmp_path / checkpoint.begin_checkpoint(tmp_path, "step1")).is_dir()
+    assert checkpoint.latest_checkpoint(tmp_path, "step") == str(tmp_path / "step1")
     write_checkpoint(tmp_path, "step1", "newer weights")
     assert not stale.exists() and names(tmp_path) == ["step1"]
     assert (tmp_path / "step1" / "model.safetensors").read_text() == "newer weights"
@@ -361,9 +371,9 @@ def test_torn_checkpoint_is_skipped(tmp_path, capsys, tear, reason):
     write_checkpoint(tmp_path, "step1")
     write_checkpoint(tmp_path, "step2")
     tear(tmp_path / "step2")
-    assert common.latest_checkpoint(tmp_path, "step") == str(tmp_path / "step1")
+    assert checkpoint.latest_checkpoint(tmp_path, "step") == str(tmp_path / "step1")
     assert capsys.readouterr().out == f"checkpoint {tmp_path / 'step2'} skipped: {reason}\n"
-    common.prune_checkpoints(tmp_path, "step", 1, False)  # the torn one does not count as one
+    checkpoint.prune_checkpoints(tmp_path, "step", 1, False)  # the torn one does not count as one
     assert names(tmp_path) == ["step1", "step2"]
 
 
@@ -374,41 +384,55 @@ def test_killed_before_the_rename(tmp_path, monkeypatch):
         write_checkpoint(tmp_path, "step2", "new")
     monkeypatch.undo()
     assert names(tmp_path) == [".tmp-step2"]  # the worst moment: the old one is gone
-    common.begin_checkpoint(tmp_path, "step3")  # and one killed while it was written
-    assert common.latest_checkpoint(tmp_path, "step") == str(tmp_path / "step2")
+    checkpoint.begin_checkpoint(tmp_path, "step3")  # and one killed while it was written
+    assert checkpoint.latest_checkpoint(tmp_path, "step") == str(tmp_path / "step2")
     assert (tmp_path / "step2" / "model.safetensors").read_text() == "new"
-    common.prune_checkpoints(tmp_path, "step", 0, False)
+    checkpoint.prune_checkpoints(tmp_path, "step", 0, False)
     assert names(tmp_path) == ["step2"]
+
+
+def test_final_leads_to_the_newest(tmp_path):
+    for step in (9, 10, 8):
+        path = write_checkpoint(tmp_path, f"step{step}", f"weights {step}")
+        assert os.path.realpath(tmp_path / "final") == os.path.realpath(path)
+    assert (tmp_path / "final" / "model.safetensors").read_text() == "weights 8"
+    assert os.readlink(tmp_path / "final") == "step8"  # a moved out_dir keeps it
 
 
 def test_prune_keeps_the_last_and_the_best(tmp_path):
     for step in (1, 2, 3, 10, 20):
         write_checkpoint(tmp_path, f"step{step}")
     write_checkpoint(tmp_path, "ext1")
-    common.prune_checkpoints(tmp_path, "step", 0, False)
+    checkpoint.prune_checkpoints(tmp_path, "step", 0, False)
     assert len(names(tmp_path)) == 6
-    common.prune_checkpoints(tmp_path, "step", 2, False, best="step2")
+    checkpoint.prune_checkpoints(tmp_path, "step", 2, False, best="step2")
     assert names(tmp_path) == ["ext1", "step10", "step2", "step20"]
-    common.prune_checkpoints(tmp_path, "step", 1, False, best=str(tmp_path / "step2"))
+    checkpoint.prune_checkpoints(tmp_path, "step", 1, False, best=str(tmp_path / "step2"))
     assert names(tmp_path) == ["ext1", "step2", "step20"]
-    common.prune_checkpoints(tmp_path, "step", 1, False)
+    checkpoint.prune_checkpoints(tmp_path, "step", 1, False)
     assert names(tmp_path) == ["ext1", "step20"]
 
 
 def test_prune_can_keep_models(tmp_path, capsys):
     for step in (1, 2, 3):
         write_checkpoint(tmp_path, f"step{step}")
-    common.prune_checkpoints(tmp_path, "step", 1, True, best="step1")
+    checkpoint.prune_checkpoints(tmp_path, "step", 1, True, best="step1")
     assert names(tmp_path / "step2") == ["1_Pooling", "complete.json", "model.safetensors"]
     assert "training_state.pt" in names(tmp_path / "step1")
     tear_list(tmp_path / "step3")
-    assert common.latest_checkpoint(tmp_path, "step") == str(tmp_path / "step1")
+    assert checkpoint.latest_checkpoint(tmp_path, "step") == str(tmp_path / "step1")
     assert "step2 skipped: a model only" in capsys.readouterr().out
-    common.prune_checkpoints(tmp_path, "step", 1, True)  # models stay whatever their number
+    checkpoint.prune_checkpoints(tmp_path, "step", 1, True)  # models stay whatever their number
     assert names(tmp_path) == ["step1", "step2", "step3"]
 
 
 # ---- the log ----
+
+
+def open_log(out_dir, columns, stop_step, start_step=0, tracker=""):
+    keys = dict(out_dir=str(out_dir), stop_step=stop_step, tracker=tracker, dry_run=False)
+    s = types.SimpleNamespace(**keys, config=keys, rank=common.get_rank())
+    return common.open_log(s, columns, start_step)
 
 
 def rows_of(folder):
@@ -420,7 +444,7 @@ def test_log_line_and_csv(tmp_path, capsys, monkeypatch):
     clock = iter([100.0, 101.0, 102.0, 104.0])
     monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
     columns = ["loss", "acc", "gnorm", "lr", "tok_s", "mfu", "eval_loss"]
-    log = common.open_log(tmp_path, columns, 1000)
+    log = open_log(tmp_path, columns, 1000)
     line = dict(loss=2.3456, acc=0.412, gnorm=1.0299, lr=3e-4, tok_s=128000, mfu=0.412)
     log(110, line | {"mfu": None})
     log(120, line)
@@ -439,28 +463,28 @@ def test_log_line_and_csv(tmp_path, capsys, monkeypatch):
     with pytest.raises(KeyError, match="los"):
         log(121, {"los": 1.0})
     with pytest.raises(SystemExit, match="tracker"):
-        common.open_log(tmp_path, columns, 1000, tracker="mlflow")
+        open_log(tmp_path, columns, 1000, tracker="mlflow")
 
 
 def test_resumed_log_is_cut_back(tmp_path):
-    log = common.open_log(tmp_path, ["loss", "old"], 200)
+    log = open_log(tmp_path, ["loss", "old"], 200)
     for step in (5, 10, 15, 100):
         log(step, {"loss": step / 3, "old": 1})
     with open(tmp_path / "log.csv", "a") as f:
         f.write("1")  # killed while writing 105: this is not step 1
-    log = common.open_log(tmp_path, ["loss", "new"], 200, start_step=10)
+    log = open_log(tmp_path, ["loss", "new"], 200, start_step=10)
     log(15, {"loss": 7, "new": 8})
     rows = rows_of(tmp_path)
     assert [int(r["step"]) for r in rows] == [5, 10, 15]
     assert [float(r["loss"]) for r in rows] == [5 / 3, 10 / 3, 7]  # every bit
     assert [(r["new"], r["old"]) for r in rows] == [("", "1.0"), ("", "1.0"), ("8.0", "")]
-    common.open_log(tmp_path, ["loss"], 200)  # a fresh run starts a fresh file
+    open_log(tmp_path, ["loss"], 200)  # a fresh run starts a fresh file
     assert rows_of(tmp_path) == []
 
 
 def test_log_is_rank_0s(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    common.open_log(tmp_path / "x", ["loss"], 10)(1, {"loss": 1.0})
+    open_log(tmp_path / "x", ["loss"], 10)(1, {"loss": 1.0})
     assert not (tmp_path / "x").exists() and capsys.readouterr().out == ""
 
 
@@ -480,8 +504,8 @@ def test_tensorboard_gets_the_numbers(tmp_path, monkeypatch):
     fake = type(sys)("torch.utils.tensorboard")
     fake.SummaryWriter = Board
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    common.open_log(tmp_path, ["loss"], 10, 4, "tensorboard")(5, {"loss": 2})
-    assert got == [(tmp_path, 5), ("loss", 2.0, 5)]
+    open_log(tmp_path, ["loss"], 10, 4, "tensorboard")(5, {"loss": 2})
+    assert got == [(str(tmp_path), 5), ("loss", 2.0, 5)]
 
 
 def test_format_time():
@@ -491,25 +515,72 @@ def test_format_time():
 
 def test_plot_writes_a_png(tmp_path):
     for run in "ab":
-        log = common.open_log(tmp_path / run, ["loss", "lr", "eval_loss"], 50)
+        log = open_log(tmp_path / run, ["loss", "lr", "eval_loss"], 50)
         for step in range(1, 51):
             log(step, {"loss": 1 / step, "lr": 0.1})
         log(50, {"eval_loss": 0.5})
-    command = [sys.executable, os.path.join(ROOT, "plot.py"), "a", "b"]
-    subprocess.run([*command, "--keys=loss,eval_loss,lr"], cwd=tmp_path, check=True)
-    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    bad = subprocess.run([*command, "--keys=acc"], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tools.plot", tmp_path / "a", tmp_path / "b"]
+    curves = tmp_path / "curves.png"
+    more = ["--keys=loss,eval_loss,lr", f"--out={curves}"]
+    subprocess.run([*command, *more], cwd=ROOT, check=True)
+    assert curves.read_bytes()[:4] == b"\x89PNG"
+    bad = subprocess.run([*command, "--keys=acc"], cwd=ROOT, capture_output=True, text=True)
     assert bad.returncode and "no column 'acc', only step, loss, lr, eval_loss, eta" in bad.stderr
 
 
 def test_smooth_averages_and_does_not_lag():
-    import plot
-
     falling = [-0.3 * i for i in range(300)]
     assert plot.smooth(falling) == pytest.approx(falling)
     assert plot.smooth([5.0, 1.0]) == [5.0, 1.0]  # too short to smooth
     noisy = plot.smooth([(-1.0) ** i for i in range(300)])
     assert noisy[0] == 1.0 and max(map(abs, noisy[10:-10])) < 0.1
+
+
+# ---- lengths and the learning rate ----
+
+
+def lengths(per_epoch=1000, per_step=10, **keys):
+    usual = dict.fromkeys(("max_steps", "max_tokens", "num_epochs", "stop_step"))
+    usual |= dict(learning_rate=1.0, min_lr=0.1, schedule="linear", decay_shape="linear")
+    s = types.SimpleNamespace(**usual | keys)
+    optim.set_lengths(s, per_epoch, per_step)
+    return s
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({}, "nothing; expected one of max_steps, max_tokens or num_epochs"),
+        ({"max_steps": 5, "num_epochs": 1}, "max_steps=5, num_epochs=1; expected one of"),
+        ({"max_tokens": 5, "max_steps": 5}, "max_steps=5, max_tokens=5; expected one of"),
+        ({"max_steps": 5, "stop_step": 6}, "stop_step=6 lies behind the horizon of 5"),
+        ({"max_steps": 5, "warmup_steps": 1, "warmup_ratio": 0.1}, "warmup_steps.*give one of"),
+        ({"max_steps": 5, "decay_steps": 1, "decay_tokens": 10}, "decay_steps.*give one of"),
+    ],
+)
+def test_lengths_are_given_once(keys, message):
+    with pytest.raises(SystemExit, match=message):
+        lengths(**keys)
+
+
+def test_horizon_warmup_and_decay_in_steps():
+    s = lengths(num_epochs=1.5, warmup_ratio=0.1, decay_tokens=200)
+    assert (s.max_steps, s.stop_step, s.warmup, s.decay) == (150, 150, 15, 20)
+    s = lengths(max_tokens=1001, warmup_tokens=50, stop_step=7)
+    assert (s.max_steps, s.stop_step, s.warmup, s.decay) == (101, 7, 5, 96)
+    assert lengths(max_steps=50, schedule="wsd").decay == 5
+
+
+def test_a_decay_begins_after_the_warmup_or_ends_with_the_horizon():
+    def rates(**keys):
+        s = lengths(max_steps=10, warmup_steps=2, decay_steps=4, **keys)
+        return [round(optim.learning_rate_at(step, s), 3) for step in range(10)]
+
+    falling = [1.0, 0.775, 0.55, 0.325]
+    assert rates() == [0.5, 1.0, *falling, 0.1, 0.1, 0.1, 0.1]
+    assert rates(schedule="wsd") == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, *falling]
+    # a run that stops early has the rates of the whole one
+    assert rates(stop_step=5) == rates()
 
 
 # ---- StableAdamW ----
@@ -555,7 +626,7 @@ def test_stable_adamw_is_the_papers_loop():
     expected, clipped = stable_adamw_by_loop(start, grads, **how)
     params = [nn.Parameter(p.clone()) for p in start]
     frozen = nn.Parameter(torch.ones(2))
-    optimizer = common.StableAdamW([*params, frozen], **how)
+    optimizer = optim.StableAdamW([*params, frozen], **how)
     for now in grads:
         for p, g in zip(params, now, strict=True):
             p.grad = g.clone()
@@ -570,7 +641,7 @@ def test_stable_adamw_is_the_papers_loop():
 def test_stable_adamw_is_adamw_where_nothing_is_clipped():
     params = [nn.Parameter(torch.ones(5, dtype=torch.float64)) for _ in range(2)]
     how = dict(lr=1e-2, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.3)
-    ours, torchs = common.StableAdamW(params[:1], **how), torch.optim.AdamW(params[1:], **how)
+    ours, torchs = optim.StableAdamW(params[:1], **how), torch.optim.AdamW(params[1:], **how)
     for t in range(6):  # a shrinking gradient
         for p in params:
             p.grad = torch.linspace(1, 2, 5, dtype=torch.float64) * 0.7**t
@@ -586,12 +657,12 @@ def test_hyperparameters_stay_the_scripts_on_resume():
         q.grad = torch.ones_like(q)
     old.step()
     new = torch.optim.AdamW(p, lr=2.0, weight_decay=0.25)
-    common.load_optimizer_state([new], common.optimizer_state([old]))
+    checkpoint.load_optimizer_state([new], checkpoint.optimizer_state([old]))
     assert new.param_groups[0]["lr"] == 2.0 and new.param_groups[0]["weight_decay"] == 0.25
     assert torch.equal(new.state[p[0]]["exp_avg"], old.state[p[0]]["exp_avg"])
     other = torch.optim.AdamW([{"params": p[:1]}, {"params": p[1:]}])
     with pytest.raises(ValueError, match=r"AdamW: tensors per group \[2\], not \[1, 1\]"):
-        common.load_optimizer_state([other], common.optimizer_state([old]))
+        checkpoint.load_optimizer_state([other], checkpoint.optimizer_state([old]))
 
 
 # ---- two ranks: check_* run in both, in this order ----
@@ -631,13 +702,18 @@ def toy_train(model, optimizer, steps, ranks=slice(None)):
         optimizer.zero_grad()
 
 
+def state_of(model, optimizer):
+    plain = getattr(model, "module", model)  # without DDP
+    return checkpoint.full_state_dict(plain), checkpoint.optimizer_state([optimizer])
+
+
 def wrap(model, kind):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.optim import ZeroRedundancyOptimizer
     from torch.nn.parallel import DistributedDataParallel
 
-    inner = torch.optim.AdamW if "adamw" in kind else common.StableAdamW
+    inner = torch.optim.AdamW if "adamw" in kind else optim.StableAdamW
     if kind.startswith(("fsdp", "hsdp")):
         mesh = None
         if kind.startswith("hsdp"):
@@ -674,18 +750,18 @@ def check_sums(folder):
 
 def check_checkpoint_is_one_answer(folder):
     out = os.path.join(folder, "plain")
-    tmp = common.begin_checkpoint(out, "step4")
+    tmp = checkpoint.begin_checkpoint(out, "step4")
     assert os.path.isdir(tmp)
     if dist.get_rank() == 0:
         with open(os.path.join(tmp, "training_state.pt"), "w") as f:
             f.write("x")
     rename = os.rename
     os.rename = lambda *names: (time.sleep(0.3), rename(*names))  # the other rank waits for it
-    path = common.commit_checkpoint(tmp)
+    path = checkpoint.commit_checkpoint(tmp)
     os.rename = rename
     assert os.path.isdir(path)
-    assert path == os.path.join(out, "step4") == common.latest_checkpoint(out, "step")
-    common.prune_checkpoints(out, "step", 1, False)
+    assert path == os.path.join(out, "step4") == checkpoint.latest_checkpoint(out, "step")
+    checkpoint.prune_checkpoints(out, "step", 1, False)
     assert names(out) == ["step4"]
 
 
@@ -695,27 +771,27 @@ def check_resume(folder, kind):
     rank, steps = dist.get_rank(), range(5)
     half = slice(4 * rank, 4 * rank + 4)
     model, optimizer = wrap(toy(0), kind)
-    start = copy.deepcopy(common.full_state_dict(model))
+    start = copy.deepcopy(state_of(model, optimizer)[0])
     toy_train(model, optimizer, steps[:3], half)
-    weights, optim = common.full_state_dict(model), common.optimizer_state([optimizer])
-    assert bool(weights) == bool(optim) == (rank == 0)
-    tmp = common.begin_checkpoint(os.path.join(folder, kind), "step3")
+    weights, states = state_of(model, optimizer)
+    assert bool(weights) == bool(states) == (rank == 0)
+    tmp = checkpoint.begin_checkpoint(os.path.join(folder, kind), "step3")
     if rank == 0:
         assert set(weights) == set(Toy().state_dict())
         torch.save(weights, os.path.join(tmp, "weights.pt"))
-        torch.save({"step": 3, "optimizers": optim}, os.path.join(tmp, "training_state.pt"))
-    common.commit_checkpoint(tmp)
+        torch.save({"step": 3, "optimizers": states}, os.path.join(tmp, "training_state.pt"))
+    checkpoint.commit_checkpoint(tmp)
     toy_train(model, optimizer, steps[3:], half)
-    unbroken, unbroken_optim = common.full_state_dict(model), common.optimizer_state([optimizer])
+    unbroken, unbroken_optim = state_of(model, optimizer)
 
-    last = common.latest_checkpoint(os.path.join(folder, kind), "step")
+    last = checkpoint.latest_checkpoint(os.path.join(folder, kind), "step")
     saved = torch.load(f"{last}/weights.pt", weights_only=True)
     where = f"{last}/training_state.pt"
     state = torch.load(where, map_location="cpu", weights_only=True, mmap=True)
     model, optimizer = wrap(toy(1, saved), kind)
-    common.load_optimizer_state([optimizer], copy.deepcopy(state["optimizers"]))
+    checkpoint.load_optimizer_state([optimizer], copy.deepcopy(state["optimizers"]))
     toy_train(model, optimizer, steps[state["step"] :], half)
-    resumed, resumed_optim = common.full_state_dict(model), common.optimizer_state([optimizer])
+    resumed, resumed_optim = state_of(model, optimizer)
     for name in unbroken:
         assert torch.equal(unbroken[name], resumed[name]), name
     if rank == 0:
@@ -731,14 +807,14 @@ def check_resume(folder, kind):
     if rank == 0:  # alone: plain modules and optimizers, the checkpoint's format is the same
         for weights, states, todo in [(start, [], steps), (saved, state["optimizers"], steps[3:])]:
             alone = toy(2, weights)
-            cls = torch.optim.AdamW if "adamw" in kind else common.StableAdamW
+            cls = torch.optim.AdamW if "adamw" in kind else optim.StableAdamW
             groups = [
                 {"params": [p for p in alone.parameters() if p.ndim >= 2]},
                 {"params": [p for p in alone.parameters() if p.ndim < 2], "weight_decay": 0.0},
             ]
             optimizer = cls(groups, lr=0.02, weight_decay=0.1)
             if states:
-                common.load_optimizer_state([optimizer], states)
+                checkpoint.load_optimizer_state([optimizer], states)
             toy_train(alone, optimizer, todo)
             for name, tensor in alone.state_dict().items():
                 assert torch.allclose(tensor, resumed[name], rtol=1e-10, atol=1e-12), name
@@ -771,10 +847,8 @@ def check_hsdp_stable(folder):
 def check_names_of_compiled_blocks(folder):
     model = toy(0)
     model.first.compile()
-    ddp = nn.parallel.DistributedDataParallel(model)
-    whole = torch.compile(toy(0))
-    for wrapped in (ddp, whole):
-        state = common.full_state_dict(wrapped)
+    for wrapped in (model, torch.compile(toy(0))):
+        state = checkpoint.full_state_dict(wrapped)
         if dist.get_rank() == 0:
             assert set(state) == set(Toy().state_dict())
 

@@ -1,4 +1,4 @@
-"""sample.py --compress: which part of a passage is kept, and the page that shows it.
+"""tools/compress.py and sample.py --compress: what of a passage is kept, the page that shows it.
 
     python -m pytest tests/test_compress.py
 
@@ -12,18 +12,19 @@ import re
 import runpy
 import subprocess
 import sys
+from html import escape
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import tokenizers as tk
-import torch
 
-import model as M
-import sample
 from conftest import ROOT
-from data import load_tokenizer
 from embedder import Embedder, score_tokens
+from formats.huggingface import from_pretrained
+from harness import write_jsonl
+from tokenizer import load_tokenizer
+from tools.compress import compress_text, keep, page, share_of, text_of, units_of
 
 WORDS = "the fox, Köln jumps (over) 日本語 naïve-cats 😀 e\u0301té 12345 👩\u200d💻 it's a".split()
 
@@ -39,23 +40,20 @@ def passages(n, seed=0):
 def tokenizer_of(kind):
     """Offsets that hold the space in front, or no space at all, or bytes of characters."""
     if kind == "wordpiece":
-        inner = tk.Tokenizer(tk.models.WordPiece(unk_token="[UNK]"))
-        inner.pre_tokenizer = tk.pre_tokenizers.BertPreTokenizer()
-        trainer = tk.trainers.WordPieceTrainer(
-            vocab_size=120, special_tokens=["[UNK]"], show_progress=False
-        )
+        inner, size = tk.Tokenizer(tk.models.WordPiece(unk_token="<unk>")), 120
+        trainer, alphabet = tk.trainers.WordPieceTrainer, []
     else:
-        inner = tk.Tokenizer(tk.models.BPE(unk_token="<unk>"))
-        inner.pre_tokenizer = {
-            "bytes": tk.pre_tokenizers.ByteLevel(add_prefix_space=False),
-            "metaspace": tk.pre_tokenizers.Metaspace(),
-            "two words": tk.pre_tokenizers.FixedLength(7),  # a token goes over the border of words
-        }[kind]
+        inner, size = tk.Tokenizer(tk.models.BPE(unk_token="<unk>")), 400
+        trainer = tk.trainers.BpeTrainer
         alphabet = tk.pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else []
-        trainer = tk.trainers.BpeTrainer(
-            vocab_size=400, special_tokens=["<unk>"], show_progress=False,
-            initial_alphabet=alphabet,
-        )  # fmt: skip
+    inner.pre_tokenizer = {
+        "wordpiece": tk.pre_tokenizers.BertPreTokenizer(),
+        "bytes": tk.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        "metaspace": tk.pre_tokenizers.Metaspace(),
+        "two words": tk.pre_tokenizers.FixedLength(7),  # a token goes over the border of words
+    }[kind]
+    trainer = trainer(vocab_size=size, special_tokens=["<unk>"], show_progress=False,
+                      initial_alphabet=alphabet)  # fmt: skip
     inner.train_from_iterator(list(passages(60, seed=9)), trainer)
     return inner
 
@@ -93,7 +91,7 @@ def test_tokens_are_kept_exactly(cut):
         for ratio in (1, 2, 3.3, 8, 16, 1e9):
             budget = math.ceil(len(spans) / ratio)
             best = sorted(range(len(spans)), key=lambda i: (-scores[i], i))[:budget]
-            kept = sample.keep(scores, spans, passage, ratio, "tokens")
+            kept = keep(scores, spans, passage, ratio, "tokens")
             in_order(kept, passage)
             want = {c for i in best for c in range(*spans[i])}
             for i in set(best) - {0}:  # between tokens in a row there may be a space
@@ -108,28 +106,27 @@ def test_words_are_whole(cut):
         spans = cut(passage)
         scores = rng.standard_normal(len(spans)).astype(np.float32)
         words = [m.span() for m in re.finditer(r"\S+", passage)]
-        seen = [w for w in words if any(a < w[1] and w[0] < b for a, b in spans.tolist())]
+        tokens_of = {w: touched([w], spans) for w in words}
+        seen = [w for w in words if tokens_of[w]]
         for ratio in (1, 2, 4, 16):
             budget = math.ceil(len(spans) / ratio)
-            kept = sample.keep(scores, spans, passage, ratio)
+            kept = keep(scores, spans, passage, ratio)
             in_order(kept, passage)
             for start, end in kept:
                 assert any(w[0] == start for w in words) and any(w[1] == end for w in words)
             in_kept = [w for w in seen if any(s <= w[0] and w[1] <= e for s, e in kept)]
-            cost = touched([list(w) for w in in_kept], spans)
+            cost = touched(in_kept, spans)
             assert len(cost) <= budget
             # what is left does not hold any other word alone
             for w in set(seen) - set(in_kept):
-                own = touched([list(w)], spans)
-                reach = touched([list(v) for v in seen if touched([list(v)], spans) & own], spans)
-                assert len(reach - cost) > budget - len(cost) or len(reach) > len(own)
+                reach = touched([v for v in seen if tokens_of[v] & tokens_of[w]], spans)
+                assert len(reach - cost) > budget - len(cost) or len(reach) > len(tokens_of[w])
             if ratio == 1:
                 assert in_kept == seen
             if in_kept:  # order: the best word that fits is there
-                best = max(seen, key=lambda w: max(scores[i] for i in touched([list(w)], spans)))
-                if len(touched([list(best)], spans)) <= budget and len(seen) == len(words):
-                    overlapping = [v for v in seen if touched([list(v)], spans)
-                                   & touched([list(best)], spans)]  # fmt: skip
+                best = max(seen, key=lambda w: max(scores[i] for i in tokens_of[w]))
+                if len(tokens_of[best]) <= budget and len(seen) == len(words):
+                    overlapping = [v for v in seen if tokens_of[v] & tokens_of[best]]
                     assert best in in_kept or len(overlapping) > 1
 
 
@@ -140,7 +137,7 @@ def test_words_by_hand():
     scores = np.array([0.1, 0.9, 0.2, 1.0, 0.3, 0.8, 0.7], np.float32)
 
     def kept(ratio, *more):
-        return [passage[a:b] for a, b in sample.keep(scores, spans, passage, ratio, *more)]
+        return [passage[a:b] for a, b in keep(scores, spans, passage, ratio, *more)]
 
     assert kept(7) == ["able"]  # a token of spaces is the best, and no word
     assert kept(3.5) == ["able", "far"]
@@ -160,72 +157,67 @@ def test_words_by_hand():
     # a word of more tokens than are left is passed over, and so are its neighbours
     scores = np.array([0.9, 0.1, 0.8, 0.2], np.float32)
     spans = np.array([[0, 2], [2, 4], [4, 6], [6, 8]])
-    assert sample.keep(scores, spans, "abcd f h", 4) == [[5, 6]]
-    assert sample.keep(scores, spans, "abcd f h", 4, "words", 1) == [[5, 6]]
-    assert sample.keep(scores, spans, "abcd f h", 2) == [[0, 4]]
+    assert keep(scores, spans, "abcd f h", 4) == [[5, 6]]
+    assert keep(scores, spans, "abcd f h", 4, "words", 1) == [[5, 6]]
+    assert keep(scores, spans, "abcd f h", 2) == [[0, 4]]
 
     # a token that has two words makes one of them
     spans = np.array([[0, 2], [2, 6], [6, 8]])
-    assert sample.units_of("abc def g", spans, "words") == ([(0, 3)], [[0, 7]])
-    assert sample.units_of("ab cd e  ", np.array([[0, 5], [5, 9]]), "words") == (
-        [(0, 1), (1, 2)], [[0, 5], [6, 7]]
-    )  # fmt: skip
+    assert units_of("abc def g", spans, "words") == ([(0, 3)], [[0, 7]])
+    units = units_of("ab cd e  ", np.array([[0, 5], [5, 9]]), "words")
+    assert units == ([(0, 1), (1, 2)], [[0, 5], [6, 7]])
 
 
 def test_bytes_of_a_character_and_nothing():
     passage = "a 😀 b"
     spans = np.array([[0, 1], [1, 2], [2, 3], [2, 3], [2, 3], [3, 5]])  # three pieces of one
     scores = np.array([0, 0, 0.1, 0.9, 0.2, 0.8], np.float32)
-    assert sample.keep(scores, spans, passage, 6, "tokens") == [[2, 3]]
-    assert sample.keep(scores, spans, passage, 2) == [[2, 3]]  # all three, or none
-    assert sample.keep(scores, spans, passage, 3) == [[0, 1], [4, 5]]
-    assert sample.keep(scores[:2], spans[1:2].repeat(2, 0), " ", 1) == []  # only spaces
+    assert keep(scores, spans, passage, 6, "tokens") == [[2, 3]]
+    assert keep(scores, spans, passage, 2) == [[2, 3]]  # all three, or none
+    assert keep(scores, spans, passage, 3) == [[0, 1], [4, 5]]
+    assert keep(scores[:2], spans[1:2].repeat(2, 0), " ", 1) == []  # only spaces
     for wrong in (dict(ratio=0.5), dict(ratio=math.nan), dict(ratio=2, neighbours=-1)):
         with pytest.raises(ValueError, match="expected ratio="):
-            sample.keep(scores, spans, passage, **wrong)
+            keep(scores, spans, passage, **wrong)
     with pytest.raises(ValueError, match="unit 'lines'"):
-        sample.keep(scores, spans, passage, 2, "lines")
+        keep(scores, spans, passage, 2, "lines")
 
 
 def test_text_of():
     passage = "one two\nthree  four five"
-    assert sample.text_of(passage, []) == ""
-    assert sample.text_of(passage, [[0, 3], [8, 13]]) == "one three"
-    assert sample.text_of(passage, [[0, 3], [7, 13]]) == "one\nthree"
-    assert sample.text_of(passage, [[3, 8], [15, 19]]) == " two\nfour"
-    assert sample.share_of([[0, 5], [10, 20]], [[3, 12]]) == pytest.approx(4 / 9)
-    assert sample.share_of([], [[3, 12]]) == 0
+    assert text_of(passage, []) == ""
+    assert text_of(passage, [[0, 3], [8, 13]]) == "one three"
+    assert text_of(passage, [[0, 3], [7, 13]]) == "one\nthree"
+    assert text_of(passage, [[3, 8], [15, 19]]) == " two\nfour"
+    assert share_of([[0, 5], [10, 20]], [[3, 12]]) == pytest.approx(4 / 9)
+    assert share_of([], [[3, 12]]) == 0
 
 
 # ---- with a model ----
 
 
 @pytest.fixture(scope="module")
-def folder(toy_tokens, tmp_path_factory):
-    torch.manual_seed(0)
-    size = dict(n_embd=32, n_hidden=48, n_head=4, n_layer=2, vocab_size=512, max_seq_len=512)
-    net = M.from_scratch("llama-tiny", n_kv_head=2, **size)
-    tokenizer = load_tokenizer(f"{toy_tokens}/tokenizer")
-    prompts = {"query": "Query: ", "document": ""}
+def folder(folders, tmp_path_factory):
+    net, tokenizer = from_pretrained(folders["llama"]), load_tokenizer(folders["llama"])
+    prompts, path = {"query": "Query: ", "document": ""}, tmp_path_factory.mktemp("embedder")
     embedder = Embedder(net, tokenizer, "last", prompts=prompts, max_length=64)
-    path = tmp_path_factory.mktemp("embedder") / "step1"
-    embedder.save(str(path), sentence_transformers=False)
-    return str(path)
+    embedder.save(f"{path}/step1", sentence_transformers=False)
+    return f"{path}/step1"
 
 
-PASSAGE = "tan molo rima <suke> 😀 & ta Köln\n\n" * 12
+PASSAGE = "tan molo rima <suke> 😀 & ta Köln\n\n" * 8
 
 
 def test_compress_is_score_and_keep(folder):
     embedder = Embedder.load(folder, device="cpu", dtype="fp32")
     scores, spans = score_tokens(embedder, ["molo?"], PASSAGE)
     for ratio, unit, neighbours in ((4, "words", 0), (8, "tokens", 0), (16, "words", 2)):
-        text, kept = sample.compress_text(embedder, "molo?", PASSAGE, ratio, unit, neighbours)
-        assert kept == sample.keep(scores[0], spans, PASSAGE, ratio, unit, neighbours)
-        assert text == sample.text_of(PASSAGE, kept) and kept
+        text, kept = compress_text(embedder, "molo?", PASSAGE, ratio, unit, neighbours)
+        assert kept == keep(scores[0], spans, PASSAGE, ratio, unit, neighbours)
+        assert text == text_of(PASSAGE, kept) and kept
         places = [text.index(PASSAGE[start:end].strip()) for start, end in kept]
         assert places[0] <= 1  # in order, from the front
-    text, kept = sample.compress_text(embedder, "molo?", PASSAGE, 1)
+    text, kept = compress_text(embedder, "molo?", PASSAGE, 1)
     assert kept == [[0, len(PASSAGE.rstrip())]] and text == PASSAGE.rstrip()
 
 
@@ -266,16 +258,16 @@ def test_page(cut):
         passage += ' <b class="x">&amp; </div>' * (i % 2)
         spans = cut(passage)
         scores = rng.standard_normal(len(spans)).astype(np.float32)
-        kept = sample.keep(scores, spans, passage, 4)
+        kept = keep(scores, spans, passage, 4)
         gold = [[0, len(passage) // 2], [len(passage) - 1, len(passage)]] if i % 3 else []
-        text = sample.page(query, passage, scores, spans, kept, gold)
-        page = Page(text)
-        assert page.heading == query and page.passage == passage
+        text = page(query, passage, scores, spans, kept, gold)
+        parsed = Page(text)
+        assert parsed.heading == query and parsed.passage == passage
         heat = np.full(len(passage), -np.inf)
         for (start, end), score in zip(spans.tolist(), scores, strict=True):
             heat[start:end] = np.maximum(heat[start:end], score)
         steps = [0] * len(passage)
-        for c, names in enumerate(page.names):
+        for c, names in enumerate(parsed.names):
             assert ("k" in names) == any(a <= c < b for a, b in kept)
             assert ("g" in names) == any(a <= c < b for a, b in gold)
             steps[c] = max([int(n[1:]) for n in names if n[0] == "h"], default=0)
@@ -283,8 +275,8 @@ def test_page(cut):
         assert (np.diff(np.array(steps)[order]) >= 0).all()  # a higher score, no weaker ground
         assert steps[int(heat.argmax())] == 9 or len(spans) == 1
         # one page, nothing from elsewhere
-        assert not any("src" in attrs or "href" in attrs for _, attrs in page.tags)
-        assert not re.search(r"url\(|@import|https?:", text.replace(sample.escape(passage), ""))
+        assert not any("src" in attrs or "href" in attrs for _, attrs in parsed.tags)
+        assert not re.search(r"url\(|@import|https?:", text.replace(escape(passage), ""))
         assert ("of the gold" in text) == bool(gold)
         assert "prefers-color-scheme: dark" in text and 'charset="utf-8"' in text
     n = len(touched(kept, spans))
@@ -294,7 +286,7 @@ def test_page(cut):
 def test_page_of_equal_scores():
     """No division by nothing; and a long passage does not take a span for each character."""
     spans = np.array([[i, i + 2] for i in range(0, 4000, 2)])
-    text = sample.page("q", "ab" * 2000, np.ones(2000, np.float32), spans, [[0, 2]])
+    text = page("q", "ab" * 2000, np.ones(2000, np.float32), spans, [[0, 2]])
     assert Page(text).passage == "ab" * 2000
     assert len(text) < 4000 + 4000
 
@@ -302,40 +294,35 @@ def test_page_of_equal_scores():
 # ---- as users start it ----
 
 
-def start(*arguments):
-    return subprocess.run(
-        [sys.executable, "sample.py", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+def main(monkeypatch, *arguments):
+    """The script in this process."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])
+    runpy.run_path(f"{ROOT}/sample.py", run_name="__main__")
 
 
 def test_script(folder, tmp_path, monkeypatch, capsys):
     model, txt = f"--model={folder}", tmp_path / "passage.txt"
     txt.write_bytes(PASSAGE.replace("\n\n", "\r\n").encode())
     html = tmp_path / "out.html"
-    run = start(model, "--compress=molo?", f"--file={txt}", "--ratio=4", f"--html={html}",
-                "--spans=((0, 8),)", "--window=64", "--overlap=16", "--dtype=fp32")  # fmt: skip
+    command = [sys.executable, "sample.py", model, "--compress=molo?", f"--file={txt}", "--ratio=4",
+               f"--html={html}", "--spans=((0, 8),)", "--window=64", "--overlap=16", "--dtype=fp32"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    passage = txt.read_bytes().decode()
-    page = Page(html.read_bytes().decode())
-    assert page.heading == "molo?" and page.passage == passage
+    passage, parsed = txt.read_bytes().decode(), Page(html.read_bytes().decode())
+    assert parsed.heading == "molo?" and parsed.passage == passage
     kept = json.loads(re.search(r"^spans: (.*)", run.stdout, re.M)[1])
-    assert [c for c, names in enumerate(page.names) if "k" in names] == [
-        c for start, end in kept for c in range(start, end)
-    ]
-    assert [c for c, names in enumerate(page.names) if "g" in names] == list(range(8))
+    bold = [c for c, names in enumerate(parsed.names) if "k" in names]
+    assert bold == [c for start, end in kept for c in range(start, end)]
+    assert [c for c, names in enumerate(parsed.names) if "g" in names] == list(range(8))
     assert "of the gold's characters" in run.stdout and "windows" in run.stderr
-    assert sample.text_of(passage, kept).split() == run.stdout.split("molo?\n\n")[1].split(
-        "\n\nspans:"
-    )[0].split()  # fmt: skip
+    printed = run.stdout.split("molo?\n\n")[1].split("\n\nspans:")[0]
+    assert text_of(passage, kept).split() == printed.split()
 
     lines = [{"query": f"q{i}", "passage": f"{i} tan molo rima", "spans": [[2, 5]]} for i in (1, 2)]
     lines.append(lines[0] | {"spans": [[2, 99]]})
-    path = tmp_path / "x.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
-    argv = [model, "--compress=", f"--file={path}", "--line=2", "--ratio=1", "--dtype=fp32"]
-    monkeypatch.setattr(sys, "argv", ["sample.py", *argv])
-    with pytest.raises(SystemExit):
-        runpy.run_path(f"{ROOT}/sample.py", run_name="__main__")
+    path = write_jsonl(tmp_path / "x.jsonl", lines)
+    arguments = ["--compress=", f"--file={path}", "--line=2", "--ratio=1", "--dtype=fp32"]
+    main(monkeypatch, model, *arguments)
     told = capsys.readouterr().out
     assert "q2\n\n2 tan molo rima\n" in told
     assert "of the gold's characters 100% are kept" in told
@@ -345,8 +332,8 @@ def test_script_errors(tmp_path, monkeypatch):
     """What is asked for is checked before a model is read."""
     txt = tmp_path / "passage.txt"
     txt.write_text("tan molo")
-    lines = tmp_path / "x.jsonl"
-    lines.write_text(json.dumps({"query": "q", "passage": "abc", "spans": [[1, 9]]}))
+    line = {"query": "q", "passage": "abc", "spans": [[1, 9]]}
+    lines = write_jsonl(tmp_path / "x.jsonl", [line])
     for arguments, told in (
         ((), "--compress wants the passage: --file="),
         (("--rank=x", f"--file={txt}"), "give --model=... and one of"),
@@ -354,7 +341,5 @@ def test_script_errors(tmp_path, monkeypatch):
         ((f"--file={lines}",), r"x.jsonl: span \[1, 9\] is not in its 3 characters"),
         ((f"--file={lines}", "--line=2"), "x.jsonl has no line 2"),
     ):
-        argv = ["sample.py", "--model=no/such", "--compress=q", *arguments]
-        monkeypatch.setattr(sys, "argv", argv)
         with pytest.raises(SystemExit, match=told):
-            runpy.run_path(f"{ROOT}/sample.py", run_name="__main__")
+            main(monkeypatch, "--model=no/such", "--compress=q", *arguments)

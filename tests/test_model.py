@@ -1,4 +1,5 @@
-"""model.py against the truth: transformers, brute force, fp64 and plain references.
+"""model.py, attention.py and formats/huggingface.py against the truth: transformers, brute force,
+fp64 and plain references.
 
     pytest tests/test_model.py            # 20 seconds on 2 CPU cores
     pytest tests/test_model.py --slow     # and the real compiler
@@ -17,24 +18,11 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    AutoModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    ModernBertConfig,
-    ModernBertDecoderConfig,
-    ModernBertDecoderForCausalLM,
-    ModernBertForMaskedLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
+import attention as A
+import formats.huggingface as HF
 import model as M
-from data import make_seqs
+from attention import make_seqs
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -58,17 +46,25 @@ def random_tokens(lengths, seed=0, low=3):
     return torch.randint(low, VOCAB, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
 
 
+TOKENS = random_tokens(LENGTHS)
+
+
+def assert_close(found, expected, tolerance=TOLERANCE):
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
 # ---- transformers ----
 
 _SMALL = dict(
     vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-    num_attention_heads=4,
+    num_attention_heads=4, max_position_embeddings=512,
 )  # fmt: skip
-_GQA = _SMALL | dict(num_key_value_heads=2, max_position_embeddings=512)
+_GQA = _SMALL | dict(num_key_value_heads=2)
 _MB = _SMALL | dict(
-    max_position_embeddings=512, local_attention=12, pad_token_id=0, bos_token_id=1,
-    eos_token_id=2, cls_token_id=1, sep_token_id=2,
+    local_attention=12, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1,
+    sep_token_id=2,
 )  # fmt: skip
+_LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=4.0)
 _LLAMA3 = dict(
     rope_type="llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=1.0,
     high_freq_factor=4.0, original_max_position_embeddings=64,
@@ -76,94 +72,82 @@ _LLAMA3 = dict(
 _YARN = dict(
     rope_type="yarn", rope_theta=10_000.0, factor=4.0, original_max_position_embeddings=128
 )
-_BIASES = dict(attention_bias=True, mlp_bias=True, norm_bias=True, classifier_bias=True)
-_THETAS = dict(
-    rope_parameters={
-        "full_attention": dict(rope_type="default", rope_theta=50_000.0),
-        "sliding_attention": dict(rope_type="default", rope_theta=700.0),
-    }
-)
-_KINDS = ["global", "local", "local", "global"]
-CASES = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**_GQA, rms_norm_eps=1e-3)),
+_BIASES = dict(attention_bias=True, mlp_bias=True)
+_MB_BIASES = _MB | _BIASES | dict(norm_bias=True, classifier_bias=True, tie_word_embeddings=False)
+
+
+def thetas(full, sliding, **scaling):
+    rope = dict(rope_type="default") | scaling
+    pairs = {"full_attention": full, "sliding_attention": sliding}
+    return dict(rope_parameters={k: rope | dict(rope_theta=theta) for k, theta in pairs.items()})
+
+
+CASES = {  # model_type, config
+    "llama": ("llama", _GQA | dict(rms_norm_eps=1e-3)),
     "llama3-tied": (
-        LlamaForCausalLM,
-        LlamaConfig(**_GQA, tie_word_embeddings=True, head_dim=32, rope_parameters=_LLAMA3),
-    ),
+        "llama", _GQA | dict(tie_word_embeddings=True, head_dim=32, rope_parameters=_LLAMA3)),
     "llama-linear-biases": (
-        LlamaForCausalLM,
-        LlamaConfig(
-            **_GQA, attention_bias=True, mlp_bias=True, hidden_act="gelu",
-            rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0),
-        ),  # fmt: skip
-    ),
-    "mistral": (MistralForCausalLM, MistralConfig(**_GQA, sliding_window=9)),
-    "mistral-global": (MistralForCausalLM, MistralConfig(**_GQA, sliding_window=None)),
+        "llama", _GQA | _BIASES | dict(hidden_act="gelu", rope_parameters=_LINEAR)),
+    "mistral": ("mistral", _GQA | dict(sliding_window=9)),
+    "mistral-global": ("mistral", _GQA | dict(sliding_window=None)),
     "qwen2": (
-        Qwen2ForCausalLM,
-        Qwen2Config(**_GQA, use_sliding_window=True, sliding_window=7, max_window_layers=2),
-    ),
-    "qwen2-yarn": (Qwen2ForCausalLM, Qwen2Config(**_GQA, rope_parameters=_YARN)),
-    "qwen3-tied": (Qwen3ForCausalLM, Qwen3Config(**_GQA, head_dim=24, tie_word_embeddings=True)),
-    "qwen3-untied": (Qwen3ForCausalLM, Qwen3Config(**_GQA, head_dim=24, attention_bias=True)),
-    "modernbert": (ModernBertForMaskedLM, ModernBertConfig(**_MB, **_THETAS)),
-    "modernbert-untied-biases": (
-        ModernBertForMaskedLM,
-        ModernBertConfig(**_MB, **_BIASES, tie_word_embeddings=False, norm_eps=1e-3),
-    ),
-    "modernbert-no-decoder-bias": (
-        ModernBertForMaskedLM, ModernBertConfig(**_MB, decoder_bias=False)
-    ),  # fmt: skip
-    "modernbert-decoder": (
-        ModernBertDecoderForCausalLM, ModernBertDecoderConfig(**_MB, **_THETAS)
-    ),  # fmt: skip
-    "modernbert-decoder-untied-biases": (
-        ModernBertDecoderForCausalLM,
-        ModernBertDecoderConfig(**_MB, **_BIASES, tie_word_embeddings=False),
-    ),
+        "qwen2", _GQA | dict(use_sliding_window=True, sliding_window=7, max_window_layers=2)),
+    "qwen2-yarn": ("qwen2", _GQA | dict(rope_parameters=_YARN)),
+    "qwen3-tied": ("qwen3", _GQA | dict(head_dim=24, tie_word_embeddings=True)),
+    "qwen3-untied": ("qwen3", _GQA | dict(head_dim=24, attention_bias=True)),
+    "modernbert": ("modernbert", _MB | thetas(5e4, 700.0)),
+    "modernbert-untied-biases": ("modernbert", _MB_BIASES | dict(norm_eps=1e-3)),
+    "modernbert-no-decoder-bias": ("modernbert", _MB | dict(decoder_bias=False)),
+    "modernbert-decoder": ("modernbert-decoder", _MB | thetas(5e4, 700.0)),
+    "modernbert-decoder-untied-biases": ("modernbert-decoder", _MB_BIASES),
 }  # fmt: skip
 
 
 def theirs(case, causal=None, **changes):
     """transformers' model of a case, randomized."""
-    cls, config = CASES[case]
-    config = type(config)(**(config.to_dict() | changes))
-    if causal is False and config.model_type != "modernbert":
+    family, settings = CASES[case]
+    config = transformers.AutoConfig.for_model(family, **(settings | changes))
+    if causal is False and family != "modernbert":
         config.is_causal = False
     torch.manual_seed(0)
-    return randomize(cls(config))
+    return randomize(getattr(transformers, HF.ARCHITECTURES[family][0])(config))
 
 
-def padded(tokens, lengths):
+@torch.no_grad()
+def their_output(model, tokens=TOKENS, lengths=LENGTHS, field="logits"):
     ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)  # [B, longest]
     mask = torch.zeros_like(ids)
     for i, text in enumerate(tokens.split(lengths)):
         ids[i, : len(text)], mask[i, : len(text)] = text, 1
-    return dict(input_ids=ids, attention_mask=mask)
-
-
-@torch.no_grad()
-def their_output(model, tokens, lengths=LENGTHS, field="logits"):
-    out = getattr(model(**padded(tokens, lengths)), field)
+    out = getattr(model(input_ids=ids, attention_mask=mask), field)
     return torch.cat([out[i, :n] for i, n in enumerate(lengths)])  # [T, V or C]
 
 
 @torch.no_grad()
-def our_logits(model, tokens, lengths=LENGTHS):
+def our_logits(model, tokens=TOKENS, lengths=LENGTHS):
     return model.eval()(tokens, make_seqs(lengths), rows=torch.arange(len(tokens)))
 
 
 @torch.no_grad()
-def our_hidden(model, tokens, lengths=LENGTHS):
+def our_hidden(model, tokens=TOKENS, lengths=LENGTHS):
     return model.eval()(tokens, make_seqs(lengths))
 
 
+def config_of(folder):
+    with open(os.path.join(folder, "config.json")) as f:
+        return json.load(f)
+
+
 def edit_config(folder, drop=(), **changes):
-    path = os.path.join(folder, "config.json")
-    with open(path) as f:
-        config = json.load(f)
-    with open(path, "w") as f:
-        json.dump({k: v for k, v in config.items() if k not in drop} | changes, f)
+    config = {k: v for k, v in config_of(folder).items() if k not in drop} | changes
+    with open(os.path.join(folder, "config.json"), "w") as f:
+        json.dump(config, f)
+
+
+def saved_again(model, folder, cls):
+    """transformers' model (of a class) of the folder that ours is saved to."""
+    HF.save_pretrained(model, folder)
+    return cls.from_pretrained(folder).eval()
 
 
 def assert_same_weights(a, b):
@@ -173,27 +157,23 @@ def assert_same_weights(a, b):
         assert torch.equal(a[key], b[key]), key
 
 
-_BOTH = [(case, causal) for case in CASES for causal in (True, False)]
-_PARITY = [(k, c) for k, c in _BOTH if not (c and CASES[k][1].model_type == "modernbert")]
+_MASKS = [(k, c) for k in CASES for c in (True, False) if not c or CASES[k][0] != "modernbert"]
 
 
-@pytest.mark.parametrize("case, causal", _PARITY)
+@pytest.mark.parametrize("case, causal", _MASKS)
 def test_logits_equal_transformers_and_folders_go_both_ways(case, causal, tmp_path):
     hf = theirs(case, causal)
     hf.save_pretrained(tmp_path)
-    ours = M.from_pretrained(str(tmp_path))
+    ours = HF.from_pretrained(tmp_path)
     assert ours.config.causal == causal
-    tokens = random_tokens(LENGTHS)
-    want = their_output(hf, tokens)
-    assert want.std() > 0.5  # not a comparison of zeros
-    torch.testing.assert_close(our_logits(ours, tokens), want, atol=TOLERANCE, rtol=0)
+    expected = their_output(hf)
+    assert expected.std() > 0.5  # not a comparison of zeros
+    assert_close(our_logits(ours), expected)
 
-    ours.save_pretrained(str(tmp_path / "again"))
-    back = type(hf).from_pretrained(tmp_path / "again").eval()
+    back = saved_again(ours, tmp_path / "again", type(hf))
     assert_same_weights(back, hf)
-    assert torch.equal(their_output(back, tokens), want)
-    with open(tmp_path / "config.json") as a, open(tmp_path / "again" / "config.json") as b:
-        before, after = json.load(a), json.load(b)
+    assert torch.equal(their_output(back), expected)
+    before, after = config_of(tmp_path), config_of(tmp_path / "again")
     for key in before.keys() & after.keys() - {"layer_types", "sliding_window", "is_causal"}:
         assert after[key] == before[key], key
 
@@ -201,24 +181,23 @@ def test_logits_equal_transformers_and_folders_go_both_ways(case, causal, tmp_pa
 @pytest.mark.parametrize("case", ["llama3-tied", "qwen3-untied", "modernbert-decoder"])
 def test_injected_vectors_equal_inputs_embeds(case, tmp_path):
     """Vectors in place of the first and another token: logits and the vectors' gradients."""
-    other = theirs(case)
-    other.save_pretrained(tmp_path)
-    model = M.from_pretrained(tmp_path).eval()
+    hf = theirs(case)
+    hf.save_pretrained(tmp_path)
+    model = HF.from_pretrained(tmp_path).eval()
     lengths, generator = [5, 30], torch.Generator().manual_seed(0)
     tokens, at = random_tokens(lengths), torch.tensor([0, 5, 12])
     vectors = torch.randn(3, 64, generator=generator).requires_grad_()
     rows = torch.arange(len(tokens))
     logits = model(tokens, make_seqs(lengths), rows, vectors=vectors, at=at)
-    embeds = other.get_input_embeddings()(tokens)
-    kept = vectors.detach().clone().requires_grad_()
-    embeds = torch.stack([kept[at.tolist().index(i)] if i in at else embeds[i] for i in rows])
-    want = [other(inputs_embeds=x[None]).logits[0] for x in embeds.split(lengths)]
-    want = torch.cat(want)
-    assert (logits - want).abs().max() < TOLERANCE
-    probe = torch.randn(want.shape, generator=generator)
+    embeds = hf.get_input_embeddings()(tokens)
+    copies = vectors.detach().clone().requires_grad_()
+    embeds = torch.stack([copies[at.tolist().index(i)] if i in at else embeds[i] for i in rows])
+    expected = torch.cat([hf(inputs_embeds=x[None]).logits[0] for x in embeds.split(lengths)])
+    assert (logits - expected).abs().max() < TOLERANCE
+    probe = torch.randn(expected.shape, generator=generator)
     ((logits * probe).sum()).backward()
-    ((want * probe).sum()).backward()
-    assert (vectors.grad - kept.grad).abs().max() < 1e-3 * kept.grad.abs().max()
+    ((expected * probe).sum()).backward()
+    assert (vectors.grad - copies.grad).abs().max() < 1e-3 * copies.grad.abs().max()
     changed = torch.where(torch.isin(rows, at), 3, tokens)  # what stood there does not matter
     again = model(changed, make_seqs(lengths), rows, vectors=vectors, at=at)
     assert torch.equal(again, logits)
@@ -230,186 +209,107 @@ def test_base_folder_gives_a_model_without_a_head(case, tmp_path):
     hf.base_model.save_pretrained(tmp_path)  # what AutoModel saves: no "model." before the names
     keys = load_file(tmp_path / "model.safetensors").keys()
     assert not any(k.startswith("model.") for k in keys)
-    ours = M.from_pretrained(str(tmp_path))
+    ours = HF.from_pretrained(tmp_path)
     assert ours.config.head == "none" and not hasattr(ours, "lm_head")
-    tokens = random_tokens(LENGTHS)
-    want = their_output(hf.base_model, tokens, field="last_hidden_state")
-    torch.testing.assert_close(our_hidden(ours, tokens), want, atol=TOLERANCE, rtol=0)
-    ours.save_pretrained(str(tmp_path / "again"))
-    back = AutoModel.from_pretrained(tmp_path / "again").eval()
+    assert_close(our_hidden(ours), their_output(hf.base_model, field="last_hidden_state"))
+    back = saved_again(ours, tmp_path / "again", transformers.AutoModel)
     assert type(back) is type(hf.base_model)
     assert_same_weights(back, hf.base_model)
 
 
 def test_sharded_and_old_bin_folders(tmp_path):
-    hf = theirs("llama")
-    tokens = random_tokens(LENGTHS)
-    want = their_output(hf, tokens)
-    hf.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    ours = M.from_pretrained(str(tmp_path / "shards"))
-    torch.testing.assert_close(our_logits(ours, tokens), want, atol=TOLERANCE, rtol=0)
-    # saving over the shards leaves none behind
-    ours.save_pretrained(str(tmp_path / "shards"))
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) == 1
-
-    (tmp_path / "bin").mkdir()
-    hf.config.save_pretrained(tmp_path / "bin")
+    hf, shards, old = theirs("llama"), tmp_path / "shards", tmp_path / "bin"
+    hf.save_pretrained(shards, max_shard_size="100KB")
+    assert len(list(shards.glob("*.safetensors"))) > 2
+    ours = HF.from_pretrained(shards)
+    assert_close(our_logits(ours), their_output(hf))
+    HF.save_pretrained(ours, shards)  # saving over the shards leaves none behind
+    assert len(list(shards.glob("*.safetensors"))) == 1
+    hf.config.save_pretrained(old)
     state = hf.state_dict() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-    torch.save(state, tmp_path / "bin" / "pytorch_model.bin")
-    ours = M.from_pretrained(str(tmp_path / "bin"))
-    torch.testing.assert_close(our_logits(ours, tokens), want, atol=TOLERANCE, rtol=0)
+    torch.save(state, old / "pytorch_model.bin")
+    assert_close(our_logits(HF.from_pretrained(old)), their_output(hf))
 
 
-_OLD_ROPE = {  # the keys of older files and what they mean today
-    "linear": (
-        dict(rope_theta=5e4, rope_scaling=dict(type="linear", factor=4.0)),
-        dict(rope_type="linear", rope_theta=5e4, factor=4.0),
-    ),
-    "llama3": (
-        dict(rope_theta=5e5, rope_scaling={k: _LLAMA3[k] for k in _LLAMA3 if k != "rope_theta"}),
-        _LLAMA3,
-    ),
-    "yarn": (
-        dict(
-            rope_theta=1e4,
-            rope_scaling=dict(type="yarn", factor=4.0, original_max_position_embeddings=128),
-        ),
-        _YARN,
-    ),
-    "none": (dict(rope_theta=3e3, rope_scaling=None), dict(rope_type="default", rope_theta=3e3)),
-}
+_EVEN = ["full_attention", "sliding_attention"] * 2
+_OLD_KEYS = {  # case, today's keys, older files' keys
+    "linear": ("llama", dict(rope_parameters=_LINEAR | dict(rope_theta=5e4)), dict(
+        rope_theta=5e4, rope_scaling=dict(type="linear", factor=4.0))),
+    "llama3": ("llama", dict(rope_parameters=_LLAMA3), dict(
+        rope_theta=5e5, rope_scaling={k: _LLAMA3[k] for k in _LLAMA3 if k != "rope_theta"})),
+    "yarn": ("llama", dict(rope_parameters=_YARN), dict(rope_theta=1e4, rope_scaling=dict(
+        type="yarn", factor=4.0, original_max_position_embeddings=128))),
+    "theta": ("llama", dict(rope_parameters=dict(rope_type="default", rope_theta=3e3)), dict(
+        rope_theta=3e3, rope_scaling=None)),
+    "window": ("qwen2", dict(use_sliding_window=True), dict(sliding_window=7)),
+    # old files give it unused, too
+    "unused window": ("qwen2", dict(use_sliding_window=False), dict(sliding_window=7)),
+    # transformers 4: null means the global theta
+    **{f"{case}, local {local}": (
+        case, thetas(5e4, local or 5e4) | dict(layer_types=_EVEN), dict(
+            global_rope_theta=5e4, local_rope_theta=local, global_attn_every_n_layers=2))
+       for case in ("modernbert", "modernbert-decoder") for local in (700.0, None)},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", _OLD_ROPE)
-def test_old_rope_keys(kind, tmp_path):
-    old, new = _OLD_ROPE[kind]
-    hf = theirs("llama", rope_parameters=new)
+@pytest.mark.parametrize("kind", _OLD_KEYS)
+def test_keys_of_older_files(kind, tmp_path):
+    case, new, old = _OLD_KEYS[kind]
+    hf = theirs(case, **new)
+    if case == "qwen2":
+        assert len(set(hf.config.layer_types)) == 1 + new["use_sliding_window"]
     hf.save_pretrained(tmp_path)
-    edit_config(tmp_path, drop=("rope_parameters", "dtype"), torch_dtype="float32", **old)
-    ours = M.from_pretrained(str(tmp_path))
-    tokens = random_tokens(LENGTHS)
-    want = their_output(hf, tokens)
-    torch.testing.assert_close(our_logits(ours, tokens), want, atol=TOLERANCE, rtol=0)
-    ours.save_pretrained(str(tmp_path / "again"))  # in the new keys, once
-    with open(tmp_path / "again" / "config.json") as f:
-        config = json.load(f)
-    assert not {"rope_theta", "rope_scaling", "torch_dtype"} & config.keys()
-    back = LlamaForCausalLM.from_pretrained(tmp_path / "again").eval()
-    assert torch.equal(their_output(back, tokens), want)
-
-
-@pytest.mark.parametrize("use", [True, False])
-def test_old_qwen2_window_keys(use, tmp_path):
-    hf = theirs("qwen2", use_sliding_window=use, layer_types=None)
-    assert len(set(hf.config.layer_types)) == 1 + use
-    hf.save_pretrained(tmp_path)
-    edit_config(tmp_path, drop=("layer_types",), sliding_window=7)  # old files give it unused, too
-    tokens = random_tokens(LENGTHS)
-    got = our_logits(M.from_pretrained(str(tmp_path)), tokens)
-    torch.testing.assert_close(got, their_output(hf, tokens), atol=TOLERANCE, rtol=0)
-
-
-@pytest.mark.parametrize("case", ["modernbert", "modernbert-decoder"])
-@pytest.mark.parametrize("local", [700.0, None])
-def test_old_modernbert_keys(case, local, tmp_path):
-    """`local_rope_theta: null` means the global theta (transformers 4's ModernBERT)."""
-    rope = {
-        "full_attention": dict(rope_type="default", rope_theta=5e4),
-        "sliding_attention": dict(rope_type="default", rope_theta=local or 5e4),
-    }
-    kinds = ["full_attention" if i % 2 == 0 else "sliding_attention" for i in range(4)]
-    hf = theirs(case, rope_parameters=rope, layer_types=kinds)
-    hf.save_pretrained(tmp_path)
-    edit_config(
-        tmp_path, drop=("rope_parameters", "layer_types"), global_rope_theta=5e4,
-        local_rope_theta=local, global_attn_every_n_layers=2,
-    )  # fmt: skip
-    tokens = random_tokens(LENGTHS)
-    got = our_logits(M.from_pretrained(str(tmp_path)), tokens)
-    torch.testing.assert_close(got, their_output(hf, tokens), atol=TOLERANCE, rtol=0)
+    gone = ("layer_types", "dtype") if case == "qwen2" else (*new, "dtype")
+    edit_config(tmp_path, drop=gone, torch_dtype="float32", **old)
+    ours = HF.from_pretrained(tmp_path)
+    assert_close(our_logits(ours), their_output(hf))
+    back = saved_again(ours, tmp_path / "again", type(hf))  # in the new keys, once
+    assert torch.equal(their_output(back), their_output(hf))
+    gone = {"rope_theta", "rope_scaling", "global_rope_theta", "local_rope_theta", "torch_dtype"}
+    assert not gone & config_of(tmp_path / "again").keys()
 
 
 @pytest.mark.parametrize("case", ["modernbert", "modernbert-untied-biases"])
 def test_encoder_read_as_causal_is_a_modernbert_decoder(case, tmp_path):
     hf = theirs(case)
     hf.save_pretrained(tmp_path)
-    ours = M.from_pretrained(str(tmp_path), attention="causal")
-    tokens = random_tokens(LENGTHS)
-    got = our_logits(ours, tokens)
-    ours.save_pretrained(str(tmp_path / "decoder"))
-    decoder = ModernBertDecoderForCausalLM.from_pretrained(tmp_path / "decoder").eval()
-    torch.testing.assert_close(got, their_output(decoder, tokens), atol=TOLERANCE, rtol=0)
+    ours = HF.from_pretrained(tmp_path, attention="causal")
+    logits = our_logits(ours)
+    decoder = saved_again(ours, tmp_path / "a", transformers.ModernBertDecoderForCausalLM)
+    assert_close(logits, their_output(decoder))
     # the same weights, and another mask
-    wqkv = hf.model.layers[1].attn.Wqkv.weight
     attn = decoder.model.layers[1].attn
     parts = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
-    assert torch.equal(torch.cat(parts), wqkv)
-    assert (got - their_output(hf, tokens)).abs().max() > 0.1
+    assert torch.equal(torch.cat(parts), hf.model.layers[1].attn.Wqkv.weight)
+    assert (logits - their_output(hf)).abs().max() > 0.1
 
 
 def test_decoder_read_as_bidirectional(tmp_path):
-    theirs("modernbert-decoder").save_pretrained(tmp_path)
-    ours = M.from_pretrained(str(tmp_path), attention="bidirectional")
-    ours.save_pretrained(str(tmp_path / "both"))
-    with open(tmp_path / "both" / "config.json") as f:
-        config = json.load(f)
+    hf = theirs("modernbert-decoder")
+    hf.save_pretrained(tmp_path)
+    ours = HF.from_pretrained(tmp_path, attention="bidirectional")
+    back = saved_again(ours, tmp_path / "both", type(hf))
+    config = config_of(tmp_path / "both")
     assert config["is_causal"] is False and config["model_type"] == "modernbert-decoder"
-    back = ModernBertDecoderForCausalLM.from_pretrained(tmp_path / "both").eval()
-    tokens = random_tokens(LENGTHS)
-    want = their_output(back, tokens)
-    torch.testing.assert_close(our_logits(ours, tokens), want, atol=TOLERANCE, rtol=0)
-    assert M.from_pretrained(str(tmp_path / "both")).config.causal is False
+    assert_close(our_logits(ours), their_output(back))
+    assert HF.from_pretrained(tmp_path / "both").config.causal is False
 
 
 def test_overrides_on_reading(tmp_path):
-    hf = theirs("modernbert")
-    hf.save_pretrained(tmp_path)
-    tokens = random_tokens(LENGTHS)
+    theirs("modernbert").save_pretrained(tmp_path)
     long = dict(rope_type="linear", factor=2.0)
-    ours = M.from_pretrained(
-        str(tmp_path), window=4, rope_theta=3e3, rope_scaling=long, max_seq_len=999
+    ours = HF.from_pretrained(
+        tmp_path, window=4, rope_theta=3e3, rope_scaling=long, max_seq_len=999
     )
-    rope = long | dict(rope_theta=3e3)
-    want = theirs(
-        "modernbert", local_attention=8,
-        rope_parameters={"full_attention": rope, "sliding_attention": dict(rope)},
-    )  # fmt: skip
-    got = our_logits(ours, tokens)
-    torch.testing.assert_close(got, their_output(want, tokens), atol=TOLERANCE, rtol=0)
+    logits = our_logits(ours)
+    expected = theirs("modernbert", local_attention=8, **thetas(3e3, 3e3, **long))
+    assert_close(logits, their_output(expected))
     assert ours.config.max_seq_len == 999
-    ours.save_pretrained(str(tmp_path / "again"))
-    back = ModernBertForMaskedLM.from_pretrained(tmp_path / "again").eval()
-    torch.testing.assert_close(got, their_output(back, tokens), atol=TOLERANCE, rtol=0)
+    back = saved_again(ours, tmp_path / "again", transformers.ModernBertForMaskedLM)
+    assert_close(logits, their_output(back))
     assert back.config.max_position_embeddings == 999
-
-    ours = M.from_pretrained(str(tmp_path), window=0)
-    want = theirs("modernbert", layer_types=["full_attention"] * 4)
-    got = our_logits(ours, tokens)
-    torch.testing.assert_close(got, their_output(want, tokens), atol=TOLERANCE, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "size, causal, cls",
-    [
-        ("modernbert-tiny", False, ModernBertForMaskedLM),
-        ("modernbert-tiny", True, ModernBertDecoderForCausalLM),
-        ("llama-tiny", True, LlamaForCausalLM),
-        ("llama-tiny", False, LlamaForCausalLM),
-        ("qwen3-tiny", True, Qwen3ForCausalLM),
-    ],
-)
-def test_from_scratch_saves_what_transformers_loads(size, causal, cls, tmp_path):
-    torch.manual_seed(0)
-    ours = randomize(M.from_scratch(size, causal=causal))
-    # the tokenizer's, as the scripts do: ModernBERT's own lie beyond a small vocabulary
-    ours.config.hf |= {k: _MB[k] for k in _MB if k.endswith("token_id")}
-    ours.save_pretrained(str(tmp_path))
-    hf = cls.from_pretrained(tmp_path).eval()
-    tokens = random_tokens([80, 3])
-    want = their_output(hf, tokens, [80, 3])
-    # these are wider than the others: logits of 50
-    torch.testing.assert_close(our_logits(ours, tokens, [80, 3]), want, atol=1e-3, rtol=1e-4)
+    logits = our_logits(HF.from_pretrained(tmp_path, window=0))
+    assert_close(logits, their_output(theirs("modernbert", layer_types=["full_attention"] * 4)))
 
 
 # ---- NeoBERT, against the published layout ----
@@ -424,17 +324,11 @@ def neobert_state(n_layer=3, width=32, hidden=64, seed=0):
 
     state = {"model.encoder.weight": w(VOCAB, width), "model.layer_norm.weight": 1 + w(width)}
     for i in range(n_layer):
-        state |= {
-            f"model.transformer_encoder.{i}.{name}": tensor
-            for name, tensor in {
-                "qkv.weight": w(3 * width, width),
-                "wo.weight": w(width, width),
-                "ffn.w12.weight": w(2 * hidden, width),
-                "ffn.w3.weight": w(width, hidden),
-                "attention_norm.weight": 1 + w(width),
-                "ffn_norm.weight": 1 + w(width),
-            }.items()
-        }
+        layer = {
+            "qkv": w(3 * width, width), "wo": w(width, width), "ffn.w12": w(2 * hidden, width),
+            "ffn.w3": w(width, hidden), "attention_norm": 1 + w(width), "ffn_norm": 1 + w(width),
+        }  # fmt: skip
+        state |= {f"model.transformer_encoder.{i}.{k}.weight": x for k, x in layer.items()}
     return state | {"decoder.weight": w(VOCAB, width), "decoder.bias": w(VOCAB)}
 
 
@@ -455,11 +349,8 @@ def neobert_reference(state, text, n_layer=3, n_head=4, eps=1e-6):
         return torch.view_as_real(q * turn).reshape(n, n_head, d)
 
     for i in range(n_layer):
-        w = {
-            k.split(f".{i}.", 1)[1]: v
-            for k, v in state.items()
-            if k.startswith(f"model.transformer_encoder.{i}.")
-        }
+        start = f"model.transformer_encoder.{i}."
+        w = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
         h = rms(x, w["attention_norm.weight"])
         # each head has its q, k and v side by side
         q, k, v = (h @ w["qkv.weight"].T).reshape(n, n_head, 3 * d).chunk(3, dim=-1)
@@ -472,57 +363,42 @@ def neobert_reference(state, text, n_layer=3, n_head=4, eps=1e-6):
     return x @ state["decoder.weight"].T + state["decoder.bias"]
 
 
-def neobert_folder(folder, state):
-    folder.mkdir(exist_ok=True)
-    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+@pytest.mark.parametrize("head", [True, False])
+def test_neobert_equals_the_published_layout_and_goes_back_bit_equal(head, tmp_path):
+    whole = neobert_state()
+    expected = torch.cat([neobert_reference(whole, text) for text in TOKENS.split(LENGTHS)])
+    assert expected.std() > 0.5
+    state, table = whole, {"model.freqs_cis": torch.ones(4, 4)}
+    if not head:
+        state = {k.removeprefix("model."): w for k, w in whole.items() if k.startswith("model.")}
+        table = {"freqs_cis": torch.ones(4, 4)}  # a name without a dot
+    save_file(state | table, tmp_path / "model.safetensors")
     config = dict(
         model_type="neobert", architectures=["NeoBERTLMHead"], vocab_size=VOCAB, hidden_size=32,
         num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, max_length=512,
         norm_eps=1e-6, embedding_init_range=0.02,
     )  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours = HF.from_pretrained(tmp_path)
+    assert (ours.config.head == "none") == (not head)
+    if head:
+        assert_close(our_logits(ours), expected)
+    else:
+        logits = our_hidden(ours) @ whole["decoder.weight"].T + whole["decoder.bias"]
+        assert_close(logits, expected)
 
-
-def test_neobert_equals_the_published_layout_and_goes_back_bit_equal(tmp_path):
-    state = neobert_state()
-    table = {"model.freqs_cis": torch.ones(4, 4)}
-    ours = M.from_pretrained(neobert_folder(tmp_path / "a", state | table))
-    tokens = random_tokens(LENGTHS)
-    want = torch.cat([neobert_reference(state, t) for t in tokens.split(LENGTHS)])
-    assert want.std() > 0.5
-    torch.testing.assert_close(our_logits(ours, tokens), want, atol=TOLERANCE, rtol=0)
-
-    ours.save_pretrained(str(tmp_path / "b"))
+    HF.save_pretrained(ours, tmp_path / "b")
     back = load_file(tmp_path / "b" / "model.safetensors")
-    assert back.keys() == state.keys()
-    for key in state:
-        assert torch.equal(back[key], state[key]), key
-    with open(tmp_path / "b" / "config.json") as f:
-        config = json.load(f)
+    assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
+    config = config_of(tmp_path / "b")
     assert (config["intermediate_size"], config["max_length"]) == (96, 512)
     assert config["embedding_init_range"] == 0.02  # not ours, passed on
-    again = M.from_pretrained(str(tmp_path / "b"))
-    assert torch.equal(our_logits(again, tokens), our_logits(ours, tokens))
-
-
-def test_neobert_base_folder(tmp_path):
-    state = neobert_state()
-    base = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-    table = {"freqs_cis": torch.ones(4, 4)}  # a name without a dot
-    ours = M.from_pretrained(neobert_folder(tmp_path / "a", base | table))
-    assert ours.config.head == "none"
-    tokens = random_tokens(LENGTHS)
-    logits = our_hidden(ours, tokens) @ state["decoder.weight"].T + state["decoder.bias"]
-    want = torch.cat([neobert_reference(state, t) for t in tokens.split(LENGTHS)])
-    torch.testing.assert_close(logits, want, atol=TOLERANCE, rtol=0)
-    ours.save_pretrained(str(tmp_path / "b"))
-    back = load_file(tmp_path / "b" / "model.safetensors")
-    assert back.keys() == base.keys() and all(torch.equal(back[k], base[k]) for k in base)
+    assert torch.equal(our_hidden(HF.from_pretrained(tmp_path / "b")), our_hidden(ours))
 
 
 # ---- small models of each family, ours alone ----
 
+_KINDS = ["global", "local", "local", "global"]
 _OURS = dict(vocab_size=VOCAB, n_layer=4, n_head=4, n_embd=32, n_hidden=48, max_seq_len=512)
 _OURS_MB = _OURS | dict(
     layer_kinds=_KINDS, window=3, norm="layer", embed_norm=True,
@@ -548,8 +424,10 @@ def tiny(family, **changes):
     return randomize(M.Transformer(config))
 
 
-_MASKS = [(f, c) for f in FAMILIES for c in (True, False)]
-_MASKS = [(f, c) for f, c in _MASKS if not (c and f in ("modernbert", "neobert"))]
+every_mask = pytest.mark.parametrize("family, causal", [
+    (family, causal) for family in FAMILIES for causal in (True, False)
+    if not (causal and family in ("modernbert", "neobert"))
+])  # fmt: skip
 
 
 def backends():
@@ -559,27 +437,38 @@ def backends():
     """
     out = [("sdpa", "cpu", torch.float32, 1e-5)]
     if torch.cuda.is_available():
-        there = {"sdpa": True, "varlen": M.varlen_attn, "flash_attn": M.flash_attn_varlen_func}
+        there = {"sdpa": True, "varlen": A.varlen_attn, "flash_attn": A.flash_attn_varlen_func}
         out += [(name, "cuda", torch.bfloat16, 2e-2) for name in there if there[name]]
-    return out
+    marks = {"cpu": [], "cuda": pytest.mark.cuda}
+    return [pytest.param(b, id=f"{b[0]}-{b[1]}", marks=marks[b[1]]) for b in out]
 
 
-@pytest.fixture(params=backends(), ids=lambda b: f"{b[0]}-{b[1]}")
+@pytest.fixture(params=backends())
 def backend(request):
     return request.param
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="they have run")
-def test_cuda_backends():
-    pytest.skip("no CUDA: varlen, flash_attn and sdpa in bf16 are not tested on this machine")
-
-
-def assert_near(got, want, tolerance, name=""):
-    error = (got.float() - want.float()).abs().max() / want.float().abs().max().clamp(min=1)
+def assert_near(found, expected, tolerance, name=""):
+    size = expected.float().abs().max().clamp(min=1)
+    error = (found.float() - expected.float()).abs().max() / size
     assert error <= tolerance, f"{name}: off by {error:.1e} of the largest"
 
 
 # ---- attention ----
+
+
+def seen(lengths, causal, left, right, device="cpu"):
+    """[T, T] bool: which keys a query sees. left and right: -1 for no limit."""
+    text = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+    i = torch.arange(len(text), device=device)[:, None]
+    mask = text[:, None] == text[None]
+    if causal:
+        mask &= i.T <= i
+    if left >= 0:
+        mask &= i.T >= i - left
+    if right >= 0:
+        mask &= i.T <= i + right
+    return mask
 
 
 def brute_force(q, k, v, lengths, causal, window):
@@ -587,18 +476,9 @@ def brute_force(q, k, v, lengths, causal, window):
     q, k, v = q.double(), k.double(), v.double()
     repeat = q.size(1) // k.size(1)
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    text = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
-    i = torch.arange(len(text), device=q.device)[:, None]
-    j = i.T
-    seen = text[:, None] == text[None]
-    if causal:
-        seen &= j <= i
-    if window[0] >= 0:
-        seen &= j >= i - window[0]
-    if window[1] >= 0:
-        seen &= j <= i + window[1]
     scores = torch.einsum("ihd,jhd->hij", q, k) / q.size(-1) ** 0.5
-    probs = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    mask = seen(lengths, causal, *window, q.device)
+    probs = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     return torch.einsum("hij,jhd->ihd", probs, v)
 
 
@@ -620,51 +500,20 @@ _ATTENTION = [  # lengths, (left, right)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths, window", _ATTENTION)
 def test_attention_is_the_masked_softmax(lengths, window, causal, n_kv_head, backend):
-    if causal and window[1] != 0:
-        window = (window[0], 0)
+    window = (window[0], 0) if causal and window[1] != 0 else window
     name, device, dtype, tolerance = backend
     g = torch.Generator().manual_seed(0)
-    heads = (4, n_kv_head, n_kv_head)
-    qkv = [torch.randn(sum(lengths), h, 16, generator=g).to(device, dtype) for h in heads]
-    for x in qkv:
-        x.requires_grad_(True)
-    y = torch.randn(sum(lengths), 4, 16, generator=g).to(device, dtype)
-    out = M.attention(*qkv, make_seqs(lengths, device), causal, window, 0.0, name)
+    *qkv, y = (
+        torch.randn(sum(lengths), heads, 16, generator=g).to(device, dtype).requires_grad_(i < 3)
+        for i, heads in enumerate((4, n_kv_head, n_kv_head, 4))
+    )
+    out = A.attention(*qkv, make_seqs(lengths, device), causal, window, 0.0, name)
     assert out.shape == (sum(lengths), 4, 16) and out.dtype == dtype
-    got = torch.autograd.grad((out * y).sum(), qkv)
-    ref = brute_force(*qkv, lengths, causal, window)
-    want = torch.autograd.grad((ref * y).sum(), qkv)
-    assert_near(out, ref, tolerance, "output")
-    for name, a, b in zip("qkv", got, want, strict=True):
-        assert_near(a, b, tolerance, f"gradient of {name}")
-
-
-def test_long_windowed_texts_never_make_a_square():
-    """4,096 tokens, 64 back and on: nothing near 4,096 x 4,096 may be made."""
-    q = torch.randn(4096, 1, 8, requires_grad=True)
-    with Made() as made:
-        M.attention(q, q, q, make_seqs([4096]), False, (64, 64)).sum().backward()
-    assert made.largest() < 4096 * 64
-
-
-def test_neighbours_of_equal_length_go_in_one_call(monkeypatch):
-    shapes, sdpa = [], F.scaled_dot_product_attention
-
-    def spy(q, *args, **kwargs):
-        shapes.append(q.shape)
-        return sdpa(q, *args, **kwargs)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    q = torch.randn(5 + 3 * 7 + 5, 2, 4)
-    M.attention(q, q, q, make_seqs([5, 7, 7, 7, 5]), False, (-1, -1))
-    assert shapes == [(1, 2, 5, 4), (3, 2, 7, 4), (1, 2, 5, 4)]  # [texts, H, length, D]
-
-
-def test_masks_made_in_inference_mode_serve_training():
-    seqs, tokens, model = make_seqs([311]), random_tokens([311]), tiny("modernbert")
-    with torch.inference_mode():
-        model(tokens, seqs)
-    model(tokens, seqs).sum().backward()
+    expected = brute_force(*qkv, lengths, causal, window)
+    assert_near(out, expected, tolerance, "output")
+    grads = (torch.autograd.grad((o * y).sum(), qkv) for o in (out, expected))
+    for name, found, right in zip("qkv", *grads, strict=True):
+        assert_near(found, right, tolerance, f"gradient of {name}")
 
 
 class Made(TorchDispatchMode):
@@ -685,9 +534,38 @@ class Made(TorchDispatchMode):
         return max(math.prod(shape) for shape in self.shapes)
 
 
+def test_long_windowed_texts_never_make_a_square():
+    """4,096 tokens, 64 back and on: nothing near 4,096 x 4,096 may be made."""
+    q = torch.randn(4096, 1, 8, requires_grad=True)
+    with Made() as made:
+        A.attention(q, q, q, make_seqs([4096]), False, (64, 64)).sum().backward()
+    assert made.largest() < 4096 * 64
+
+
+def test_neighbours_of_equal_length_go_in_one_call(monkeypatch):
+    shapes, sdpa = [], F.scaled_dot_product_attention
+
+    def spy(q, *args, **kwargs):
+        shapes.append(q.shape)
+        return sdpa(q, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    q = torch.randn(5 + 3 * 7 + 5, 2, 4)
+    A.attention(q, q, q, make_seqs([5, 7, 7, 7, 5]), False, (-1, -1))
+    assert shapes == [(1, 2, 5, 4), (3, 2, 7, 4), (1, 2, 5, 4)]  # [texts, H, length, D]
+
+
+def test_masks_made_in_inference_mode_serve_training():
+    seqs, tokens, model = make_seqs([311]), random_tokens([311]), tiny("modernbert")
+    with torch.inference_mode():
+        model(tokens, seqs)
+    model(tokens, seqs).sum().backward()
+
+
 # ---- packed = each text alone ----
 
 DOCS = [9, 1, 30, 30, 30, 14]
+DOC_TOKENS, DOC_SEQS = random_tokens(DOCS), make_seqs(DOCS)
 
 
 def outputs_and_gradients(model, tokens, lengths, y, backend="sdpa", device="cpu"):
@@ -701,62 +579,45 @@ def outputs_and_gradients(model, tokens, lengths, y, backend="sdpa", device="cpu
     return hidden.detach(), {k: p.grad.clone() for k, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("family, causal", _MASKS)
-def test_packed_equals_each_text_alone(family, causal, monkeypatch):
-    """Outputs and gradients of all parameters, in fp64: model.py's `.float()` made `.double()`."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    model = tiny(family, causal=causal).double()
-    tokens, y = random_tokens(DOCS), torch.randn(sum(DOCS), VOCAB, dtype=torch.float64)
-    hidden, grads = outputs_and_gradients(model, tokens, DOCS, y)
-    alone = [
-        outputs_and_gradients(model, t, [len(t)], y1)
-        for t, y1 in zip(tokens.split(DOCS), y.split(DOCS), strict=True)
-    ]
-    torch.testing.assert_close(hidden, torch.cat([h for h, _ in alone]), atol=1e-11, rtol=1e-11)
-    for name, grad in grads.items():
-        want = sum(g[name] for _, g in alone)
-        assert want.abs().max() > 0, name
-        assert (grad - want).norm() <= 1e-11 * want.norm() + 1e-11, name
-
-
-@pytest.mark.parametrize("family, causal", _MASKS)
-def test_packed_equals_each_text_alone_on_every_backend(family, causal, backend):
-    """In the precision of training; the texts alone always by sdpa."""
+@every_mask
+@pytest.mark.parametrize("precision", ["fp64", "of training"])
+def test_packed_equals_each_text_alone(family, causal, precision, backend, monkeypatch):
+    """Outputs and gradients of all parameters, of DOCS in one row and of each text alone by sdpa.
+    fp64: on the CPU, model.py's `.float()` made `.double()`."""
     name, device, dtype, tolerance = backend
-    half = dtype is not torch.float32
-    model = tiny(family, causal=causal).to(device)
-    tokens = random_tokens(DOCS).to(device)
-    y = torch.randn(sum(DOCS), VOCAB, generator=torch.Generator().manual_seed(1)).to(device)
-    with torch.autocast(device, torch.bfloat16, enabled=half):
+    model, tolerance = tiny(family, causal=causal), 4 * tolerance  # roundings of 4 layers add up
+    y = torch.randn(sum(DOCS), VOCAB, generator=torch.Generator().manual_seed(1))
+    if precision == "fp64":
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        name, device, dtype, tolerance = "sdpa", "cpu", torch.float64, 1e-11
+        model, y = model.double(), y.double()
+    model, y, tokens = model.to(device), y.to(device), DOC_TOKENS.to(device)
+    with torch.autocast(device, torch.bfloat16, enabled=dtype is torch.bfloat16):
         hidden, grads = outputs_and_gradients(model, tokens, DOCS, y, name, device)
         alone = [
             outputs_and_gradients(model, t, [len(t)], y1, "sdpa", device)
             for t, y1 in zip(tokens.split(DOCS), y.split(DOCS), strict=True)
         ]
-    # roundings add up over 4 layers
-    assert_near(hidden, torch.cat([h for h, _ in alone]), 4 * tolerance, "hidden")
+    assert_near(hidden, torch.cat([h for h, _ in alone]), tolerance, "hidden")
     for key, grad in grads.items():
-        want = sum(g[key] for _, g in alone)
-        assert (grad - want).norm() <= 4 * tolerance * want.norm(), key
+        expected = sum(g[key] for _, g in alone)
+        assert expected.abs().max() > 0, key
+        assert (grad - expected).norm() <= tolerance * expected.norm() + 1e-11, key
 
 
 def reach(config, lengths):
     """[T, T] bool: which inputs can change which outputs, by the masks of all layers."""
     square = torch.eye(sum(lengths), dtype=torch.bool)
-    text = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    i, j = torch.arange(len(text))[:, None], torch.arange(len(text))[None]
     for kind in config.layer_kinds:
-        seen = text[:, None] == text[None]
-        if config.causal:
-            seen &= j <= i
+        left = right = -1
         if kind == "local":  # Hugging Face's two meanings of one number
-            seen &= (i - j < config.window) if config.causal else (i - j).abs() <= config.window
-        square = (seen.float() @ square.float()) > 0
+            left, right = config.window - config.causal, config.window
+        square = (seen(lengths, config.causal, left, right).float() @ square.float()) > 0
     return square
 
 
 @pytest.mark.parametrize("lengths", [[20], [20, 1, 20, 20, 7]], ids=["one", "several"])
-@pytest.mark.parametrize("family, causal", _MASKS)
+@every_mask
 def test_each_output_depends_on_what_it_may_see_and_on_nothing_else(
     family, causal, lengths, backend
 ):
@@ -768,36 +629,40 @@ def test_each_output_depends_on_what_it_may_see_and_on_nothing_else(
     model.embed.register_forward_hook(lambda m, a, out: inputs.append(out) or None)
     with torch.autocast(device, torch.bfloat16, enabled=dtype is not torch.float32):
         hidden = model(random_tokens(lengths).to(device), make_seqs(lengths, device))
-    want = reach(model.config, lengths)
+    expected = reach(model.config, lengths)
     if max(model.config.window, 1) == 1 or "global" in model.config.layer_kinds:
-        assert want[0, lengths[0] - 1] == (not causal)  # the table itself says what it should
+        assert expected[0, lengths[0] - 1] == (not causal)  # the table itself says what it should
     y = torch.randn(model.config.n_embd, generator=torch.Generator().manual_seed(2)).to(device)
     ends = torch.tensor(lengths).cumsum(0).tolist()
     rows = [(e - n, e - n // 2 - 1, e - 1) for n, e in zip(lengths, ends, strict=True)]
     for row in set(sum(rows, ())):  # first, middle and last of each text
         (grad,) = torch.autograd.grad((hidden[row] * y).sum(), inputs, retain_graph=True)
-        assert torch.equal((grad != 0).any(1).cpu(), want[row]), f"row {row}"
+        assert torch.equal((grad != 0).any(1).cpu(), expected[row]), f"row {row}"
 
 
-@pytest.mark.parametrize("family, causal", _MASKS)
+@every_mask
 def test_a_changed_text_leaves_the_others_bit_equal(family, causal, backend):
     name, device, dtype, _ = backend
     model = tiny(family, causal=causal).to(device)
     model.backend = name
-    tokens = random_tokens(DOCS).to(device)
-    others = tokens.clone()
-    start = sum(DOCS[:3])
-    others[start : start + DOCS[3]] = random_tokens(DOCS[3:4], seed=1).to(device)
+    changed, others = slice(sum(DOCS[:3]), sum(DOCS[:4])), DOC_TOKENS.clone()
+    others[changed] = random_tokens(DOCS[3:4], seed=1)
     half = dtype is not torch.float32
     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=half):
-        a, b = (model(t, make_seqs(DOCS, device)) for t in (tokens, others))
-    changed = torch.zeros(len(tokens), dtype=torch.bool)
-    changed[start : start + DOCS[3]] = True
-    assert torch.equal(a[~changed], b[~changed])
+        a, b = (model(t.to(device), make_seqs(DOCS, device)) for t in (DOC_TOKENS, others))
     assert not torch.equal(a[changed], b[changed])
+    a[changed] = b[changed]
+    assert torch.equal(a, b)
 
 
 # ---- the loss over a vocabulary ----
+
+
+def leaves_of(*shapes, dtype=torch.float32, seed=0):
+    """Random tensors that want gradients, and a second set of the same."""
+    g = torch.Generator().manual_seed(seed)
+    leaves = [torch.randn(shape, generator=g, dtype=dtype) for shape in shapes]
+    return ([x.clone().requires_grad_() for x in leaves] for _ in range(2))
 
 
 def reference_loss(x, weight, bias, targets):
@@ -819,22 +684,19 @@ def reference_loss(x, weight, bias, targets):
 def test_linear_cross_entropy(rows, vocab, chunks, bias):
     width = 3 if vocab > 2**20 else 12
     assert chunks == math.ceil(rows / (2**24 // vocab))  # on the CPU
-    g = torch.Generator().manual_seed(rows)
     shapes = [(rows, width), (vocab, width), (vocab,)][: 3 if bias else 2]
-    leaves = [torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
-    leaves[0] *= 3
-    targets = torch.randint(vocab, (rows,), generator=g)
-    # every other row gets its best answer, so that there are hits to count
+    ours, ref = leaves_of(*shapes, dtype=torch.float64, seed=rows)
+    targets = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(rows))
     with torch.no_grad():
-        for i in range(0, rows, 2):
-            targets[i] = F.linear(leaves[0][i], *leaves[1:]).argmax()
-    ours = [x.clone().requires_grad_(True) for x in leaves]
-    ref = [x.clone().requires_grad_(True) for x in leaves]
+        ours[0] *= 3
+        ref[0] *= 3
+        for i in range(0, rows, 2):  # every other row has its best answer: there are hits to count
+            targets[i] = F.linear(ours[0][i], *ours[1:]).argmax()
     loss, hits = M.linear_cross_entropy(*ours[:2], ours[2] if bias else None, targets)
     (loss * 0.37).backward()
-    want, want_hits = reference_loss(*ref[:2], ref[2] if bias else None, targets)
+    expected, expected_hits = reference_loss(*ref[:2], ref[2] if bias else None, targets)
     assert loss.dtype == torch.float64 and hits.dtype == torch.int64
-    assert loss.item() == pytest.approx(want, rel=1e-10) and hits.item() == want_hits
+    assert loss.item() == pytest.approx(expected, rel=1e-10) and hits.item() == expected_hits
     for name, a, b in zip(("x", "weight", "bias"), ours, ref, strict=False):
         assert (a.grad - b.grad).norm() <= 1e-10 * b.grad.norm(), name
 
@@ -851,59 +713,45 @@ def test_linear_cross_entropy_with_extreme_logits():
 def test_hits_are_the_best_answers_and_no_near_ones():
     logits = torch.tensor([[1.0, 1.001, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 5.0]])  # x W^T, W = 1
     for targets, hits in (([0, 0, 2], 2), ([1, 1, 2], 3), ([2, 2, 0], 0)):  # a tie counts
-        got = M.linear_cross_entropy(logits, torch.eye(3), None, torch.tensor(targets))[1]
-        assert got.item() == hits
+        found = M.linear_cross_entropy(logits, torch.eye(3), None, torch.tensor(targets))[1]
+        assert found.item() == hits
 
 
 def test_no_labels_give_zero_and_connected_gradients():
     model = tiny("modernbert").train()
     none = torch.zeros(0, dtype=torch.long)
-    loss, hits = model(random_tokens(DOCS), make_seqs(DOCS), rows=none, targets=none)
+    loss, hits = model(DOC_TOKENS, DOC_SEQS, rows=none, targets=none)
     assert loss.item() == 0 and hits.item() == 0
     loss.backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and not p.grad.any(), name
 
 
-def test_frozen_weights_cost_nothing():
+@pytest.mark.parametrize("trains", ["x", "bias", "all, in evaluation"])
+def test_what_does_not_train_costs_nothing(trains):
     """LoRA: the head does not train, so no [V, C] gradient is made."""
-    torch.manual_seed(0)
-    x = torch.randn(6, 4, requires_grad=True)
-    weight, bias = torch.randn(5000, 4), torch.randn(5000)
-    targets = torch.arange(6)
-    with Made() as made:
-        M.linear_cross_entropy(x, weight, bias, targets)[0].backward()
+    names, (ours, ref) = ("x", "weight", "bias"), leaves_of((6, 4), (5000, 4), (5000,))
+    if trains in names:
+        for x, name in zip(ours + ref, names * 2, strict=True):
+            x.requires_grad_(name == trains)
+    with torch.set_grad_enabled(trains in names), Made() as made:
+        loss = M.linear_cross_entropy(*ours, torch.arange(6))[0]
+        if trains in names:
+            loss.backward()
     assert made.largest() == 6 * 5000 and (5000, 4) not in made.shapes
-    want = x.detach().clone().requires_grad_(True)
-    F.cross_entropy(F.linear(want, weight, bias), targets, reduction="sum").backward()
-    torch.testing.assert_close(x.grad, want.grad, atol=1e-4, rtol=1e-4)
-
-
-def test_a_trained_bias_over_a_frozen_weight_gets_its_gradient():
-    x, weight = torch.randn(6, 4), torch.randn(50, 4)
-    bias = torch.randn(50, requires_grad=True)
-    targets = torch.arange(6)
-    M.linear_cross_entropy(x, weight, bias, targets)[0].backward()
-    want = bias.detach().clone().requires_grad_(True)
-    F.cross_entropy(F.linear(x, weight, want), targets, reduction="sum").backward()
-    torch.testing.assert_close(bias.grad, want.grad)
-
-
-def test_without_gradients_only_the_loss_is_made():
-    x = torch.randn(8, 4, requires_grad=True)
-    weight = torch.randn(1000, 4, requires_grad=True)
-    with torch.no_grad(), Made() as made:
-        loss, _ = M.linear_cross_entropy(x, weight, None, torch.arange(8))
-    assert not loss.requires_grad
-    assert (8, 1000) in made.shapes
-    assert (8, 4) not in made.shapes and (1000, 4) not in made.shapes
-    want = F.cross_entropy(x @ weight.t(), torch.arange(8), reduction="sum")
-    torch.testing.assert_close(loss, want.detach())
+    expected = F.cross_entropy(F.linear(*ref), torch.arange(6), reduction="sum")
+    torch.testing.assert_close(loss.detach(), expected.detach())
+    if trains in names:
+        expected.backward()
+        for x, want in zip(ours, ref, strict=True):
+            torch.testing.assert_close(x.grad, want.grad, atol=1e-4, rtol=1e-4)
+    else:
+        assert not loss.requires_grad and (6, 4) not in made.shapes
 
 
 def test_no_tensor_of_labels_times_vocabulary_lives():
     rows, vocab = 1024, 2**15  # 2**25 logits, in chunks of 2**24
-    x, weight = torch.randn(rows, 8, requires_grad=True), torch.randn(vocab, 8, requires_grad=True)
+    (x, weight), _ = leaves_of((rows, 8), (vocab, 8))
     with Made() as made:
         M.linear_cross_entropy(x, weight, None, torch.arange(rows))[0].backward()
     assert made.largest() <= 2**24 < rows * vocab
@@ -913,35 +761,40 @@ def test_linear_cross_entropy_in_bf16():
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(200, 32, generator=g), torch.randn(500, 32, generator=g) * 0.3
     targets = torch.randint(500, (200,), generator=g)
-    ours = [t.bfloat16().requires_grad_(True) for t in (x, w)]
-    ref = [t.bfloat16().float().requires_grad_(True) for t in (x, w)]
+    ours = [t.bfloat16().requires_grad_() for t in (x, w)]
+    ref = [t.bfloat16().float().requires_grad_() for t in (x, w)]
     loss, _ = M.linear_cross_entropy(*ours, None, targets)
     loss.backward()
-    want = F.cross_entropy(ref[0] @ ref[1].t(), targets, reduction="sum")
-    want.backward()
+    expected = F.cross_entropy(ref[0] @ ref[1].t(), targets, reduction="sum")
+    expected.backward()
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(want.item(), rel=3e-3)
+    assert loss.item() == pytest.approx(expected.item(), rel=3e-3)
     for a, b in zip(ours, ref, strict=True):
         assert a.grad.dtype == torch.bfloat16
         assert (a.grad.float() - b.grad).norm() <= 1e-2 * b.grad.norm()
+
+
+def gradients(model):
+    return {k: p.grad.clone() for k, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("family", ["llama", "modernbert", "neobert"])
 def test_model_loss_is_the_cross_entropy_of_its_logits(family):
     """Tied and untied: the gradient of the embedding is that of both its uses."""
     model = tiny(family)
-    tokens, seqs = random_tokens(DOCS), make_seqs(DOCS)
     rows = torch.tensor([0, 3, 8, 9, 44, 113])
     targets = torch.tensor([5, 6, 7, 8, 9, 10])
-    loss, _ = model(tokens, seqs, rows=rows, targets=targets)
+    loss, _ = model(DOC_TOKENS, DOC_SEQS, rows=rows, targets=targets)
     loss.backward()
-    got = {k: p.grad.clone() for k, p in model.named_parameters()}
+    found = gradients(model)
     model.zero_grad()
-    want = F.cross_entropy(model(tokens, seqs, rows=rows), targets, reduction="sum")
-    want.backward()
-    torch.testing.assert_close(loss, want)
+    logits = model(DOC_TOKENS, DOC_SEQS, rows=rows)
+    assert torch.equal(logits, model.logits(model(DOC_TOKENS, DOC_SEQS)[rows]))
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
     for name, p in model.named_parameters():
-        assert (got[name] - p.grad).norm() <= 1e-5 * p.grad.norm(), name
+        assert (found[name] - p.grad).norm() <= 1e-5 * p.grad.norm(), name
 
 
 # ---- checkpointing, compile, dropout ----
@@ -954,24 +807,21 @@ def train_gradients(model, seed=0, lengths=DOCS):
     rows = torch.arange(0, len(tokens), 3)
     loss, _ = model.train()(tokens, make_seqs(lengths), rows=rows, targets=tokens[rows])
     loss.backward()
-    return loss.item(), {k: p.grad.clone() for k, p in model.named_parameters()}
-
-
-def assert_same_gradients(a, b):
-    assert a[0] == b[0]
-    for name in a[1]:
-        assert torch.equal(a[1][name], b[1][name]), name
+    return loss.item(), gradients(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_checkpointing_changes_nothing(family, dropout):
     model = tiny(family, attn_dropout=dropout, out_dropout=dropout)
-    plain = train_gradients(model)
+    loss, grads = train_gradients(model)
     model.gradient_checkpointing = True
-    assert_same_gradients(train_gradients(model), plain)
+    again, grads2 = train_gradients(model)
+    assert loss == again
+    for name in grads:
+        assert torch.equal(grads[name], grads2[name]), name
     if dropout:
-        assert train_gradients(model, seed=1)[0] != plain[0]
+        assert train_gradients(model, seed=1)[0] != loss
 
 
 def compile_blocks(family, backend):
@@ -984,17 +834,17 @@ def compile_blocks(family, backend):
         block.compile(backend=backend)
     # ten blocks of a few kinds: past dynamo's limit of recompiles the rest would run uncompiled
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        got = [train_gradients(model)]
+        found = [train_gradients(model)]
     graphs = counters["stats"]["unique_graphs"]
     # other texts in a row of the same T: what was compiled serves, or this raises
     with torch._dynamo.config.patch(error_on_recompile=True):
-        got += [train_gradients(model, lengths=n) for n in ([114], [57, 57])]
+        found += [train_gradients(model, lengths=n) for n in ([114], [57, 57])]
     assert counters["stats"]["unique_graphs"] == graphs > 0
     torch._dynamo.reset()
-    for a, b in zip(got, plain, strict=True):
+    for a, b in zip(found, plain, strict=True):
         assert a[0] == pytest.approx(b[0], rel=1e-5)
-        for name, want in b[1].items():
-            assert (a[1][name] - want).norm() <= 1e-4 * want.norm(), name
+        for name, expected in b[1].items():
+            assert (a[1][name] - expected).norm() <= 1e-4 * expected.norm(), name
 
 
 @pytest.mark.parametrize("family", ["modernbert", "qwen3"])
@@ -1013,16 +863,27 @@ def test_compiled_code_changes_nothing(family):
     compile_blocks(family, "inductor")
 
 
-@pytest.mark.parametrize("kind", ["attn_dropout", "out_dropout"])
+@pytest.mark.parametrize("kind", ["attn", "out"])
 @pytest.mark.parametrize("family", ["llama", "modernbert"])
-def test_dropout_acts_in_training_only(family, kind):
-    model, without = tiny(family, **{kind: 0.3}), tiny(family)
-    tokens, seqs = random_tokens(DOCS), make_seqs(DOCS)
+def test_dropout_acts_in_training_only_and_is_saved_only_if_the_model_has_it(
+    family, kind, tmp_path
+):
+    plain, changed = tiny(family), tiny(family)
+    built = tiny(family, **{f"{kind}_dropout": 0.3})
+    changed.set_dropout(**{kind: 0.3})
     with torch.no_grad():
-        assert torch.equal(model.eval()(tokens, seqs), without(tokens, seqs))
-        a, b = model.train()(tokens, seqs), model(tokens, seqs)
-        assert not torch.equal(a, b)
-        assert torch.equal(without.train()(tokens, seqs), without.eval()(tokens, seqs))
+        assert torch.equal(plain.train()(DOC_TOKENS, DOC_SEQS), our_hidden(plain, DOC_TOKENS, DOCS))
+        for model in (built, changed):
+            assert torch.equal(our_hidden(model, DOC_TOKENS, DOCS), plain(DOC_TOKENS, DOC_SEQS))
+            a, b = model.train()(DOC_TOKENS, DOC_SEQS), model(DOC_TOKENS, DOC_SEQS)
+            assert not torch.equal(a, b)
+    key = {"attn": "attention_dropout", "out": "attention_out_dropout"}[kind]
+    values = []
+    for model in (plain, changed, built):
+        HF.save_pretrained(model, tmp_path)
+        values.append(config_of(tmp_path).get(key, 0.0))
+    has_key = kind == "attn" or family == "modernbert"  # Llama's config has no other
+    assert values == [0.0, 0.0, 0.3 if has_key else 0.0]
 
 
 def test_out_dropout_acts_on_the_attention_block_alone():
@@ -1042,10 +903,10 @@ def test_attention_dropout_drops_probabilities_and_keeps_their_mean(window):
     torch.manual_seed(0)
     n, copies, p = 6, 20_000, 0.4
     q, k, v = (torch.randn(n, 1, 4).repeat(copies, 1, 1) for _ in range(3))
-    out = M.attention(q, k, v, make_seqs([n] * copies), False, window, p).view(copies, n, 4)
-    want = M.attention(q[:n], k[:n], v[:n], make_seqs([n]), False, window).view(n, 4)
+    out = A.attention(q, k, v, make_seqs([n] * copies), False, window, p).view(copies, n, 4)
+    expected = A.attention(q[:n], k[:n], v[:n], make_seqs([n]), False, window).view(n, 4)
     error = out.std(0) / copies**0.5
-    assert ((out.mean(0) - want).abs() < 5 * error).all()
+    assert ((out.mean(0) - expected).abs() < 5 * error).all()
     assert (out.std(0) > 0.05).all()
 
 
@@ -1058,17 +919,14 @@ def test_named_sizes_have_the_named_number_of_parameters(size):
         model = M.Transformer(M.ModelConfig(**M.SIZES[size]))
     n = sum(p.numel() for p in model.parameters())
     name = size.rsplit("-", 1)[1]
-    said = int(name[:-1]) * {"m": 10**6, "b": 10**9}[name[-1]]
-    print(f"{size}: {n / 1e6:.1f}M")
-    assert abs(n / said - 1) < 0.1
+    assert abs(n / (int(name[:-1]) * {"m": 10**6, "b": 10**9}[name[-1]]) - 1) < 0.1
+    assert f"{n / 1e6:.1f}M weights, {n / 1e6:.3f}M trained" in model.describe()
 
 
 _FRESH = {
-    "llama-tiny": "normal",
-    "qwen3-tiny": "normal",
-    "modernbert-tiny": "megatron",
+    "llama-tiny": "normal", "qwen3-tiny": "normal", "modernbert-tiny": "megatron",
     "neobert-250m": "uniform",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("size", _FRESH)
@@ -1076,25 +934,21 @@ def test_fresh_weights(size):
     changes = dict(n_layer=4, n_embd=240, n_hidden=320, vocab_size=2000) if "neo" in size else {}
     torch.manual_seed(0)
     model = M.from_scratch(size, **changes)
-    n_layer = model.config.n_layer
     for name, p in model.named_parameters():
         if "norm" in name or name.endswith(".bias"):
-            want = 0.0 if name.endswith(".bias") else 1.0
-            assert (p == want).all(), f"{name} is not {want}"
+            constant = 0.0 if name.endswith(".bias") else 1.0
+            assert (p == constant).all(), f"{name} is not {constant}"
             continue
-        std = 0.02
+        std, init = 0.02, _FRESH[size]
         out = ("o_proj.weight", "down_proj.weight", "head.dense.weight")
-        if _FRESH[size] == "megatron" and name.endswith(out):
-            std /= math.sqrt(2 * n_layer)
-        if _FRESH[size] == "normal":
-            assert p.max() > 3 * std, name  # not cut
-            bound, expected = math.inf, std
-        elif _FRESH[size] == "uniform":
-            bound, expected = 0.02, 0.02 / math.sqrt(3)
-        else:  # a normal cut at 2 sigma has 0.8796 of its standard deviation
-            bound, expected = 2 * std, 0.8796 * std
+        if init == "megatron" and name.endswith(out):
+            std /= math.sqrt(2 * model.config.n_layer)
+        bound, expected = {
+            "normal": (math.inf, std), "uniform": (0.02, 0.02 / math.sqrt(3)),
+            "megatron": (2 * std, 0.8796 * std),  # what a normal cut at 2 sigma has
+        }[init]  # fmt: skip
         assert p.abs().max() <= bound, name
-        assert p.abs().max() > 0.95 * bound or _FRESH[size] == "normal", name
+        assert p.abs().max() > (3 * std if init == "normal" else 0.95 * bound), name
         few = 5 / math.sqrt(2 * p.numel())  # five standard errors of a standard deviation
         assert p.std().item() == pytest.approx(expected, rel=few), name
         assert abs(p.mean().item()) < 5 * expected / math.sqrt(p.numel()), name
@@ -1112,11 +966,17 @@ def test_from_scratch_takes_changes_and_names_what_it_knows():
         M.from_scratch("ettin-18m")
     with pytest.raises(TypeError, match="n_layers"):
         M.from_scratch("llama-tiny", n_layers=2)
-
-
-def test_as_many_layer_kinds_as_layers():
-    with pytest.raises(ValueError, match="3.*6|6.*3"):
+    with pytest.raises(ValueError, match="3.*6|6.*3"):  # as many layer_kinds as layers
         M.from_scratch("modernbert-tiny", n_layer=3)
+
+
+@pytest.mark.parametrize(
+    "family, window", [("llama", 4), ("neobert", 4), ("mistral", 4), ("modernbert", 0)]
+)
+def test_windows_that_a_folder_cannot_keep_are_refused(family, window):
+    """config.json of Llama and NeoBERT has no windows, Mistral's one for all layers."""
+    with pytest.raises(ValueError, match=f"{family}.*local"):
+        tiny(family, layer_kinds=_KINDS, window=window)
 
 
 def test_flops_count_what_multiplies():
@@ -1128,79 +988,61 @@ def test_flops_count_what_multiplies():
     assert local == 12 * 32 * (2 * 128 + 2 * 7) - 12 * 32 * 0  # two global layers, two of 3 + 1 + 3
 
 
-# ---- errors and warnings ----
+# ---- folders, errors and warnings ----
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A small Llama folder, never written to after this."""
     path = tmp_path_factory.mktemp("llama")
-    tiny("llama").save_pretrained(str(path))
+    HF.save_pretrained(tiny("llama"), path)
     return path
 
 
-def copied(folder, to, change):
-    """The folder with its tensors changed by `change(state)`."""
-    state = load_file(folder / "model.safetensors")
-    change(state)
-    save_file(state, to / "model.safetensors")
-    (to / "config.json").write_text((folder / "config.json").read_text())
-    return str(to)
+K_PROJ = "model.layers.2.self_attn.k_proj.weight"
 
 
-NAME = "model.layers.2.self_attn.k_proj.weight"
+@pytest.mark.parametrize(
+    "family, add, drop, message",
+    [
+        ("llama", {}, K_PROJ, rf"{K_PROJ}.*missing"),
+        ("llama", {"model.layers.0.extra.weight": (2,)}, "", "layers.0.extra.weight"),
+        ("llama", {"score": (2,)}, "", "score"),
+        ("llama", {"model.layers.9.mlp.up_proj.weight": (2,)}, "", "layers.9.mlp.up_proj.weight"),
+        ("llama", {K_PROJ: (3, 5)}, "", rf"{K_PROJ}.*\(3, 5\).*\(16, 32\)"),
+        ("modernbert", {}, "head.dense.weight", "head.dense.weight.*missing"),
+        # names with "model." come from a model with a head: without its weights it is broken
+        ("mistral", {}, "lm_head.weight", "lm_head.weight.*missing"),
+    ],
+)
+def test_wrong_tensors_are_named(family, add, drop, message, tmp_path):
+    HF.save_pretrained(tiny(family), tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = load_file(path) | {name: torch.ones(shape) for name, shape in add.items()}
+    save_file({name: w for name, w in state.items() if name != drop}, path)
+    with pytest.raises(ValueError, match=message):
+        HF.from_pretrained(tmp_path)
 
 
-def test_a_missing_tensor_is_named(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"layers\.2\.self_attn\.k_proj\.weight.*missing"):
-        M.from_pretrained(copied(folder, tmp_path, lambda s: s.pop(NAME)))
-
-
-def test_an_unexpected_tensor_is_named(folder, tmp_path):
-    for name in ("model.layers.0.extra.weight", "score", "model.layers.9.mlp.up_proj.weight"):
-        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-            M.from_pretrained(
-                copied(folder, tmp_path, lambda s, name=name: s.update({name: torch.ones(2)}))
-            )
-
-
-def test_a_misshapen_tensor_is_named_with_both_shapes(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"layers\.2\.self_attn\.k_proj.*\(3, 5\).*\(16, 32\)"):
-        M.from_pretrained(copied(folder, tmp_path, lambda s: s.update({NAME: torch.ones(3, 5)})))
-
-
-def test_an_untied_head_must_be_there_whole(tmp_path):
-    model = tiny("modernbert")
-    model.save_pretrained(str(tmp_path / "a"))
-    (tmp_path / "b").mkdir()
-    broken = copied(tmp_path / "a", tmp_path / "b", lambda s: s.pop("head.dense.weight"))
-    with pytest.raises(ValueError, match=r"head\.dense\.weight"):
-        M.from_pretrained(broken)
-
-
-def test_bad_configs_are_named(folder, tmp_path):
-    path = copied(folder, tmp_path, lambda s: None)
-    edit_config(path, model_type="gpt9")
-    with pytest.raises(ValueError, match="gpt9.*llama"):
-        M.from_pretrained(path)
-    edit_config(path, model_type="llama", hidden_act="relu6")
-    with pytest.raises(ValueError, match="relu6.*silu"):
-        M.from_pretrained(path)
-    edit_config(path, hidden_act="silu", rope_parameters=dict(rope_type="longrope", factor=2.0))
-    with pytest.raises(ValueError, match="longrope.*yarn"):
-        M.from_pretrained(path)(torch.arange(3), make_seqs([3]))
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(model_type="gpt9"), "gpt9.*llama"),
+        (dict(hidden_act="relu6"), "relu6.*silu"),
+        (dict(rope_parameters=dict(rope_type="longrope", factor=2.0)), "longrope.*yarn"),
+    ],
+)
+def test_bad_configs_are_named(change, message, folder):
+    with pytest.raises(ValueError, match=message):
+        HF.config_from_hf(config_of(folder) | change)
 
 
 def test_bad_arguments_are_named(folder):
     with pytest.raises(ValueError, match="sideways.*causal"):
-        M.from_pretrained(str(folder), attention="sideways")
-
-
-def test_a_window_needs_local_layers(folder):
-    """A Llama has none: a window that would do nothing is an error, not a silence."""
-    with pytest.raises(ValueError, match="window"):
-        M.from_pretrained(str(folder), window=8)
-    assert M.from_pretrained(str(folder), window=0).config.layer_kinds == ["global"] * 4
+        HF.from_pretrained(folder, attention="sideways")
+    with pytest.raises(ValueError, match="window"):  # a Llama has no local layers
+        HF.from_pretrained(folder, window=8)
+    assert HF.from_pretrained(folder, window=0).config.layer_kinds == ["global"] * 4
 
 
 def test_names_of_folders_and_of_the_hub(folder, tmp_path, monkeypatch):
@@ -1212,57 +1054,90 @@ def test_names_of_folders_and_of_the_hub(folder, tmp_path, monkeypatch):
             raise OSError("404")
         return str(folder)
 
-    monkeypatch.setattr(M, "snapshot_download", download)
+    monkeypatch.setattr(HF, "snapshot_download", download)
     for name in ("missing", "./missing", "/tmp/missing/model", "a/b/c", "~/missing"):
         with pytest.raises(FileNotFoundError, match=name):
-            M.from_pretrained(name)
+            HF.from_pretrained(name)
     assert not asked  # none of these went to the hub
-    M.from_pretrained("owner/name")
-    M.from_pretrained("owner/name@step599525")
+    HF.from_pretrained("owner/name")
+    HF.from_pretrained("owner/name@step599525")
     assert asked == [("owner/name", None), ("owner/name", "step599525")]
     with pytest.raises(OSError, match="out/missing.*no such folder"):  # a mistyped path, perhaps
-        M.from_pretrained("out/missing")
+        HF.from_pretrained("out/missing")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(FileNotFoundError, match="no model.*safetensors"):
-        M.from_pretrained(str(tmp_path))
+        HF.from_pretrained(tmp_path)
 
 
-def test_backends_that_cannot_run_say_why(monkeypatch):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    bf16, fp32 = torch.bfloat16, torch.float32
-    assert M.choose_backend("auto", cpu, fp32) == "sdpa"
-    assert M.choose_backend("auto", cuda, fp32) == "sdpa"
-    with pytest.raises(ValueError, match="flsh.*flash_attn.*varlen.*sdpa"):
-        M.choose_backend("flsh", cpu, fp32)
-    for name in ("flash_attn", "varlen"):
-        function = {"flash_attn": "flash_attn_varlen_func", "varlen": "varlen_attn"}[name]
-        monkeypatch.setattr(M, function, fake_varlen)
-        with pytest.raises(ValueError, match=f"{name}.*CUDA.*cpu"):
-            M.choose_backend(name, cpu, bf16)
-        with pytest.raises(ValueError, match=f"{name}.*float32"):
-            M.choose_backend(name, cuda, fp32)
-        assert M.choose_backend(name, cuda, bf16) == name
-    # flash_attn first, and it can do dropout
-    assert M.choose_backend("auto", cuda, bf16, dropout_p=0.1) == "flash_attn"
-    monkeypatch.setattr(M, "flash_attn_varlen_func", None)
-    with pytest.raises(ValueError, match="flash_attn.*not installed"):
-        M.choose_backend("flash_attn", cuda, bf16)
-    assert M.choose_backend("auto", cuda, bf16) == "varlen"
-    with pytest.raises(ValueError, match="varlen.*dropout"):
-        M.choose_backend("varlen", cuda, bf16, dropout_p=0.1)
-    assert M.choose_backend("auto", cuda, bf16, dropout_p=0.1) == "sdpa"
-    # older torch: no grouped heads, no window, nothing at all
-    monkeypatch.setattr(M, "varlen_attn", lambda q, k, v, window_size: None)
-    assert M.choose_backend("varlen", cuda, bf16) == "varlen"
-    with pytest.raises(ValueError, match="varlen.*grouped heads"):
-        M.choose_backend("varlen", cuda, bf16, gqa=True)
-    monkeypatch.setattr(M, "varlen_attn", None)
-    with pytest.raises(ValueError, match="varlen"):
-        M.choose_backend("varlen", cuda, bf16)
+def test_a_name_is_pinned_to_the_checkpoint_that_it_means_now(tmp_path):
+    """`final` is a link that moves on to later checkpoints, and is never the newest by itself."""
+    for name in ("step9", "step10"):
+        HF.save_pretrained(tiny("llama"), tmp_path / name)
+    (tmp_path / "final").symlink_to("step9")
+    final, newest = str(tmp_path / "final"), str(tmp_path / "step10")
+    assert HF.resolve_folder(str(tmp_path)) == HF.pinned(str(tmp_path)) == newest
+    assert HF.resolve_folder(final) == final
+    assert HF.pinned(final) == HF.pinned(final + "/") == str(tmp_path / "step9")
+    assert HF.pinned(newest) == newest and HF.pinned("owner/name@main") == "owner/name@main"
 
 
 def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, -1), enable_gqa=False):
     raise AssertionError("not called")
+
+
+def ungrouped_varlen(q, k, v, window_size):
+    raise AssertionError("not called")
+
+
+_BF16, _GROUPED, _DROPOUT = dict(dtype=torch.bfloat16), dict(gqa=True), dict(dropout_p=0.1)
+
+
+@pytest.mark.parametrize(
+    "flash, varlen, wanted, device, settings, outcome",
+    [
+        (fake_varlen, fake_varlen, "auto", "cpu", {}, "sdpa"),
+        (fake_varlen, fake_varlen, "auto", "cuda", {}, "sdpa"),
+        (fake_varlen, fake_varlen, "flsh", "cpu", {}, "!flsh.*flash_attn.*varlen.*sdpa"),
+        (fake_varlen, fake_varlen, "flash_attn", "cpu", _BF16, "!flash_attn.*CUDA.*cpu"),
+        (fake_varlen, fake_varlen, "varlen", "cpu", _BF16, "!varlen.*CUDA.*cpu"),
+        (fake_varlen, fake_varlen, "flash_attn", "cuda", {}, "!flash_attn.*float32"),
+        (fake_varlen, fake_varlen, "varlen", "cuda", {}, "!varlen.*float32"),
+        (fake_varlen, fake_varlen, "flash_attn", "cuda", _BF16, "flash_attn"),
+        (fake_varlen, fake_varlen, "varlen", "cuda", _BF16, "varlen"),
+        # flash_attn first, and it can do dropout
+        (fake_varlen, fake_varlen, "auto", "cuda", _BF16 | _DROPOUT, "flash_attn"),
+        (None, fake_varlen, "flash_attn", "cuda", _BF16, "!flash_attn.*not installed"),
+        (None, fake_varlen, "auto", "cuda", _BF16, "varlen"),
+        (None, fake_varlen, "varlen", "cuda", _BF16 | _DROPOUT, "!varlen.*dropout"),
+        (None, fake_varlen, "auto", "cuda", _BF16 | _DROPOUT, "sdpa"),
+        # older torch: no grouped heads, no window, nothing at all
+        (None, ungrouped_varlen, "varlen", "cuda", _BF16, "varlen"),
+        (None, ungrouped_varlen, "varlen", "cuda", _BF16 | _GROUPED, "!varlen.*grouped heads"),
+        (None, None, "varlen", "cuda", _BF16, "!varlen"),
+    ],
+)
+def test_backends_that_cannot_run_say_why(
+    flash, varlen, wanted, device, settings, outcome, monkeypatch
+):
+    monkeypatch.setattr(A, "flash_attn_varlen_func", flash)
+    monkeypatch.setattr(A, "varlen_attn", varlen)
+    device, settings = torch.device(device), dict(dtype=torch.float32) | settings
+    if outcome.startswith("!"):
+        with pytest.raises(ValueError, match=outcome[1:]):
+            A.choose_backend(wanted, device, **settings)
+    else:
+        assert A.choose_backend(wanted, device, **settings) == outcome
+
+
+def test_a_model_that_trains_asks_for_its_dropout(monkeypatch):
+    monkeypatch.setattr(A, "flash_attn_varlen_func", None)
+    monkeypatch.setattr(A, "varlen_attn", fake_varlen)
+    model = tiny("llama", attn_dropout=0.1)
+    cases = ((True, 0.1, "sdpa"), (False, 0.1, "varlen"), (True, 0.0, "varlen"))
+    for training, dropout, backend in cases:
+        model.set_dropout(attn=dropout)
+        model.train(training).set_backend("auto", torch.device("cuda"), torch.bfloat16)
+        assert f"attention by {backend}" in model.describe()
 
 
 def test_one_warning_for_texts_that_are_too_long():
@@ -1292,8 +1167,7 @@ def test_resize_vocab(family, tmp_path):
     model = tiny(family)
     tied, bias = model.config.tied, model.config.head_bias
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    tokens = random_tokens(DOCS)
-    logits = our_logits(model, tokens, DOCS)
+    logits = our_logits(model, DOC_TOKENS, DOCS)
     model.resize_vocab(VOCAB + 3)
     names = ["embed.weight", "lm_head.weight"] + ["lm_head.bias"] * bias
     for name, w in model.state_dict().items():
@@ -1304,14 +1178,14 @@ def test_resize_vocab(family, tmp_path):
             for row in w[VOCAB:]:
                 torch.testing.assert_close(row, mean)
     assert (model.lm_head.weight is model.embed.weight) == tied
-    torch.testing.assert_close(our_logits(model, tokens, DOCS)[:, :VOCAB], logits)
+    torch.testing.assert_close(our_logits(model, DOC_TOKENS, DOCS)[:, :VOCAB], logits)
     assert all(p.requires_grad for p in model.parameters())
     # a new token trains, in the head too
     new = torch.tensor([VOCAB + 2])
     model(new, make_seqs([1]), rows=torch.tensor([0]), targets=new)[0].backward()
     assert model.embed.weight.grad[VOCAB + 2].any()
-    model.save_pretrained(str(tmp_path))
-    again = M.from_pretrained(str(tmp_path))
+    HF.save_pretrained(model, tmp_path)
+    again = HF.from_pretrained(tmp_path)
     assert torch.equal(our_logits(again, new, [1]), our_logits(model, new, [1]))
     with pytest.raises(ValueError, match="40.*100"):
         model.resize_vocab(40)
@@ -1329,8 +1203,8 @@ def test_weights_gathered_elsewhere_are_what_is_saved(tmp_path):
     """FSDP hands over a full state_dict; a tied head may be in it twice."""
     model = tiny("modernbert")
     state = {k: v + 1 for k, v in model.state_dict().items()}
-    model.save_pretrained(str(tmp_path), state)
-    for name, w in M.from_pretrained(str(tmp_path)).state_dict().items():
+    HF.save_pretrained(model, tmp_path, state)
+    for name, w in HF.from_pretrained(tmp_path).state_dict().items():
         assert torch.equal(w, state[name]), name
 
 
@@ -1340,25 +1214,24 @@ def test_weights_gathered_elsewhere_are_what_is_saved(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16(family):
     model = tiny(family)
-    tokens, seqs = random_tokens(DOCS), make_seqs(DOCS)
-    rows = torch.arange(0, len(tokens), 2)
-    hidden = our_hidden(model, tokens, DOCS)
-    plain, want = train_gradients(model)
+    rows = torch.arange(0, len(DOC_TOKENS), 3)
+    hidden = our_hidden(model, DOC_TOKENS, DOCS)
+    plain, expected = train_gradients(model)
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        near = model(tokens, seqs)
-        loss, _ = model(tokens, seqs, rows=torch.arange(0, len(tokens), 3), targets=tokens[::3])
+        near = model(DOC_TOKENS, DOC_SEQS)
+        loss, _ = model(DOC_TOKENS, DOC_SEQS, rows=rows, targets=DOC_TOKENS[rows])
     loss.backward()
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(plain, rel=0.02)
     for name, p in model.named_parameters():
         assert p.grad.dtype == torch.float32, name
-        cosine = F.cosine_similarity(p.grad.flatten(), want[name].flatten(), dim=0)
+        cosine = F.cosine_similarity(p.grad.flatten(), expected[name].flatten(), dim=0)
         assert cosine > 0.98, f"{name}: {cosine:.3f}"
     size = hidden.norm()
     assert (near - hidden).norm() < 0.03 * size
     model = model.bfloat16()
     with torch.no_grad():
-        low, logits = model(tokens, seqs), model(tokens, seqs, rows=rows)
+        low, logits = model(DOC_TOKENS, DOC_SEQS), model(DOC_TOKENS, DOC_SEQS, rows=rows)
     assert low.dtype == logits.dtype == torch.bfloat16
     assert (low.float() - hidden).norm() < 0.03 * size
 
@@ -1372,37 +1245,19 @@ def test_norms_work_in_fp32(kind):
         norm.weight.copy_(torch.randn(64, generator=g))
     x = torch.randn(50, 64, generator=g).bfloat16()
     wide = x.double() - (x.double().mean(1, keepdim=True) if kind == "layer" else 0)
-    want = wide / (wide.pow(2).mean(1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
-    wrong = (norm(x) != want.bfloat16()).float().mean()
+    expected = wide / (wide.pow(2).mean(1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+    wrong = (norm(x) != expected.bfloat16()).float().mean()
     assert norm(x).dtype == torch.bfloat16 and wrong < 0.001  # fp32 at the edge of a rounding
 
 
 def test_folder_in_bf16(tmp_path):
-    tiny("llama").bfloat16().save_pretrained(str(tmp_path))
-    with open(tmp_path / "config.json") as f:
-        assert json.load(f)["dtype"] == "bfloat16"
-    model = M.from_pretrained(str(tmp_path))
-    assert all(p.dtype == torch.float32 for p in model.parameters())
-    model = M.from_pretrained(str(tmp_path), dtype=torch.bfloat16)
-    assert all(p.dtype == torch.bfloat16 and p.requires_grad for p in model.parameters())
-# To append to tests/test_model.py (section "errors and warnings") once model.py has the two checks.
-
-
-@pytest.mark.parametrize(
-    "family, kinds, window",
-    [(family, _KINDS, 4) for family in ("llama", "neobert", "mistral")]
-    + [("modernbert", _KINDS, 0)],
-)
-def test_windows_that_a_folder_cannot_keep_are_refused(family, kinds, window):
-    """config.json of Llama and NeoBERT has no windows, Mistral's one for all layers."""
-    with pytest.raises(ValueError, match=f"{family}.*local"):
-        tiny(family, layer_kinds=kinds, window=window)
-
-
-def test_a_lost_head_is_missing_and_a_base_folder_has_none(tmp_path):
-    """Names with "model." come from a model with a head: without its weights the file is broken."""
-    (tmp_path / "a").mkdir()
-    tiny("llama", tied=False).save_pretrained(str(tmp_path / "whole"))
-    broken = copied(tmp_path / "whole", tmp_path / "a", lambda s: s.pop("lm_head.weight"))
-    with pytest.raises(ValueError, match=r"lm_head\.weight.*missing"):
-        M.from_pretrained(broken)
+    model = tiny("llama").bfloat16()
+    HF.save_pretrained(model, tmp_path)
+    assert config_of(tmp_path)["dtype"] == "bfloat16"
+    for dtype, expected in ((torch.float32, torch.float32), (None, torch.bfloat16),
+                            (torch.bfloat16, torch.bfloat16)):  # fmt: skip
+        again = HF.from_pretrained(tmp_path, dtype=dtype)
+        assert all(p.dtype == expected and p.requires_grad for p in again.parameters())
+    model.norm.float()  # of several types the widest holds them all
+    HF.save_pretrained(model, tmp_path)
+    assert HF.stored_dtype(tmp_path) == torch.float32

@@ -1,34 +1,25 @@
-"""What feeds train_contrastive.py: the prepare scripts of pairs, hard negatives, the configs.
-
-    python -m pytest tests/test_pairs.py
-"""
+"""Prepare scripts of pairs, hard negatives, configs. Run: python -m pytest tests/test_pairs.py"""
 
 import ast
 import glob
-import importlib.util
-import json
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 import common
-import data as data_py
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-def script(path):
-    name = path.replace("/", "_").removesuffix(".py")
-    spec = importlib.util.spec_from_file_location(name, os.path.join(ROOT, path))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+from conftest import ROOT
+from data import open_pairs, read_pair
+from embedder import Embedder
+from harness import read_jsonl, script, write_jsonl
+from model import from_scratch
+from tokenizer import load_tokenizer
 
 echo, bge, wiki1m, st_triplets = (
     script(f"data/{name}/prepare.py") for name in ("echo", "bge_msmarco", "wiki1m", "st_triplets")
@@ -36,20 +27,10 @@ echo, bge, wiki1m, st_triplets = (
 mining = script("data/mine_negatives.py")
 
 
-def write_jsonl(path, records):
-    path.parent.mkdir(exist_ok=True, parents=True)
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
-    return str(path)
-
-
-def read(path):
-    return [record for _, record in data_py.read_jsonl(str(path))]
-
-
 def pairs_of(path):
     """As training reads them."""
-    file = data_py.open_pairs(str(path))
-    return [data_py.read_pair(file, i) for i in range(len(file))]
+    file = open_pairs(str(path))
+    return [read_pair(file, i) for i in range(len(file))]
 
 
 # ---- echo ----
@@ -79,12 +60,9 @@ def test_echo(tmp_path, capsys):
 
 
 def test_echo_val_and_rules(tmp_path, capsys):
-    lines = echo_lines(400) + echo_lines(400)  # each query twice
-    lines += [
-        {"query": " ", "positive": "p", "negative": "n"},
-        {"query": "same", "positive": "p", "negative": "p"},
-        {"query": "none", "positive": "p", "negative": ""},
-    ]
+    lines = echo_lines(400) * 2  # each query twice
+    odd = [(" ", "p", "n"), ("same", "p", "p"), ("none", "p", "")]
+    lines += [dict(zip(("query", "positive", "negative"), x, strict=True)) for x in odd]
     for name in ("nq", "quora_duplicates"):
         write_jsonl(tmp_path / "in" / f"{name}.jsonl", lines)
     argv = ["--input", str(tmp_path / "in"), "--out", str(tmp_path), "--separator", "\n"]
@@ -102,15 +80,12 @@ def test_echo_val_and_rules(tmp_path, capsys):
 
 
 def test_echo_complains(tmp_path):
-    bad = echo_lines(2) + [{"query": "q", "positive": ["p"], "negative": "n"}]
+    bad = [*echo_lines(2), {"query": "q", "positive": ["p"], "negative": "n"}]
     path = write_jsonl(tmp_path / "in" / "nq.jsonl", bad)
     argv = ["--input", str(tmp_path / "in"), "--out", str(tmp_path)]
     with pytest.raises(ValueError, match=r"nq.jsonl line 3: field 'positive' .*expected str"):
         echo.main([*argv, "--datasets", "nq"])
-    with open(path, "a") as f:
-        f.write("{\n")
-    bad[2]["positive"] = "p"
-    write_jsonl(tmp_path / "in" / "nq.jsonl", bad[:2])
+    write_jsonl(path, bad[:2])
     with open(path, "a") as f:
         f.write('{"query": "q"\n')
     with pytest.raises(ValueError, match=r"nq.jsonl line 3: not JSON"):
@@ -125,7 +100,7 @@ def test_prepare_runs_as_a_script_from_anywhere(tmp_path):
     path = os.path.join(ROOT, "data", "echo", "prepare.py")
     argv = ["--input", "in", "--out", "out", "--datasets", "fever", "--val_share", "0"]
     subprocess.run([sys.executable, path, *argv], cwd=tmp_path, check=True, capture_output=True)
-    assert len(read(tmp_path / "out" / "fever.jsonl")) == 3
+    assert len(read_jsonl(tmp_path / "out" / "fever.jsonl")) == 3
 
 
 # ---- bge ms marco ----
@@ -142,7 +117,7 @@ MSMARCO = [
 def test_bge_msmarco(tmp_path, capsys):
     path = write_jsonl(tmp_path / "in.jsonl", MSMARCO)
     bge.main(["--input", path, "--out", str(tmp_path), "--val_share", "0"])
-    assert read(tmp_path / "train.jsonl") == [
+    assert read_jsonl(tmp_path / "train.jsonl") == [
         {"query": "a", "pos": ["p"], "neg": ["n", "m"]},
         {"query": "b", "pos": ["p"], "neg": ["x", "y"], "pos_scores": [0.9],
          "neg_scores": [0.5, 1], "prompt": "Find it\n"},
@@ -153,37 +128,28 @@ def test_bge_msmarco(tmp_path, capsys):
     assert "3 lines in all" in printed and "empty: 1, pos dropped: 2, neg dropped: 4" in printed
 
 
-@pytest.mark.parametrize(
-    "row, message",
-    [
+def test_bge_msmarco_complains(tmp_path):
+    for row, message in [
         ({"query": "q", "pos": "p"}, "line 2: field 'pos' is 'p' .*list of str"),
         ({"query": 3, "pos": ["p"]}, "line 2: field 'query' is 3"),
         ({"query": "q"}, "line 2: field 'pos' is missing"),
         ({"query": "q", "pos": ["p"], "neg": ["n"], "neg_scores": [1, 2]},
          "line 2: field 'neg_scores' has 2 numbers for 1 texts"),
-    ],
-)  # fmt: skip
-def test_bge_msmarco_complains(tmp_path, row, message):
-    path = write_jsonl(tmp_path / "in.jsonl", [MSMARCO[0], row])
-    with pytest.raises(ValueError, match="in.jsonl " + message):
-        bge.main(["--input", path, "--out", str(tmp_path)])
+    ]:  # fmt: skip
+        path = write_jsonl(tmp_path / "in.jsonl", [MSMARCO[0], row])
+        with pytest.raises(ValueError, match="in.jsonl " + message):
+            bge.main(["--input", path, "--out", str(tmp_path)])
 
 
 def test_hub_rows_are_read_by_datasets(tmp_path):
     """A local folder of parquet stands for the hub: the same call reads both."""
-    import pyarrow
-    import pyarrow.parquet
-
     rows = [{"query": f"q{i}", "pos": [f"p{i}"], "neg": [f"n{i}"]} for i in range(10)]
-    (tmp_path / "hub").mkdir()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "hub" / "a.parquet")
+    Dataset.from_list(rows).to_parquet(tmp_path / "hub" / "a.parquet")
     argv = ["--dataset", str(tmp_path / "hub"), "--config", "default"]
     bge.main([*argv, "--out", str(tmp_path), "--val_share", "0"])
-    assert read(tmp_path / "train.jsonl") == rows
-
-    out = str(tmp_path / "st.jsonl")
-    st_triplets.main([*argv, "--out", out, "--max_rows", "4"])
-    assert read(out) == rows[:4]
+    assert read_jsonl(tmp_path / "train.jsonl") == rows
+    st_triplets.main([*argv, "--out", str(tmp_path / "st.jsonl"), "--max_rows", "4"])
+    assert read_jsonl(tmp_path / "st.jsonl") == rows[:4]
 
 
 # ---- wiki1m ----
@@ -194,11 +160,11 @@ def test_wiki1m(tmp_path, capsys):
     path.write_bytes('One "quoted" sentence.\r\n\n  Naïve.  \nlast\n'.encode())
     out = str(tmp_path / "train.jsonl")
     wiki1m.main(["--input", str(path), "--out", out])
-    assert read(out) == [{"text": t} for t in ('One "quoted" sentence.', "Naïve.", "last")]
+    assert read_jsonl(out) == [{"text": t} for t in ('One "quoted" sentence.', "Naïve.", "last")]
     assert pairs_of(out)[1]["pos"] == ["Naïve."]
     assert "3 sentences, 1 empty" in capsys.readouterr().out
     wiki1m.main(["--input", str(path), "--out", out, "--max_lines", "2"])
-    assert len(read(out)) == 2
+    assert len(read_jsonl(out)) == 2
     path.write_bytes(b"fine\n\xff\xfe\n")
     with pytest.raises(ValueError, match=r"wiki.txt line 2: not UTF-8"):
         wiki1m.main(["--input", str(path), "--out", out])
@@ -211,22 +177,22 @@ def st(tmp_path, rows, *argv):
     path = write_jsonl(tmp_path / "in.jsonl", rows)
     out = tmp_path / "out.jsonl"
     st_triplets.main(["--input", path, "--out", str(out), *argv])
-    return read(out)
+    return read_jsonl(out)
 
 
 def test_st_triplets_forms(tmp_path):
-    triplet = [{"anchor": "a", "positive": "p", "negative": "n", "label": 1}]
-    assert st(tmp_path, triplet) == [{"query": "a", "pos": ["p"], "neg": ["n"]}]
-    pair = [{"query": "a", "answer": "p", "score": 0.5}]
-    assert st(tmp_path, pair) == [{"query": "a", "pos": ["p"], "neg": []}]
-    many = [{"question": "a", "answer": "p", "negative_1": "n", "negative_2": "p", "n3": "n"}]
-    assert st(tmp_path, many) == [{"query": "a", "pos": ["p"], "neg": ["n"]}]
+    for row, pos, neg in [
+        ({"anchor": "a", "positive": "p", "negative": "n", "label": 1}, ["p"], ["n"]),
+        ({"query": "a", "answer": "p", "score": 0.5}, ["p"], []),
+        ({"question": "a", "answer": "p", "negative_1": "n", "negative_2": "p", "n3": "n"},
+         ["p"], ["n"]),
+        ({"set": ["a", "p"]}, ["p"], []),
+        ({"set": {"query": "a", "pos": ["p"], "neg": ["n", "m"]}}, ["p"], ["n", "m"]),
+    ]:  # fmt: skip
+        assert st(tmp_path, [row]) == [{"query": "a", "pos": pos, "neg": neg}]
     lists = [{"positive": ["p", "r"], "negative": ["n", "m"], "query": "a"}]
     named = st(tmp_path, lists, "--columns", "query,positive,negative")
     assert named == [{"query": "a", "pos": ["p", "r"], "neg": ["n", "m"]}]
-    assert st(tmp_path, [{"set": ["a", "p"]}]) == [{"query": "a", "pos": ["p"], "neg": []}]
-    old = [{"set": {"query": "a", "pos": ["p"], "neg": ["n", "m"]}}]
-    assert st(tmp_path, old) == [{"query": "a", "pos": ["p"], "neg": ["n", "m"]}]
 
 
 def test_st_triplets_leaves_out(tmp_path, capsys):
@@ -239,7 +205,7 @@ def test_st_triplets_leaves_out(tmp_path, capsys):
     assert "1 without anchor or positive, 4 below" in printed
     rows = [{"a": f"a{i}", "b": "b"} for i in range(300)]
     train = st(tmp_path, rows, "--val_share", "0.3")
-    val = read(tmp_path / "out.val.jsonl")
+    val = read_jsonl(tmp_path / "out.val.jsonl")
     assert len(train) + len(val) == 300 and 50 < len(val) < 130
 
 
@@ -282,33 +248,30 @@ def mined_by_loops(lines, texts, queries, corpus, lo, hi, n, margin, keep, seed)
         for other in lines:
             if other["query"] == line["query"]:
                 known |= set(other["pos"])
-        own = line["neg"] if keep else []
-        places = [t for t in range(len(corpus)) if text_at[t] not in known | set(own)]
+        kept = line["neg"] if keep else []
+        places = [t for t in range(len(corpus)) if text_at[t] not in known | set(kept)]
         places.sort(key=lambda t: (-score[t], t))
         pos_scores = [score[texts[t]] for t in line["pos"]]
         limit = min(pos_scores) - margin if margin is not None else float("inf")
         fits = [p for p in range(lo, min(hi, len(places))) if score[places[p]] <= limit]
         rng = np.random.default_rng((seed, i))
         drawn = sorted(rng.choice(np.array(fits, int), min(n, len(fits)), replace=False))
-        negs = own + [text_at[places[p]] for p in drawn]
-        neg_scores = [score[texts[t]] for t in negs]
-        line = {"query": line["query"], "pos": line["pos"], "neg": negs, "pos_scores": pos_scores,
-                "neg_scores": neg_scores, "prompt": line["prompt"]}  # fmt: skip
-        out.append({k: v for k, v in line.items() if v is not None})
+        negs = kept + [text_at[places[p]] for p in drawn]
+        pair = {"query": line["query"], "pos": line["pos"], "neg": negs, "pos_scores": pos_scores,
+                "neg_scores": [score[texts[t]] for t in negs]}  # fmt: skip
+        out.append(pair | ({"prompt": line["prompt"]} if line["prompt"] else {}))
     return out
 
 
 @pytest.mark.parametrize("margin, keep", [(None, False), (1.0, False), (-2.0, True)])
 def test_mining_equals_loops(margin, keep, monkeypatch):
-    blocks = mining.ranked
-    monkeypatch.setattr(  # blocks that divide nothing
-        mining, "ranked", lambda *a: blocks(*a, query_block=7, corpus_block=11)
-    )
+    in_blocks = partial(mining.ranked, query_block=7, corpus_block=11)  # they divide nothing
+    monkeypatch.setattr(mining, "ranked", in_blocks)
     for seed in range(3):
         made = made_up(np.random.default_rng(seed), 40, 60, 4)
         for lo, hi, n in [(0, 1, 1), (2, 12, 3), (5, 100, 7)]:
-            how = lo, hi, n, margin, keep, seed
-            assert list(mining.mine(*made, *how)) == mined_by_loops(*made, *how)
+            rule = lo, hi, n, margin, keep, seed
+            assert list(mining.mine(*made, *rule)) == mined_by_loops(*made, *rule)
 
 
 def test_mining_with_too_few_texts():
@@ -322,14 +285,11 @@ def test_mining_with_too_few_texts():
 
 def test_mining_script(tmp_path, toy_tokens, capsys):
     """End to end with a real embedder, whose instructions must reach queries and passages."""
-    from embedder import Embedder
-    from model import from_scratch
-
     torch.manual_seed(0)
     model = from_scratch("modernbert-tiny", vocab_size=512)
     for p in model.parameters():  # far from its start, where all texts look alike
         p.data.add_(torch.randn_like(p), alpha=0.1)
-    tokenizer = data_py.load_tokenizer(os.path.join(toy_tokens, "tokenizer"))
+    tokenizer = load_tokenizer(os.path.join(toy_tokens, "tokenizer"))
     prompts = {"query": "find: ", "document": "text: "}
     Embedder(model, tokenizer, prompts=prompts).save(tmp_path / "m", sentence_transformers=False)
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [
@@ -341,7 +301,7 @@ def test_mining_script(tmp_path, toy_tokens, capsys):
     out = tmp_path / "out" / "mined.jsonl"
     argv = [f"--pairs={pairs}", f"--out={out}", f"--corpus={corpus}", f"--model={tmp_path / 'm'}"]
     mining.main([*argv, "--range=0:9", "--negatives=9"])
-    mined = read(out)
+    mined = read_jsonl(out)
     assert [set(pair["neg"]) for pair in mined] == [
         {"mos", "kema", "rilo"}, {"mos", "kema", "rilo"},
         {"mon rin", "sun", "ken ken", "kema", "rilo"},
@@ -359,7 +319,7 @@ def test_mining_script(tmp_path, toy_tokens, capsys):
     assert "3 lines with fewer than 9" in capsys.readouterr().out
 
     mining.main([*argv, "--range=0:9", "--negatives=0", "--keep", "--query_instruction="])
-    scored = read(out)
+    scored = read_jsonl(out)
     assert [pair["neg"] for pair in scored] == [[], [], ["kema"]]
     bare = embedder.encode(["tälo"])[0] @ embedder.encode(["kema"], "text: ")[0]
     np.testing.assert_allclose(scored[2]["neg_scores"], [bare], atol=1e-5)
@@ -373,28 +333,22 @@ def test_mining_script(tmp_path, toy_tokens, capsys):
 CONFIGS = sorted(glob.glob(os.path.join(ROOT, "configs", "contrastive_*.py")))
 
 
-@pytest.fixture(scope="module")
-def defaults(tmp_path_factory):
-    """The commented defaults of train_contrastive.py as a script of their own."""
-    with open(os.path.join(ROOT, "train_contrastive.py"), encoding="utf-8") as f:
-        source = f.read()
-    block = re.split(r"(?m)^# ---- ", source)[1]
-    assert block.startswith("defaults ----")
-    path = tmp_path_factory.mktemp("stub") / "train_contrastive.py"
-    path.write_text("# ---- " + block)
-    return str(path)
-
-
 @pytest.fixture
-def configured(defaults, monkeypatch):
-    """configured("llm2vec", "--key=value") -> the resolved config."""
+def configured(tmp_path, monkeypatch):
+    """configured("llm2vec", "--key=value") -> the resolved config. The commented defaults of
+    train_contrastive.py are a script of their own here."""
+    with open(os.path.join(ROOT, "train_contrastive.py"), encoding="utf-8") as f:
+        block = re.split(r"(?m)^# ---- ", f.read())[1]
+    assert block.startswith("defaults ----")
+    path = str(tmp_path / "train_contrastive.py")
+    with open(path, "w") as f:
+        f.write("# ---- " + block)
 
     def call(name, *argv):
-        with open(defaults) as f:
-            space = {"__file__": defaults, "__doc__": ""}
-            exec(compile(f.read(), defaults, "exec"), space)
+        space = {"__file__": path, "__doc__": ""}
+        exec(block.partition("\n")[2], space)
         config = os.path.join(ROOT, "configs", f"contrastive_{name}.py")
-        monkeypatch.setattr(sys, "argv", [defaults, config, *argv])
+        monkeypatch.setattr(sys, "argv", [path, config, *argv])
         return common.configure(space)
 
     return call
@@ -429,29 +383,29 @@ def test_config(path, configured):
 
 LLAMA3 = ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>")
 INST = ("[INST] ", " [/INST]")
-MEMBERS = [
-    ("princeton-nlp/Sheared-LLaMA-1.3B", "LLM2Vec-Sheared-LLaMA-mntp", ("", "")),
-    ("meta-llama/Llama-2-7b-chat-hf", "LLM2Vec-Llama-2-7b-chat-hf-mntp", INST),
-    ("mistralai/Mistral-7B-Instruct-v0.2", "LLM2Vec-Mistral-7B-Instruct-v2-mntp", INST),
-    ("meta-llama/Meta-Llama-3-8B-Instruct", "LLM2Vec-Meta-Llama-3-8B-Instruct-mntp", LLAMA3),
-    ("meta-llama/Llama-3.1-8B-Instruct", "LLM2Vec-Meta-Llama-31-8B-Instruct-mntp", LLAMA3),
-    ("meta-llama/Meta-Llama-3.1-8B-Instruct", "LLM2Vec-Meta-Llama-31-8B-Instruct-mntp", LLAMA3),
-    ("/models/Llama-2-7b-chat-hf/", "LLM2Vec-Llama-2-7b-chat-hf-mntp", INST),
-    ("meta-llama/Llama-2-7b-chat-hf@abc", "LLM2Vec-Llama-2-7b-chat-hf-mntp", INST),
+MEMBERS = [  # init_from, the part of its adapter's name, wrap
+    ("princeton-nlp/Sheared-LLaMA-1.3B", "Sheared-LLaMA", ("", "")),
+    ("meta-llama/Llama-2-7b-chat-hf", "Llama-2-7b-chat-hf", INST),
+    ("mistralai/Mistral-7B-Instruct-v0.2", "Mistral-7B-Instruct-v2", INST),
+    ("meta-llama/Meta-Llama-3-8B-Instruct", "Meta-Llama-3-8B-Instruct", LLAMA3),
+    ("meta-llama/Llama-3.1-8B-Instruct", "Meta-Llama-31-8B-Instruct", LLAMA3),
+    ("meta-llama/Meta-Llama-3.1-8B-Instruct", "Meta-Llama-31-8B-Instruct", LLAMA3),
+    ("/models/Llama-2-7b-chat-hf/", "Llama-2-7b-chat-hf", INST),
+    ("meta-llama/Llama-2-7b-chat-hf@abc", "Llama-2-7b-chat-hf", INST),
 ]
 
 
 @pytest.mark.parametrize("init_from, mntp, wrap", MEMBERS)
 def test_llm2vec_members(configured, init_from, mntp, wrap):
-    for name in ("llm2vec", "llm2vec_simcse"):
+    for name, temperature in ("llm2vec", 1 / 50), ("llm2vec_simcse", 1 / 20):
         c = configured(name, f"--init_from={init_from}")
-        assert c["init_from"] == init_from and c["adapters"] == ("McGill-NLP/" + mntp,)
+        assert c["init_from"] == init_from
+        assert c["adapters"] == (f"McGill-NLP/LLM2Vec-{mntp}-mntp",)
         assert (c["prefix"], c["suffix"]) == wrap
         assert c["attention"] == "bidirectional" and c["pooling"] == "mean"
         assert (c["lora_rank"], c["lora_alpha"], c["lora_dropout"]) == (16, 32.0, 0.05)
-    assert configured("llm2vec")["temperature"] == 1 / 50
-    simcse = configured("llm2vec_simcse")
-    assert simcse["temperature"] == 1 / 20 and simcse["attn_dropout"] == 0.3
+        assert c["temperature"] == temperature
+    assert c["attn_dropout"] == 0.3
 
 
 def test_unknown_base_is_an_error(configured):
@@ -462,9 +416,8 @@ def test_unknown_base_is_an_error(configured):
 
 def test_anchor_members(configured):
     qwen = ("<|im_start|>user\n", "<|im_end|><|endoftext|>")
-    bases = [("Llama-3.2-1B-Instruct", LLAMA3), ("Llama-3.2-3B-Instruct", LLAMA3)]
-    bases += [("Llama-3.1-8B-Instruct", LLAMA3), ("Qwen2.5-1.5B-Instruct", qwen)]
-    for base, wrap in bases:
+    llamas = [f"Llama-3.{size}-Instruct" for size in ("2-1B", "2-3B", "1-8B")]
+    for base, wrap in [*((llama, LLAMA3) for llama in llamas), ("Qwen2.5-1.5B-Instruct", qwen)]:
         for name, path in (("anchor_baseline", f"o/{base}"), ("anchor", f"out/a/{base}/step9")):
             c = configured(name, f"--init_from={path}")
             assert (c["prefix"], c["suffix"]) == wrap and c["init_from"] == path

@@ -3,28 +3,35 @@
     python -m pytest tests/test_pretrain.py
 """
 
+import json
 import os
 import random
 import re
+import shutil
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import harness
 import pretrain_mlm
-from data import make_seqs, open_tokens, read_row
+from attention import make_seqs
+from formats.huggingface import from_pretrained
 from harness import kill_at_step, losses, run_ranks, saved, start, wait_for_step
-from model import from_pretrained
+from pretrain_mlm import corrupt
+from token_rows import train_batches
+from tokens import open_tokens, read_row
 
 TINY = """
 model_size = "modernbert-tiny"
 vocab_size = 512
 max_seq_len = 64
-batch_size = 768  # 12 rows: divisible by 1, 2 and 3 ranks
-device_batch_size = 256
+batch_tokens = 768  # 12 rows: divisible by 1, 2 and 3 ranks
+device_batch_tokens = 256
 max_steps = 8
 learning_rate = 3e-3
 log_interval = 1
@@ -39,7 +46,7 @@ dtype = "fp32"
 def tiny(toy_tokens, tmp_path_factory):
     """A config file for the smallest run."""
     path = tmp_path_factory.mktemp("config") / "tiny.py"
-    path.write_text(TINY + f"data_dir = {str(toy_tokens)!r}\n")
+    path.write_text(TINY + f"data = {str(toy_tokens)!r}\n")
     return str(path)
 
 
@@ -67,7 +74,8 @@ def test_masking_counts_and_spares_special_tokens():
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 100, 200_000)
     ordinary = np.arange(5, 100)  # 0-4 are special
-    inputs, rows, targets = pretrain_mlm.mask_tokens(ids, rng, 0.3, False, 3, ordinary)
+    s = SimpleNamespace(mask_prob=0.3, mask_all=False, mask_id=3, ordinary=ordinary)
+    inputs, rows, targets = pretrain_mlm.mask_tokens(ids, rng, s)
     assert (ids[rows] == targets).all() and (targets >= 5).all()
     untouched = np.setdiff1d(np.arange(len(ids)), rows)
     assert (inputs[untouched] == ids[untouched]).all()
@@ -79,7 +87,8 @@ def test_masking_counts_and_spares_special_tokens():
     swapped = inputs[rows][(inputs[rows] != 3) & (inputs[rows] != targets)]
     assert (swapped >= 5).all()
 
-    inputs, rows, _ = pretrain_mlm.mask_tokens(ids, rng, 0.2, True, 3, ordinary)
+    s.mask_prob, s.mask_all = 0.2, True
+    inputs, rows, _ = pretrain_mlm.mask_tokens(ids, rng, s)
     assert (inputs[rows] == 3).all() and abs(len(rows) / n - 0.2) < 0.005
 
 
@@ -93,23 +102,27 @@ def test_next_tokens_stop_at_the_end_of_each_document():
     assert list(zip(rows, targets, strict=True)) == expected
 
 
+def settings(**changes):
+    keys = dict(objective="mlm", max_seq_len=64, mask_prob=0.3, mask_all=False, mask_id=3, seed=5,
+                n_rows=20, ordinary=np.arange(4, 512), rows_per_step=4, rows_per_batch=4, rank=0,
+                world_size=1, stop_step=3)  # fmt: skip
+    return SimpleNamespace(**keys | changes)
+
+
 def test_ranks_share_the_rows_and_masks_of_one_rank(toy_tokens):
     tokens = open_tokens(toy_tokens, "train")
-    n_rows = len(tokens.tokens) // 64
-    s = dict(objective="mlm", max_seq_len=64, mask_prob=0.3, mask_all=False, mask_id=3, seed=5,
-             n_rows=n_rows, ordinary=np.arange(4, 512), rows_per_step=12)  # fmt: skip
+    keys = dict(n_rows=len(tokens.tokens) // 64, rows_per_step=12, rows_per_batch=2)
 
     def rows_of(world_size):
         found = {}
         for rank in range(world_size):
-            mine = s | dict(rank=rank, world_size=world_size, rows_per_batch=2)
-            for step, batches in enumerate(pretrain_mlm.train_batches(tokens, 0, 3, mine)):
-                for inputs, _, rows, targets in batches:
-                    for i, row in enumerate(inputs.view(-1, 64)):
-                        here = (rows >= i * 64) & (rows < i * 64 + 64)
-                        key = step, tuple(row.tolist())
-                        labels = (rows[here] - i * 64).tolist(), targets[here].tolist()
-                        found[key] = labels
+            s = settings(**keys, rank=rank, world_size=world_size)
+            for step, batches in enumerate(train_batches(tokens, 0, corrupt, s)):
+                for batch in batches:
+                    for i, row in enumerate(batch.inputs.view(-1, 64)):
+                        here = (batch.rows >= i * 64) & (batch.rows < i * 64 + 64)
+                        labels = (batch.rows[here] - i * 64).tolist(), batch.targets[here].tolist()
+                        found[step, tuple(row.tolist())] = labels
         return found
 
     assert rows_of(1) == rows_of(2) == rows_of(3)
@@ -117,34 +130,13 @@ def test_ranks_share_the_rows_and_masks_of_one_rank(toy_tokens):
 
 def test_encoder_and_decoder_see_the_same_tokens(toy_tokens):
     tokens = open_tokens(toy_tokens, "train")
-    s = dict(max_seq_len=64, mask_prob=0.3, mask_all=False, mask_id=3, seed=1, rank=0, n_rows=20,
-             world_size=1, ordinary=np.arange(4, 512),
-             rows_per_step=4, rows_per_batch=4)  # fmt: skip
-    mlm = next(pretrain_mlm.train_batches(tokens, 2, 3, s | {"objective": "mlm"}))[0]
-    clm = next(pretrain_mlm.train_batches(tokens, 2, 3, s | {"objective": "clm"}))[0]
-    restored = mlm[0].clone()
-    restored[mlm[2]] = mlm[3]
-    assert torch.equal(restored, clm[0]) and mlm[1].lengths == clm[1].lengths
-
-
-def test_learning_rates():
-    def rate(step, schedule, **kw):
-        settings = dict(peak=1.0, floor=0.1, warmup=10, decay=90, decay_shape="sqrt") | kw
-        return pretrain_mlm.learning_rate_at(step, 100, schedule=schedule, **settings)
-
-    assert rate(0, "cosine") == 0.1 and rate(9, "linear") == 1.0
-    assert rate(55, "cosine") == pytest.approx(0.55) and rate(55, "linear") == pytest.approx(0.55)
-    assert rate(99, "constant") == 1.0
-    assert rate(79, "wsd", decay=20) == 1.0
-    assert rate(85, "wsd", decay=20) == pytest.approx(0.1 + 0.9 * (1 - 0.25**0.5))
-    assert rate(85, "wsd", decay=20, decay_shape="linear") == pytest.approx(0.1 + 0.9 * 0.75)
-    assert rate(60, "cosine", decay=40) == 0.1
-    assert rate(50, "cosine", decay=40) == pytest.approx(0.1)
-    assert pretrain_mlm.in_steps(None, 1000, None, 100, 7) == 10
-    assert pretrain_mlm.in_steps(3, None, None, 100, 7) == 3
-    with pytest.raises(SystemExit, match="one of steps=3, tokens=1000"):
-        pretrain_mlm.in_steps(3, 1000, None, 100, 7)
-    assert pretrain_mlm.in_steps(None, None, 0.5, 100, 8) == 4
+    mlm, clm = (
+        next(train_batches(tokens, 2, corrupt, settings(objective=objective)))[0]
+        for objective in ("mlm", "clm")
+    )
+    restored = mlm.inputs.clone()
+    restored[mlm.rows] = mlm.targets
+    assert torch.equal(restored, clm.inputs) and mlm.seqs.lengths == clm.seqs.lengths
 
 
 # ---- whole runs ----
@@ -164,13 +156,16 @@ def test_a_run_learns_and_its_folder_loads_in_transformers(unbroken, toy_tokens)
         a = ours(torch.from_numpy(ids), make_seqs([64]), rows=torch.arange(64))
         b = theirs(input_ids=torch.from_numpy(ids)[None]).logits[0]
     assert (a - b).abs().max() < 1e-4
-    assert AutoTokenizer.from_pretrained(folder).mask_token == "[MASK]"
+    final = os.path.join(unbroken, "final")  # a stable name of the newest
+    assert AutoTokenizer.from_pretrained(final).mask_token == "[MASK]"
+    again = AutoModelForMaskedLM.from_pretrained(final)
+    assert torch.equal(again.get_input_embeddings().weight, theirs.get_input_embeddings().weight)
 
 
 def test_accumulation_equals_one_batch(tiny, unbroken, tmp_path):
-    more = ["--out_dropout=0.0", "--max_steps=4"]
-    whole = run(tiny, tmp_path, *more, "--device_batch_size=768")
-    parts = run(tiny, tmp_path / "b", *more, "--device_batch_size=64")
+    more = ["--out_dropout=0.0", "--stop_step=4"]
+    whole = run(tiny, tmp_path, *more, "--device_batch_tokens=768")
+    parts = run(tiny, tmp_path / "b", *more, "--device_batch_tokens=64")
     assert whole == pytest.approx(parts, rel=1e-5)
     assert whole != losses(unbroken)  # dropout acts
 
@@ -188,14 +183,17 @@ def test_killed_and_resumed_is_bit_equal(tiny, tmp_path, capsys):
     assert saved(tmp_path / "broken", 20) == saved(tmp_path / "whole", 20)
 
 
-def test_sigterm_saves_and_exits(tiny, unbroken, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_and_says_how_to_go_on(number, tiny, tmp_path):
     process = start(1, SCRIPT, tiny, tmp_path, "--save_interval=1000", "--max_steps=9999")
     wait_for_step(process, tmp_path, 3)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0, out
     last = max(losses(tmp_path))
     assert f"saved {tmp_path}/step{last}" in out
+    command = out.splitlines()[-1].partition("this goes on: ")[2].split()
+    assert command[0] == "python" and command[1:] == [*process.args[1:], "--resume=True"]
 
 
 def test_a_torn_checkpoint_is_skipped(tiny, unbroken, tmp_path, capsys):
@@ -227,17 +225,15 @@ def test_three_ranks_killed_and_resumed_are_bit_equal(tiny, tmp_path):
 
 def test_two_ranks_equal_one(tiny, tmp_path):
     """DDP, FSDP and ZeRO-1, each whole and in two halves: the losses and weights of one rank."""
-    more = ["--out_dropout=0.0", "--optimizer=stable_adamw", "--device_batch_size=192"]
+    more = ["--out_dropout=0.0", "--optimizer=stable_adamw", "--device_batch_tokens=192"]
     one = run(tiny, tmp_path / "one", *more)
     adamw = run(tiny, tmp_path / "adamw", *more, "--optimizer=adamw")
-    kinds = {"ddp": [], "fsdp": ["--fsdp=True"], "zero1": ["--zero1=True", "--optimizer=adamw"]}
+    kinds = {"ddp": [], "fsdp": ["--fsdp=full"], "zero1": ["--zero1=True", "--optimizer=adamw"]}
     argvs = []
     for kind, flags in kinds.items():
         argvs.append(arguments(tiny, tmp_path / kind, *more, *flags))
-        constant = [*more, *flags, "--schedule=constant"]
-        argvs.append(arguments(tiny, tmp_path / (kind + "-constant"), *constant))
-        half = arguments(tiny, tmp_path / (kind + "-half"), *constant)
-        argvs += [half + ["--max_steps=4"], half + ["--resume=True"]]
+        half = arguments(tiny, tmp_path / (kind + "-half"), *more, *flags)
+        argvs += [half + ["--stop_step=4"], half + ["--resume=True"]]
     run_ranks(2, argvs)
     want = from_pretrained(str(tmp_path / "one" / "step8")).state_dict()
     for kind in ("ddp", "fsdp"):
@@ -250,7 +246,7 @@ def test_two_ranks_equal_one(tiny, tmp_path):
             assert (have[name] - want[name]).norm() <= 1e-3 * want[name].norm(), (kind, name)
     assert losses(tmp_path / "zero1") == pytest.approx(adamw, rel=1e-5)
     for kind in kinds:
-        whole, half = tmp_path / (kind + "-constant"), tmp_path / (kind + "-half")
+        whole, half = tmp_path / kind, tmp_path / (kind + "-half")
         assert losses(half) == losses(whole) and saved(half, 8) == saved(whole, 8), kind
 
 
@@ -259,24 +255,32 @@ def test_other_objective_lora_and_muon(tiny, unbroken, tmp_path):
     from transformers import AutoModelForCausalLM
 
     encoder = os.path.join(unbroken, "step8")
-    more = ["--objective=clm", "--max_steps=4", "--optimizer=muon"]
+    more = ["--objective=clm", "--max_steps=4", "--optimizer=muon", "--attn_dropout=0.25"]
     run(tiny, tmp_path / "clm", f"--init_from={encoder}", *more)
     decoder = str(tmp_path / "clm" / "step4")
     ids = torch.arange(5, 45)
     ours = from_pretrained(decoder).eval()
+    assert ours.config.attn_dropout == 0.0  # the model's own: the next stage chooses for itself
     theirs = AutoModelForCausalLM.from_pretrained(decoder).eval()
     assert ours.config.family == "modernbert-decoder" and ours.config.causal
     with torch.no_grad():
         a = ours(ids, make_seqs([40]), rows=torch.arange(40))
         assert (a - theirs(input_ids=ids[None]).logits[0]).abs().max() < 1e-4
 
-    lora_keys = [f"--init_from={decoder}", "--objective=clm", "--lora_rank=4", "--train_also=norm"]
-    whole = run(tiny, tmp_path / "lora", *lora_keys)
-    run(tiny, tmp_path / "half", *lora_keys, "--max_steps=4", "--schedule=constant")
-    half = run(tiny, tmp_path / "half", *lora_keys, "--schedule=constant", "--resume=True")
-    constant = run(tiny, tmp_path / "constant", *lora_keys, "--schedule=constant")
-    assert half == constant and whole != constant
-    assert os.path.exists(tmp_path / "half" / "step8" / "adapter_model.safetensors")
+    # the base is the checkpoint that the run began with, whatever its out_dir gains meanwhile
+    keys = [f"--init_from={tmp_path / 'clm'}", "--objective=clm", "--lora_rank=4"]
+    keys += ["--train_also=norm"]
+    whole = run(tiny, tmp_path / "lora", *keys)
+    run(tiny, tmp_path / "half", *keys, "--stop_step=4")
+    newer = shutil.copytree(decoder, tmp_path / "clm" / "step5")
+    weights = load_file(newer / "model.safetensors")
+    save_file({k: w + 0.1 for k, w in weights.items()}, newer / "model.safetensors", {"format": "pt"})
+    assert run(tiny, tmp_path / "half", *keys, "--resume=True") == whole
+    assert saved(tmp_path / "half", 8, name := "adapter_model.safetensors") == saved(
+        tmp_path / "lora", 8, name
+    )
+    config = json.loads(saved(tmp_path / "half", 8, "adapter_config.json"))
+    assert config["base_model_name_or_path"] == decoder
 
 
 def test_data_order_is_what_the_run_sees(tiny, toy_tokens, tmp_path, capsys):
@@ -286,10 +290,10 @@ def test_data_order_is_what_the_run_sees(tiny, toy_tokens, tmp_path, capsys):
     steps = np.load(tmp_path / "data_order_step.npy")
     assert steps.tolist() == [step for step in range(8) for _ in range(12)]
     tokens = open_tokens(toy_tokens, "train")
-    s = dict(objective="clm", max_seq_len=64, seed=1337, n_rows=len(tokens.tokens) // 64,
-             rank=0, world_size=1, rows_per_step=12, rows_per_batch=4)  # fmt: skip
-    for step, batches in enumerate(pretrain_mlm.train_batches(tokens, 0, 8, s)):
-        seen = torch.cat([inputs for inputs, *_ in batches]).view(12, 64)
+    s = settings(objective="clm", seed=1337, n_rows=len(tokens.tokens) // 64, rows_per_step=12,
+                 stop_step=8)  # fmt: skip
+    for step, batches in enumerate(train_batches(tokens, 0, corrupt, s)):
+        seen = torch.cat([batch.inputs for batch in batches]).view(12, 64)
         assert (ids[steps == step] == seen.numpy()).all()
 
 
@@ -297,10 +301,10 @@ def test_show_batch_and_dry_run(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tiny, tmp_path, "--show_batch=True")
     shown = capsys.readouterr().out
-    assert "--- document 0:" in shown and "[MASK]" in shown
+    assert "--- text 0:" in shown and "[MASK]" in shown
     harness.run(SCRIPT, tiny, tmp_path / "dry", "--dry_run=True")
     out = capsys.readouterr().out
-    assert re.search(r"dry run: [\d.]+ s/step, [\d,]+ tok/s, peak memory [\d.]+ GB", out)
+    assert re.search(r"dry run: [\d.]+ s/step, [\d,.]+ tok/s, peak memory [\d.]+ GB", out)
     assert not os.path.exists(tmp_path / "dry" / "step8")
 
 
@@ -314,25 +318,38 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--batch_size=700"], "batch_size=700 must be k x device_batch_size=256"),
-        (["--device_batch_size=100"], "device_batch_size=100 must be a multiple of max_seq_len=64"),
+        (["--batch_tokens=700"], "batch_tokens=700 must be k x device_batch_tokens=256"),
+        (["--device_batch_tokens=96"], "device_batch_tokens=96 must be a multiple of max_seq_len"),
         (["--vocab_size=100"], "100"),
         (["--model_size=bert"], "model_size='bert'"),
-        (["--data_dir=nowhere"], "nowhere"),
-        (["--objective=rtd"], "objective"),
+        (["--data=nowhere"], "nowhere"),
+        (["--data_dir=nowhere"], "'data_dir' is now called 'data'"),
+        (["--batch_size=768"], "'batch_size' is now called 'batch_tokens'"),
+        (["--objective=rtd"], "objective='rtd': expected one of 'mlm', 'clm'"),
         (["--schedule=cosin"], "schedule"),
         (["--init_from=nowhere/at/all"], "no such folder"),
-        (["--num_epochs=3"], "max_steps=8, max_tokens=None, num_epochs=3.0"),
-        (["--init_from=resume"], "no checkpoint to go on from"),
+        (["--num_epochs=3"], "max_steps=8, num_epochs=3.0; expected one"),
         (["--lora_rank=4"], "LoRA needs a base"),
+        (["--train_also=norm"], "train_also='norm' goes with LoRA"),
         (["--zero1=True"], "start with torchrun"),
-        (["--max_seq_len=100000", "--batch_size=100000", "--device_batch_size=100000"], "no row"),
+        (["--fsdp=full"], "start with torchrun"),
+        (["--fsdp=True"], "fsdp='True': expected one of '', 'full'"),
+        (["--eval_tokens=60"], "no row of 64 to evaluate on"),
+        (["--max_seq_len=100000", "--batch_tokens=100000", "--device_batch_tokens=100000"],
+         "no row"),
     ],
 )
 def test_bad_settings_say_what_is_expected(tiny, tmp_path, more, message):
     with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as error:
         run(tiny, tmp_path, *more)
     assert message in str(error.value)
+
+
+def test_muon_under_fsdp_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")  # by torchrun, as fsdp wants it: refused before any group forms
+    monkeypatch.setattr("common.setup_distributed", lambda: (0, 2, 0, torch.device("cpu")))
+    with pytest.raises(SystemExit, match="muon.* does not go with fsdp"):
+        run(tiny, tmp_path, "--optimizer=muon", "--fsdp=full")
 
 
 def test_a_run_is_not_overwritten(tiny, unbroken):

@@ -4,17 +4,17 @@ padded batches, isolation, and tiny runs of the script, whole, killed and resume
     python -m pytest tests/test_reconstruct.py
 """
 
-import json
-import os
 import random
 import re
-import sys
 from contextlib import nullcontext
+from functools import cache, partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -22,58 +22,60 @@ import common
 import harness
 import sample
 import train_reconstruct as R
-from data import load_tokenizer, open_pairs, read_pair
-from embedder import Embedder, Template
-from harness import kill_at_step, losses, run_ranks, saved, start
-from model import from_pretrained, from_scratch, hf_module
+from data import open_pairs, read_pair
+from embedder import Embedder
+from formats.huggingface import from_pretrained, hf_module, save_pretrained
+from harness import configured, losses, saved, write_config
+from model import from_scratch
+from pairs import pairs_of_step
+from tokenizer import Template, load_tokenizer
 
-ROOT = harness.ROOT
 SCRIPT = "train_reconstruct.py"
-CPU = torch.device("cpu")
+arguments, run = partial(harness.arguments, SCRIPT), partial(harness.run, SCRIPT)
 WORDS = [f"{a}{b}" for a in ("ta", "mo", "ri", "su", "ke") for b in ("n", "lo", "ma", "s")]
 
 
 def settings(**changes):
     """What the main block gives to the functions, for one rank on the CPU."""
     plain = dict(
-        batch_size=6, device_batch_size=3, seed=7, rank=0, world_size=1,
-        template=Template("tan ", " mos"), write_template=False, query_max_length=9,
-        passage_max_length=24, instructions=(("ris: ",), ("",)), w_d2q=0.8, w_q2d=0.2,
-        eval_pairs=1000, autocast=nullcontext, device=CPU,
+        batch_size=6, device_batch_size=3, stop_step=30, seed=7, rank=0, world_size=1, group_size=1,
+        no_duplicates=False, template=Template("tan ", " mos"), write_template=False,
+        pool_instruction=False, query_max_length=9, passage_max_length=24,
+        query_instruction=("ris: ",), passage_instruction=("",), w_d2q=0.8, w_q2d=0.2,
+        eval_lines=1000, autocast=nullcontext, device="cpu",
     )  # fmt: skip
-    assert changes.keys() <= plain.keys()
-    return plain | changes
-
-
-def make_model(folder, toy_tokens, size, **changes):
-    torch.manual_seed(0)
-    small = dict(n_layer=2, n_head=4, n_embd=32, n_hidden=48, vocab_size=512, max_seq_len=64)
-    model = from_scratch(size, **small, **changes)
-    for name, p in model.named_parameters():  # larger than at init, so that attention acts
-        p.data.normal_(0, 1.0 if name == "embed.weight" else 0.3) if p.dim() == 2 else None
-    ids = dict(cls=0, bos=0, sep=1, eos=1, pad=2)
-    model.config.hf = {f"{name}_token_id": i for name, i in ids.items()}
-    model.save_pretrained(str(folder))
-    load_tokenizer(os.path.join(toy_tokens, "tokenizer")).save_pretrained(str(folder))
-    return str(folder)
+    return SimpleNamespace(**(plain | changes))
 
 
 @pytest.fixture(scope="module")
-def llama(toy_tokens, tmp_path_factory):
-    """Two layers, grouped heads and a head of its own."""
-    folder = tmp_path_factory.mktemp("llama")
-    return make_model(folder, toy_tokens, "llama-tiny", tied=False, n_kv_head=2)
+def folder_of(toy_tokens, tmp_path_factory):
+    """"llama": grouped heads and a head of its own. "modernbert": a decoder with a window, a dense
+    head, and its matrix tied."""
+    changes = {
+        "llama": dict(tied=False, n_kv_head=2),
+        "modernbert": dict(layer_kinds=["global", "local"], window=4, out_dropout=0.0, causal=True),
+    }
+
+    @cache
+    def make(family):
+        folder = str(tmp_path_factory.mktemp(family))
+        torch.manual_seed(0)
+        small = dict(n_layer=2, n_head=4, n_embd=32, n_hidden=48, vocab_size=512, max_seq_len=64)
+        model = from_scratch(f"{family}-tiny", **small, **changes[family])
+        for name, p in model.named_parameters():  # larger than at init, so that attention acts
+            p.data.normal_(0, 1.0 if name == "embed.weight" else 0.3) if p.dim() == 2 else None
+        ids = dict(cls=0, bos=0, sep=1, eos=1, pad=2)
+        model.config.hf = {f"{name}_token_id": i for name, i in ids.items()}
+        save_pretrained(model, folder)
+        load_tokenizer(f"{toy_tokens}/tokenizer").save_pretrained(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="module")
-def modernbert(toy_tokens, tmp_path_factory):
-    """A decoder with a window, a dense head, and its matrix tied."""
-    local = dict(layer_kinds=["global", "local"], window=4, out_dropout=0.0, causal=True)
-    return make_model(tmp_path_factory.mktemp("mb"), toy_tokens, "modernbert-tiny", **local)
-
-
-def sentence(rng, n):
-    return " ".join(rng.choice(WORDS, n))
+def llama(folder_of):
+    return folder_of("llama")
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +83,23 @@ def pair_files(tmp_path_factory):
     """60 lines to train on and 17 others, with several positives, prompts and over-long texts."""
     rng, folder, out = np.random.default_rng(2), tmp_path_factory.mktemp("pairs"), []
     for name, n in (("train", 60), ("val", 17)):
-        with open(folder / f"{name}.jsonl", "w") as f:
-            for i in range(n):
-                line = {"query": sentence(rng, 1 + i % 6), "neg": ["unused"]}
-                line["pos"] = [sentence(rng, 2 + i % 20) for _ in range(1 + i % 2)]
-                f.write(json.dumps(line | ({"prompt": "kes: "} if i % 5 == 0 else {})) + "\n")
-        out.append(str(folder / f"{name}.jsonl"))
+        lines = []
+        for i in range(n):
+            query, *pos = (" ".join(rng.choice(WORDS, size))
+                           for size in [1 + i % 6] + [2 + i % 20] * (1 + i % 2))  # fmt: skip
+            line = {"query": query, "neg": ["unused"], "pos": pos}
+            lines.append(line | ({"prompt": "kes: "} if i % 5 == 0 else {}))
+        out.append(harness.write_jsonl(folder / f"{name}.jsonl", lines))
     return out
+
+
+def micro_batches(pair_files, step, tokenizer, s):
+    """-> what `encode` gives for the micro-batches of a step, and the same packed, for training."""
+    files, choices, n = [open_pairs(pair_files[0])], np.zeros(30, int), s.device_batch_size
+    pairs, which = pairs_of_step(files, step, choices, s)
+    parts = [pairs[i : i + n] for i in range(0, len(pairs), n)]
+    return ([R.encode(part, which, tokenizer, s) for part in parts],
+            next(R.train_batches(files, step, choices, tokenizer, s)))  # fmt: skip
 
 
 # ---- the loss, against transformers called twice ----
@@ -101,12 +113,11 @@ def doubled(monkeypatch):
         x, self.weight.shape, self.weight, self.variance_epsilon))  # fmt: skip
 
 
-def padded(texts):
-    """Lists of ids -> ids [B, L], mask [B, L], padded on the right."""
-    longest = max(map(len, texts))
-    ids = torch.tensor([list(t) + [2] * (longest - len(t)) for t in texts])
-    mask = torch.tensor([[1] * len(t) + [0] * (longest - len(t)) for t in texts])
-    return ids, mask
+def padded(side):
+    """-> ids [B, L], mask [B, L] of encoded texts, padded on the right."""
+    texts = [torch.tensor(ids) for ids, _ in side]
+    mask = pad_sequence([torch.ones_like(ids) for ids in texts], batch_first=True)
+    return pad_sequence(texts, batch_first=True, padding_value=2), mask
 
 
 def plain_losses(theirs, encoded, anchors="right"):
@@ -115,45 +126,47 @@ def plain_losses(theirs, encoded, anchors="right"):
     sides = [encoded[:n], encoded[n:]]
 
     def embed(side):
-        ids, mask = padded([ids for ids, _ in side])
+        ids, mask = padded(side)
         hidden = theirs.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        return torch.stack([hidden[i, len(ids) - 1] for i, (ids, _) in enumerate(side)])
+        return hidden[torch.arange(n), mask.sum(1) - 1]
 
     out = []
     for side, other in (sides, sides[::-1]):
-        vectors = embed(other)
-        if anchors == "shuffled":
-            vectors = vectors.roll(-1, 0)
-        elif anchors == "none":
-            vectors = 0 * vectors
-        ids, mask = padded([ids for ids, _ in side])
+        vectors, (ids, mask) = embed(other), padded(side)
+        vectors = {"right": vectors, "shuffled": vectors.roll(-1, 0), "none": 0 * vectors}[anchors]
         words = theirs.get_input_embeddings()(ids)
         inputs = torch.cat((vectors[:, None], words), dim=1)  # [B, 1 + L, C]
         mask = torch.cat((torch.ones(n, 1, dtype=mask.dtype), mask), dim=1)
         logits = theirs(inputs_embeds=inputs, attention_mask=mask).logits.log_softmax(-1)
         total = 0.0
-        for b, (own, (first, last)) in enumerate(side):
+        for b, (ids, (first, last)) in enumerate(side):
             for t in range(first, last):  # position t predicts token t: the anchor the first
-                total = total - logits[b, t, own[t]]
+                total = total - logits[b, t, ids[t]]
         out.append(total)
     return out
+
+
+def only(encoded, pairs):
+    """The same texts, of which these pairs alone have targets."""
+    n = len(encoded) // 2
+    return [(ids, span if i % n in pairs else (len(ids), len(ids)))
+            for i, (ids, span) in enumerate(encoded)]  # fmt: skip
 
 
 @pytest.mark.parametrize("write_template", [False, True])
 @pytest.mark.parametrize("family", ["llama", "modernbert"])
 def test_loss_and_gradients_equal_two_padded_calls(
-    family, write_template, pair_files, doubled, request
+    family, write_template, pair_files, doubled, folder_of
 ):
-    folder = request.getfixturevalue(family)
-    s, file = settings(write_template=write_template), open_pairs(pair_files[0])
-    ours = from_pretrained(folder).double()
+    folder = folder_of(family)
+    s = settings(write_template=write_template, pool_instruction=write_template)
+    ours, tokenizer = from_pretrained(folder).double(), load_tokenizer(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").double()
-    tokenizer = load_tokenizer(folder)
-    (parts,) = R.train_batches([file], 3, 4, np.zeros(6, int), tokenizer, s)
+    parts, batches = micro_batches(pair_files, 3, tokenizer, s)
     assert len(parts) == 2
     whole = [x for part in parts for x in part[:3]] + [x for part in parts for x in part[3:]]
-    counts = R.n_targets(whole)
-    lengths = [len(ids) for ids, _ in whole]
+    spans = [last - first for _, (first, last) in whole]
+    counts, lengths = [sum(spans[:6]), sum(spans[6:])], [len(ids) for ids, _ in whole]
     assert max(lengths[:6]) == 9 and max(lengths[6:]) == 24  # some are cut
     for ids, (first, last) in whole:
         front = tokenizer.decode(ids[:first])
@@ -162,13 +175,14 @@ def test_loss_and_gradients_equal_two_padded_calls(
 
     # ours: micro-batches, accumulated
     net, total = R.Reconstruction(ours), np.zeros(2)
-    for part in parts:
-        out = net(R.pack_pairs(part, 3, CPU))
+    for batch in batches:
+        out = net(batch)
         total += out[0].detach().numpy()
         (out[0, 0] * (0.8 / counts[0]) + out[0, 1] * (0.2 / counts[1])).backward()
     d2q, q2d = plain_losses(theirs, whole)
     (0.8 * d2q / counts[0] + 0.2 * q2d / counts[1]).backward()
     assert total == pytest.approx([d2q.item(), q2d.item()], rel=1e-6)
+    assert np.sum([batch.n_targets for batch in batches], axis=0).tolist() == counts
     gradients = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
         module, _, leaf = name.rpartition(".")
@@ -178,78 +192,67 @@ def test_loss_and_gradients_equal_two_padded_calls(
     # wrong anchors; a pair more is encoded than decoded, as in evaluation
     with torch.no_grad():
         kinds = ("right", "shuffled", "none")
-        got = net(R.pack_pairs(whole, 6, CPU), kinds)
+        got = net(R.pack_pairs(whole, 6), kinds)
         for row, kind in zip(got, kinds, strict=True):
             want = [x.item() for x in plain_losses(theirs, whole, kind)]
             assert row.tolist() == pytest.approx(want, rel=1e-6)
         assert min((got[1] - got[0]).abs().tolist() + (got[2] - got[1]).abs().tolist()) > 0.1
-        fewer = net(R.pack_pairs(whole, 5, CPU), kinds)
+        fewer = net(R.pack_pairs(whole, 5), kinds)
         for k, kind in enumerate(kinds):
-            muted = [(ids, (0, 0) if i % 6 == 5 else span) for i, (ids, span) in enumerate(whole)]
-            want = [x.item() for x in plain_losses(theirs, muted, kind)]
+            want = [x.item() for x in plain_losses(theirs, only(whole, range(5)), kind)]
             assert fewer[k].tolist() == pytest.approx(want, rel=1e-6)
-
-
-def only(encoded, pair):
-    """The same texts, of which one pair alone has targets."""
-    n = len(encoded) // 2
-    return [(ids, span if i % n == pair else (0, 0)) for i, (ids, span) in enumerate(encoded)]
 
 
 def test_pairs_do_not_see_each_other(llama, pair_files, doubled):
     """Loss and gradient of one pair among others, others changed, and alone: the same; with its own
     document changed: not."""
-    s, file = settings(), open_pairs(pair_files[0])
     model, tokenizer = from_pretrained(llama).double(), load_tokenizer(llama)
-    (parts,) = R.train_batches([file], 0, 1, np.zeros(6, int), tokenizer, s)
-    encoded, net = parts[0], R.Reconstruction(model)
+    (encoded, _), _ = micro_batches(pair_files, 0, tokenizer, settings())
+    net = R.Reconstruction(model)
 
     def measure(encoded):
         model.zero_grad(set_to_none=True)
-        out = net(R.pack_pairs(encoded, len(encoded) // 2, CPU))
+        out = net(R.pack_pairs(encoded, len(encoded) // 2))
         out.sum().backward()
         flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         return out[0].detach(), flat
 
-    want, gradient = measure(only(encoded, 1))
+    want, gradient = measure(only(encoded, [1]))
     assert gradient.norm() > 1
     other = [(ids[:1] + [i % 500 for i in ids[3:-1]] + [7, 9, 1], span) for ids, span in encoded]
     changed = [other[i] if i % 3 != 1 else encoded[i] for i in range(6)]
-    for texts in (only(changed, 1), only([encoded[1], encoded[4]], 0)):
+    for texts in (only(changed, [1]), [encoded[1], encoded[4]]):
         got, its = measure(texts)
         assert torch.allclose(got, want, rtol=1e-12)
         assert (its - gradient).norm() <= 1e-11 * gradient.norm()
-    got, its = measure(only([*encoded[:4], (other[4][0], encoded[4][1]), encoded[5]], 1))
+    got, its = measure(only([*encoded[:4], (other[4][0], encoded[4][1]), encoded[5]], [1]))
     assert abs(got[0] - want[0]) > 1e-3  # its query is written from that document
     assert (its - gradient).norm() > 1e-3 * gradient.norm()
 
 
 def test_gradients_reach_the_encoder_through_the_anchor(llama, pair_files):
     """Of writing queries alone: tokens that are in documents only have no other way."""
-    file, tokenizer = open_pairs(pair_files[0]), load_tokenizer(llama)
     model = from_pretrained(llama)
-    (parts,) = R.train_batches([file], 0, 1, np.zeros(6, int), tokenizer, settings())
-    encoded = parts[0]
-    asked = {i for ids, _ in encoded[:3] for i in ids}
-    there = sorted({i for ids, _ in encoded[3:] for i in ids} - asked)
+    (encoded, _), (batch, _) = micro_batches(pair_files, 0, load_tokenizer(llama), settings())
+    in_queries = {i for ids, _ in encoded[:3] for i in ids}
+    there = sorted({i for ids, _ in encoded[3:] for i in ids} - in_queries)
     assert there
     for kind in ("right", "none"):
         model.zero_grad(set_to_none=True)
-        R.Reconstruction(model)(R.pack_pairs(encoded, 3, CPU), (kind,))[0, 0].backward()
+        R.Reconstruction(model)(batch, (kind,))[0, 0].backward()
         rows = model.embed.weight.grad[there].norm(dim=1)
         assert bool((rows > 1e-4).all()) if kind == "right" else not rows.any()
 
 
 def test_evaluation_equals_plain_loops(llama, pair_files):
-    s, tokenizer = settings(device_batch_size=4), load_tokenizer(llama)
-    model, file = from_pretrained(llama), open_pairs(pair_files[1])
+    s, tokenizer = settings(device_batch_size=4, eval_lines=0), load_tokenizer(llama)
+    net, file = R.Reconstruction(from_pretrained(llama)), open_pairs(pair_files[1])
     theirs = AutoModelForCausalLM.from_pretrained(llama)
-    found = R.evaluate(R.Reconstruction(model), file, tokenizer, s)
+    found = R.evaluate(net, file, tokenizer, s)
     lines = [read_pair(file, i) for i in range(17)]
-    pairs = [(line["query"], line["pos"][0], line["prompt"]) for line in lines]
-    encoded = R.encode(pairs, 0, tokenizer, s)
-    counts = R.n_targets(encoded)
-    names = {"right": "eval_{}_loss", "shuffled": "{}_shuffled_loss", "none": "{}_none_loss"}
+    encoded = R.encode([x | {"passages": x["pos"][:1]} for x in lines], 0, tokenizer, s)
+    counts = R.pack_pairs(encoded, 17).n_targets
+    names = {"right": "{}_loss", "shuffled": "{}_shuffled_loss", "none": "{}_none_loss"}
     with torch.no_grad():
         for kind, name in names.items():
             means = [x.item() / n for x, n in
@@ -258,66 +261,49 @@ def test_evaluation_equals_plain_loops(llama, pair_files):
                 assert found[name.format(side)] == pytest.approx(mean, rel=1e-4)
             if kind == "right":
                 want = 0.8 * means[0] + 0.2 * means[1]
-                assert found["eval_loss"] == pytest.approx(want, rel=1e-4)
-                assert found["eval_d2q_ppl"] == pytest.approx(np.exp(means[0]), rel=1e-3)
-    few = R.evaluate(R.Reconstruction(model), file, tokenizer, s | {"eval_pairs": 2})
-    assert few["eval_loss"] != found["eval_loss"]
+                assert found["loss"] == pytest.approx(want, rel=1e-4)
+                assert found["d2q_ppl"] == pytest.approx(np.exp(means[0]), rel=1e-3)
+    few = R.evaluate(net, file, tokenizer, settings(eval_lines=2))
+    assert few["loss"] != found["loss"]
 
 
 # ---- the order of pairs ----
 
 
-def test_every_rank_takes_its_pairs_of_one_order(pair_files):
-    file = open_pairs(pair_files[0])
-    choices = np.zeros(30, int)
-    for step in range(25):
-        whole, _ = R.read_pairs([file], step, choices, settings())
-        for world in (2, 3):
-            parts = [R.read_pairs([file], step, choices, settings(rank=r, world_size=world))[0]
-                     for r in range(world)]  # fmt: skip
-            assert [parts[i % world][i // world] for i in range(6)] == whole
-    steps = [R.read_pairs([file], step, choices, settings())[0] for step in range(30)]
-    first = [d for pairs in steps[:10] for _, d, _ in pairs]
-    assert len(set(first)) == 60  # an epoch: every line once
-    assert len({d for pairs in steps for _, d, _ in pairs}) > 70  # later also other positives
+def test_every_rank_takes_its_pairs_of_one_order(llama, pair_files):
+    files, choices = [open_pairs(pair_files[0])], np.zeros(30, int)
+    tokenizer = load_tokenizer(llama)
+
+    def texts_of(rank, world_size):  # [step][pair] -> ids
+        s = settings(rank=rank, world_size=world_size, device_batch_size=1)
+        steps = R.train_batches(files, 0, choices, tokenizer, s)
+        return [[batch.tokens.tolist() for batch in batches] for batches in steps]
+
+    whole = texts_of(0, 1)
+    for world in (2, 3):
+        parts = [texts_of(rank, world) for rank in range(world)]
+        assert [[parts[i % world][step][i // world] for i in range(6)]
+                for step in range(30)] == whole  # fmt: skip
+    steps = [pairs_of_step(files, step, choices, settings())[0] for step in range(30)]
+    first, later = ({pair["passages"][0] for pairs in steps[:n] for pair in pairs} for n in (10, 30))
+    assert len(first) == 60 and len(later) > 70  # an epoch: every line; later other positives
 
 
 # ---- whole runs ----
 
-TINY = """
-prefix = "tan "
-suffix = " mos"
-query_instruction = ("ris: ",)
-query_max_length = 9
-passage_max_length = 24
-batch_size = 12  # divisible by 1, 2 and 3 ranks
-device_batch_size = 2
-max_steps = 6
-warmup_steps = 2
-learning_rate = 1e-3
-schedule = "constant"
-log_interval = 1
-eval_interval = 3
-save_interval = 3
-eval_pairs = 9  # 5 batches: with 2 and 3 ranks not all have as many
-dtype = "fp32"
-"""
+TINY = dict(
+    prefix="tan ", suffix=" mos", query_instruction=("ris: ",), query_max_length=9,
+    passage_max_length=24, batch_size=12, device_batch_size=2,  # divisible by 1, 2 and 3 ranks
+    max_steps=6, warmup_steps=2, learning_rate=1e-3, schedule="constant", log_interval=1,
+    eval_interval=3, save_interval=3, dtype="fp32",
+    eval_lines=9,  # 5 batches: with 2 and 3 ranks not all have as many
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def tiny(llama, pair_files, tmp_path_factory):
-    path = tmp_path_factory.mktemp("config") / "tiny.py"
-    data = f"init_from = {llama!r}\ndata = ({pair_files[0]!r},)\neval_data = {pair_files[1]!r}\n"
-    path.write_text(TINY + data)
-    return str(path)
-
-
-def run(config, out_dir, *more):
-    return harness.run(SCRIPT, config, out_dir, *more)
-
-
-def arguments(config, out_dir, *more):
-    return harness.arguments(SCRIPT, config, out_dir, *more)
+    keys = TINY | dict(init_from=llama, data=(pair_files[0],), eval_data=pair_files[1])
+    return write_config(tmp_path_factory.mktemp("config"), **keys)
 
 
 @pytest.fixture(scope="module")
@@ -333,32 +319,29 @@ def test_logged_losses_and_the_gap(unbroken):
         assert loss == pytest.approx(0.8 * d2q + 0.2 * q2d, rel=1e-12)
         assert losses(unbroken, "d2q_ppl")[step] == pytest.approx(np.exp(d2q))
     assert list(losses(unbroken, "eval_loss")) == [3, 6]
-    for column in ("eval_q2d_ppl", "d2q_shuffled_loss", "q2d_none_loss"):
+    for column in ("eval_q2d_ppl", "eval_d2q_shuffled_loss", "eval_q2d_none_loss"):
         assert len(losses(unbroken, column)) == 2
 
 
 def test_the_weights_that_train_are_those_of_the_reference(tiny, tmp_path):
     """0.8 and 0.2, each over its own count of targets: the logged norm is that of the gradient."""
-    more = ["--max_steps=1", "--learning_rate=0", "--w_d2q=0.8", "--w_q2d=0.2"]
-    s = harness.run(SCRIPT, tiny, tmp_path, *more)
-    (parts,) = R.train_batches(s.files, 0, 1, s.choices, s.tokenizer, s.settings)
-    counts = np.sum([R.n_targets(part) for part in parts], axis=0)
-    s.raw.zero_grad()
-    for part in parts:
-        d2q, q2d = s.raw(R.pack_pairs(part, len(part) // 2, CPU))[0]
+    done = run(tiny, tmp_path, "--max_steps=1", "--learning_rate=0")
+    batches = next(R.train_batches(done.files, 0, done.choices, done.tokenizer, done.s))
+    counts = np.sum([batch.n_targets for batch in batches], axis=0)
+    for batch in batches:
+        d2q, q2d = done.module(batch)[0]
         (0.8 * d2q / counts[0] + 0.2 * q2d / counts[1]).backward()
-    norm = torch.stack([p.grad.norm() for p in s.raw.parameters()]).norm().item()
-    assert counts[0] != counts[1]
-    assert losses(tmp_path, "gnorm")[1] == pytest.approx(norm, rel=1e-5)
+    norm = torch.stack([p.grad.norm() for p in done.module.parameters()]).norm().item()
+    assert counts[0] != counts[1] and losses(tmp_path, "gnorm")[1] == pytest.approx(norm, rel=1e-5)
 
 
 def test_micro_batches_change_nothing(tiny, unbroken, tmp_path):
     run(tiny, tmp_path, "--device_batch_size=12", "--gradient_checkpointing=True")
-    for column in ("loss", "gnorm", "eval_loss", "d2q_shuffled_loss", "q2d_none_loss"):
+    for column in ("loss", "gnorm", "eval_loss", "eval_d2q_shuffled_loss", "eval_q2d_none_loss"):
         assert losses(tmp_path, column) == pytest.approx(losses(unbroken, column), rel=2e-5), column
 
 
-def test_what_is_saved_is_all_that_trained(llama, tiny, tmp_path):
+def test_what_is_saved_is_all_that_trained(llama, tiny, pair_files, tmp_path):
     """The untied head, the norms and the embedding; and stage II starts from it."""
     model = run(tiny, tmp_path).model
     folder = str(tmp_path / "step6")
@@ -374,52 +357,57 @@ def test_what_is_saved_is_all_that_trained(llama, tiny, tmp_path):
     embedder = Embedder.load(folder, dtype="fp32")
     assert (embedder.pooling, embedder.template) == ("last", Template("tan ", " mos"))
     assert embedder.prompts == {"query": "ris: ", "document": ""}
-    keys = ["--pooling=last", "--attention=causal", "--max_steps=2", "--batch_size=8",
-            "--prefix=tan ", "--suffix= mos", "--eval_data="]  # fmt: skip
-    data = f"--data={re.search(r'data = (.*)', open(tiny).read())[1]}"
-    plain = tmp_path / "plain.py"
-    plain.write_text("")
-    stage2 = harness.run("train_contrastive.py", str(plain), tmp_path / "two", data, *keys,
-                         f"--init_from={tmp_path}")  # fmt: skip
+    plain = write_config(
+        tmp_path, data=(pair_files[0],), init_from=str(tmp_path), pooling="last", max_steps=2,
+        attention="causal", batch_size=8, prefix="tan ", suffix=" mos", eval_data="",
+    )  # fmt: skip
+    stage2 = harness.run("train_contrastive.py", plain, tmp_path / "two")
     assert stage2.embedder.tokenize(["ris tan"]) == embedder.tokenize(["ris tan"])
     assert max(losses(tmp_path / "two")) == 2
 
 
-def test_killed_and_resumed_is_bit_equal(tiny, modernbert, tmp_path, capsys):
+def assert_same_bits(a, b, step=6):
+    for column in ("loss", "gnorm", "eval_loss", "eval_d2q_none_loss"):
+        assert losses(a, column) == losses(b, column)
+    assert saved(a, step) == saved(b, step)
+
+
+def test_killed_and_resumed_is_bit_equal(tiny, folder_of, tmp_path, capsys):
     # a tied head here; the untied one resumes with the ranks
-    more = ["--max_steps=30", f"--init_from={modernbert}"]
+    more = ["--max_steps=30", f"--init_from={folder_of('modernbert')}"]
     run(tiny, tmp_path / "whole", *more)
-    process = start(1, SCRIPT, tiny, tmp_path / "broken", *more)
-    kill_at_step(process, tmp_path / "broken", random.randint(4, 20))
+    process = harness.start(1, SCRIPT, tiny, tmp_path / "broken", *more)
+    harness.kill_at_step(process, tmp_path / "broken", random.randint(4, 20))
     capsys.readouterr()
     run(tiny, tmp_path / "broken", *more, "--resume=True")
     step = int(re.search(r"resumed .*, after step (\d+)", capsys.readouterr().out)[1])
-    assert 3 <= step < 30
-    for column in ("loss", "gnorm", "eval_loss", "d2q_none_loss"):
-        want = losses(tmp_path / "whole", column)
-        assert losses(tmp_path / "broken", column) == want and 27 in want
-    assert saved(tmp_path / "broken", 30) == saved(tmp_path / "whole", 30)
+    assert 3 <= step < 30 and 27 in losses(tmp_path / "whole", "eval_loss")
+    assert_same_bits(tmp_path / "broken", tmp_path / "whole", 30)
 
 
-def test_lora_resumed_is_bit_equal_and_saved_whole(tiny, llama, tmp_path):
-    keys = ["--lora_rank=4", "--train_also=embed,head", "--lora_dropout=0.2"]
+def test_lora_stopped_and_resumed_is_bit_equal_and_saved_whole(
+    tiny, llama, tmp_path, monkeypatch, capsys
+):
+    keys, calls = ["--lora_rank=4", "--train_also=embed,head", "--lora_dropout=0.2"], []
     model = run(tiny, tmp_path / "whole", *keys).model.eval()
-    run(tiny, tmp_path / "half", *keys, "--max_steps=3")
+    monkeypatch.setattr(common, "catch_stop", lambda: lambda: calls.append(1) or len(calls) > 4)
+    run(tiny, tmp_path / "half", *keys)
+    assert f"saved {tmp_path}/half/step4" in capsys.readouterr().out
+    assert max(losses(tmp_path / "half")) == 4
+    monkeypatch.undo()
     run(tiny, tmp_path / "half", *keys, "--resume=True")
-    for column in ("loss", "gnorm", "eval_loss"):
-        assert losses(tmp_path / "half", column) == losses(tmp_path / "whole", column)
-    assert saved(tmp_path / "half", 6) == saved(tmp_path / "whole", 6)
+    assert_same_bits(tmp_path / "half", tmp_path / "whole")
     merged = from_pretrained(str(tmp_path / "whole" / "step6"))
     assert torch.equal(merged.lm_head.weight, model.lm_head.weight)
     assert not torch.equal(merged.lm_head.weight, from_pretrained(llama).lm_head.weight)
-    net, batch = R.Reconstruction(merged), R.pack_pairs([([0, 9, 1], (0, 3))] * 4, 2, CPU)
+    net, batch = R.Reconstruction(merged), R.pack_pairs([([0, 9, 1], (0, 3))] * 4, 2)
     with torch.no_grad():
         assert torch.allclose(net(batch), R.Reconstruction(model)(batch), rtol=1e-5)
 
 
 def equal_runs(got, want):
     """Losses to 1e-5, weights to what Adam makes of that."""
-    close = dict(loss=1e-5, gnorm=1e-4, eval_loss=1e-4, q2d_none_loss=1e-4)
+    close = dict(loss=1e-5, gnorm=1e-4, eval_loss=1e-4, eval_q2d_none_loss=1e-4)
     for column, tolerance in close.items():
         expected = losses(want, column)
         assert expected and losses(got, column) == pytest.approx(expected, rel=tolerance), got
@@ -428,45 +416,31 @@ def equal_runs(got, want):
         assert (a[name] - b[name]).norm() <= 1e-3 * b[name].norm(), (got, name)
 
 
-def test_two_ranks_equal_one(tiny, modernbert, unbroken, tmp_path):
+def test_two_ranks_equal_one(tiny, folder_of, unbroken, tmp_path):
     """DDP and FSDP, full and LoRA, tied and untied; what FSDP has saved resumes bit by bit."""
     kinds = {
         "ddp": [],
-        "fsdp": ["--fsdp=True", "--gradient_checkpointing=True"],
-        "tied": ["--fsdp=True", f"--init_from={modernbert}"],
-        "lora": ["--fsdp=True", "--lora_rank=4", "--lora_dropout=0", "--train_also=head"],
+        "fsdp": ["--fsdp=full", "--gradient_checkpointing=True"],
+        "tied": ["--fsdp=full", f"--init_from={folder_of('modernbert')}"],
+        "lora": ["--fsdp=full", "--lora_rank=4", "--lora_dropout=0", "--train_also=head"],
     }
     argvs = [arguments(tiny, tmp_path / kind, *flags) for kind, flags in kinds.items()]
     half = arguments(tiny, tmp_path / "half", *kinds["fsdp"])
-    run_ranks(2, [*argvs, half + ["--max_steps=3"], half + ["--resume=True"]])
+    harness.run_ranks(2, [*argvs, half + ["--max_steps=3"], half + ["--resume=True"]])
     for kind, flags in kinds.items():
-        if kind in ("tied", "lora"):
-            run(tiny, tmp_path / f"{kind}-one", *flags, "--fsdp=False")
         one = tmp_path / f"{kind}-one" if kind in ("tied", "lora") else unbroken
+        if one != unbroken:
+            run(tiny, one, *flags, "--fsdp=")
         equal_runs(tmp_path / kind, one)
-    for column in ("loss", "gnorm", "eval_loss"):
-        assert losses(tmp_path / "half", column) == losses(tmp_path / "fsdp", column)
-    assert saved(tmp_path / "half", 6) == saved(tmp_path / "fsdp", 6)
+    assert_same_bits(tmp_path / "half", tmp_path / "fsdp")
 
 
 def test_three_ranks_resumed_are_bit_equal(tiny, unbroken, tmp_path):
     half = arguments(tiny, tmp_path / "half")
-    run_ranks(3, [arguments(tiny, tmp_path / "three"), half + ["--max_steps=3"],
-                  half + ["--resume=True"]])  # fmt: skip
+    harness.run_ranks(3, [arguments(tiny, tmp_path / "three"), half + ["--max_steps=3"],
+                          half + ["--resume=True"]])  # fmt: skip
     equal_runs(tmp_path / "three", unbroken)
-    for column in ("loss", "gnorm", "eval_loss"):
-        assert losses(tmp_path / "half", column) == losses(tmp_path / "three", column)
-    assert saved(tmp_path / "half", 6) == saved(tmp_path / "three", 6)
-
-
-def test_sigterm_saves_and_exits(tiny, unbroken, tmp_path, monkeypatch, capsys):
-    calls = []
-    monkeypatch.setattr(common, "catch_sigterm", lambda: lambda: calls.append(1) or len(calls) > 4)
-    run(tiny, tmp_path)
-    assert f"saved {tmp_path}/step4" in capsys.readouterr().out and max(losses(tmp_path)) == 4
-    monkeypatch.undo()
-    run(tiny, tmp_path, "--resume=True")
-    assert losses(tmp_path) == losses(unbroken) and saved(tmp_path, 6) == saved(unbroken, 6)
+    assert_same_bits(tmp_path / "half", tmp_path / "three")
 
 
 def test_show_batch_and_dry_run(tiny, unbroken, tmp_path, capsys):
@@ -478,7 +452,7 @@ def test_show_batch_and_dry_run(tiny, unbroken, tmp_path, capsys):
     before = sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("*"))
     run(tiny, unbroken, "--dry_run=True", "--eval_interval=0")
     out = capsys.readouterr().out
-    assert re.search(r"dry run: [\d.]+ s/step, .* pairs/s, peak memory .* GB; .* [\d,]+ fits", out)
+    assert re.search(r"dry run: [\d.]+ s/step, .* ex/s, .* peak memory .* GB; .* [\d,]+ fits", out)
     assert sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("*")) == before
 
 
@@ -487,22 +461,20 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path, capsys)
     with pytest.raises(SystemExit, match="4th such step"):
         run(tiny, tmp_path, *keys, "--eval_interval=0")
     out = capsys.readouterr().out
-    assert out.count("gradient norm nan: skipped") == 4 and "train.jsonl)" in out
+    assert out.count("gradient norm nan: skipped") == 4 and "train.jsonl" in out
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--schedule=cosin"], "schedule='cosin'"),
         (["--device_batch_size=5"], "batch_size=12 must be k x device_batch_size=5"),
         (["--passage_max_length=64"], "one more of the model's 64 positions"),
-        (["--suffix=", "--init_from={bare}"], "texts would end in 'a', with no EOS to learn"),
+        (["--suffix=", "--init_from={tmp}/bare"], "texts would end in 'a', with no EOS to learn"),
         (["--query_instruction=('a','b')"], "query_instruction: 2 texts for 1 data files"),
-        (["--eval_pairs=1"], "two lines or more"),
-        (["--fsdp=True"], "torchrun"),
-        (["--init_from={headless}"], "has no language modelling head"),
-        (["--data=('{broken}',)"], "broken.jsonl line 13: field 'pos' is missing"),
-        (["--w_d2"], "did you mean 'w_d2q'"),
+        (["--eval_lines=1"], "two lines or more"),
+        (["--num_epochs=1"], "max_steps=6, num_epochs=1.0; expected one of"),
+        (["--init_from={tmp}/headless"], "has no language modelling head"),
+        (["--data={tmp}/broken.jsonl"], "broken.jsonl line 13: field 'pos' is missing"),
         (["--query_max_length=4"], "max_length 4 leaves no room for the text"),
     ],
 )
@@ -510,22 +482,16 @@ def test_bad_settings_say_what_is_expected(tiny, llama, tmp_path, more, message)
     model, tokenizer = from_pretrained(llama), load_tokenizer(llama)
     model.drop_head()
     tokenizer.save_pretrained(tmp_path / "headless")
-    model.save_pretrained(str(tmp_path / "headless"))
+    save_pretrained(model, str(tmp_path / "headless"))
     tokenizer.backend_tokenizer.post_processor = None
-    from_pretrained(llama).save_pretrained(str(tmp_path / "bare"))
+    save_pretrained(from_pretrained(llama), str(tmp_path / "bare"))
     tokenizer.save_pretrained(tmp_path / "bare")
-    good = '{"query": "a", "pos": ["b"]}\n'
-    (tmp_path / "broken.jsonl").write_text(good * 12 + '{"query": "a"}\n')
-    names = {name: tmp_path / name for name in ("bare", "headless")}
-    more = [x.format(**names, broken=tmp_path / "broken.jsonl") for x in more]
+    lines = [{"query": "a", "pos": ["b"]}] * 12 + [{"query": "a"}]
+    harness.write_jsonl(tmp_path / "broken.jsonl", lines)
+    more = [x.format(tmp=tmp_path) for x in more]
     with pytest.raises((SystemExit, ValueError)) as error:
         run(tiny, tmp_path / "out", *more)
     assert message in str(error.value)
-
-
-def test_a_run_is_not_overwritten(tiny, unbroken):
-    with pytest.raises(SystemExit, match="--resume=True"):
-        run(tiny, unbroken)
 
 
 # ---- sample.py --reconstruct ----
@@ -561,23 +527,20 @@ def test_what_is_written_back_is_what_transformers_generates(llama, tmp_path, mo
 def test_learned_pairs_are_written_from_the_embedding_alone(tiny, tmp_path, monkeypatch, capsys):
     """After training the right anchor saves nearly all, and sample.py writes the pair's text."""
     pairs = {"tan": "ris molo", "kes": "sulo", "mon sus": "tama kelo", "rima": "mos"}
-    lines = [json.dumps({"query": q, "pos": [d]}) for q, d in pairs.items()]
-    (tmp_path / "few.jsonl").write_text("\n".join(lines))
-    few = str(tmp_path / "few.jsonl")
-    run(tiny, tmp_path / "out", f"--data=({few!r},)", f"--eval_data={few}", "--batch_size=4",
+    lines = [{"query": q, "pos": [d]} for q, d in pairs.items()]
+    few = harness.write_jsonl(tmp_path / "few.jsonl", lines)
+    run(tiny, tmp_path / "out", f"--data={few}", f"--eval_data={few}", "--batch_size=4",
         "--w_d2q=0.5", "--w_q2d=0.5", "--learning_rate=5e-3", "--max_steps=120",
         "--eval_interval=120", "--save_interval=120")  # fmt: skip
-    found = {x: losses(tmp_path / "out", x)[120] for x in ("eval_d2q_loss", "d2q_shuffled_loss",
-                                                           "d2q_none_loss")}  # fmt: skip
-    assert found["eval_d2q_loss"] < 0.05 and found["d2q_shuffled_loss"] > 1
-    assert found["d2q_none_loss"] > 0.3
+    right, shuffled, none = (losses(tmp_path / "out", f"eval_d2q_{kind}loss")[120]
+                             for kind in ("", "shuffled_", "none_"))  # fmt: skip
+    assert right < 0.05 and shuffled > 1 and none > 0.3
     assert "the right anchor saves" in capsys.readouterr().out
     for q, d in pairs.items():
         for text, side, want in ((q, "query", d), (d, "document", q)):
-            monkeypatch.setattr(sys, "argv", ["sample.py", f"--model={tmp_path / 'out'}",
+            monkeypatch.setattr("sys.argv", ["sample.py", f"--model={tmp_path / 'out'}",
                                 f"--reconstruct={text}", f"--reconstruct_side={side}"])  # fmt: skip
-            with pytest.raises(SystemExit):
-                harness.runpy.run_path(os.path.join(ROOT, "sample.py"), run_name="__main__")
+            harness.runpy.run_path(f"{harness.ROOT}/sample.py", run_name="__main__")
             out = capsys.readouterr().out
             assert out.strip().splitlines()[-1].strip() == f"{want} mos", out
             assert "ended by its EOS" in out
@@ -586,34 +549,17 @@ def test_learned_pairs_are_written_from_the_embedding_alone(tiny, tmp_path, monk
 # ---- configs ----
 
 
-def configured(script, name, *argv):
-    """The resolved config of configs/<name>.py, by the defaults of the script."""
-    path = os.path.join(ROOT, script)
-    with open(path, encoding="utf-8") as f:
-        space = {"__file__": path, "__doc__": ""}
-        defaults = re.split(r"(?m)^# ---- ", f.read())[1]
-        exec(compile("# " + defaults, path, "exec"), space)
-    old, sys.argv = sys.argv, [script, os.path.join(ROOT, "configs", f"{name}.py"), *argv]
-    try:
-        return common.configure(space)
-    finally:
-        sys.argv = old
-
-
 @pytest.mark.parametrize(
     ("base", "batch"),
-    [
-        ("meta-llama/Llama-3.2-1B-Instruct", 512),
-        ("meta-llama/Llama-3.2-3B-Instruct", 1024),
-        ("meta-llama/Meta-Llama-3.1-8B-Instruct", 512),
-        ("Qwen/Qwen2.5-1.5B-Instruct", 1024),
-        ("Qwen/Qwen3-0.6B", 512),
-    ],
-)
+    [("meta-llama/Llama-3.2-1B-Instruct", 512), ("meta-llama/Llama-3.2-3B-Instruct", 1024),
+     ("meta-llama/Meta-Llama-3.1-8B-Instruct", 512), ("Qwen/Qwen2.5-1.5B-Instruct", 1024),
+     ("Qwen/Qwen3-0.6B", 512)],
+)  # fmt: skip
 def test_stages_chain(base, batch):
-    one = configured("train_reconstruct.py", "reconstruct_anchor", f"--init_from={base}")
+    one = configured(SCRIPT, "reconstruct_anchor", f"--init_from={base}")
     assert one["batch_size"] == batch and batch % (one["device_batch_size"] * 8) == 0
     assert (one["w_d2q"], one["w_q2d"]) == ((0.5, 0.5) if "Qwen3" in base else (0.8, 0.2))
+    assert (one["max_steps"] is None) != (one["num_epochs"] is None)
     assert one["max_steps"] is None or one["warmup_steps"] < one["max_steps"]
     two = configured("train_contrastive.py", "contrastive_anchor", f"--init_from={one['out_dir']}")
     name = "contrastive_anchor_baseline"
@@ -624,11 +570,11 @@ def test_stages_chain(base, batch):
     differs = {key for key in two if two[key] != baseline[key]}
     assert differs == {"init_from", "out_dir"}  # stage II's recipe is the baseline's
     default = configured("train_contrastive.py", "contrastive_anchor")["init_from"]
-    assert default == configured("train_reconstruct.py", "reconstruct_anchor")["out_dir"]
+    assert default == configured(SCRIPT, "reconstruct_anchor")["out_dir"]
 
 
 def test_the_tiny_stages_chain():
-    one = configured("train_reconstruct.py", "reconstruct_pydocs_tiny")
+    one = configured(SCRIPT, "reconstruct_pydocs_tiny")
     two = configured("train_contrastive.py", "contrastive_anchor_tiny")
     assert two["init_from"] == one["out_dir"]
     for key in ("query_max_length", "passage_max_length", "batch_size", "prefix", "suffix"):

@@ -1,12 +1,9 @@
 """Data for token retrieval: qa_spans, acerag, annotate.py and the spans of pydocs.
 
     python -m pytest tests/test_spans.py
-
-About 10 s on one CPU core.
 """
 
 import gzip
-import importlib.util
 import json
 import os
 import random
@@ -18,29 +15,18 @@ import tokenizers as tk
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-import data as data_py
-from conftest import ROOT
-
-
-def script(path):
-    name = path.replace("/", "_").removesuffix(".py")
-    spec = importlib.util.spec_from_file_location(name, os.path.join(ROOT, path))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+from harness import read_jsonl as read
+from harness import script, write_jsonl
+from spans import join_spans, squeezed
 
 qa, acerag, pydocs = (script(f"data/{n}/prepare.py") for n in ("qa_spans", "acerag", "pydocs"))
 annotate = script("data/annotate.py")
 
 
-def read(path):
-    return [record for _, record in data_py.read_jsonl(str(path))]
-
-
-def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
-    return str(path)
+def gzipped(path):
+    with open(path, "rb") as f, gzip.open(f"{path}.gz", "wb") as z:
+        z.write(f.read())
+    return f"{path}.gz"
 
 
 def quoted(line):
@@ -55,11 +41,11 @@ def test_join_and_trim():
     for _ in range(200):
         spans = [sorted(rng.sample(range(30), 2)) for _ in range(rng.randint(0, 6))]
         inside = {i for start, end in spans for i in range(start, end)}
-        joined = data_py.join_spans(spans)
+        joined = join_spans(spans)
         assert {i for start, end in joined for i in range(start, end)} == inside
         assert all(a[1] < b[0] for a, b in zip(joined[:-1], joined[1:], strict=True))  # no touch
-    assert data_py.trim_span("ab  cd \n e", [2, 8]) == [4, 6]
-    start, end = data_py.trim_span("a   b", [1, 4])
+    assert qa.trim_span("ab  cd \n e", [2, 8]) == [4, 6]
+    start, end = qa.trim_span("a   b", [1, 4])
     assert start >= end
 
 
@@ -84,18 +70,16 @@ def test_sentences():
 CONTEXT = "Köln lies on the Rhine. Its cathedral took 632 years. It is tall 😀. The Rhine is long."
 
 
-def squad_file(tmp_path, qas, context=CONTEXT):
-    articles = {"version": "1.1", "data": [{"paragraphs": [{"context": context, "qas": qas}]}]}
-    path = tmp_path / "squad.json"
-    path.write_text(json.dumps(articles))
-    return str(path)
+def squad_file(tmp_path, qas):
+    articles = {"version": "1.1", "data": [{"paragraphs": [{"context": CONTEXT, "qas": qas}]}]}
+    (tmp_path / "squad.json").write_text(json.dumps(articles))
+    return str(tmp_path / "squad.json")
 
 
 def answered(question, *texts, start=None, **more):
-    places = [CONTEXT.index(text) if start is None else start for text in texts]
-    answers = zip(texts, places, strict=True)
-    return {"question": question, "answers": [{"text": t, "answer_start": p} | more
-                                              for t, p in answers]}  # fmt: skip
+    answers = [{"text": text, "answer_start": CONTEXT.index(text) if start is None else start}
+               for text in texts]  # fmt: skip
+    return {"question": question, "answers": [answer | more for answer in answers]}
 
 
 def test_squad(tmp_path, capsys):
@@ -118,13 +102,13 @@ def test_squad(tmp_path, capsys):
     assert answers == ["632 years", "Köln", "tall 😀. The Rhine"]
     assert all(line["passage"] == CONTEXT for line in lines)
     told = capsys.readouterr().out
-    assert "out.jsonl: 3 questions" in told
-    assert "left out, no answer: 1" in told and "place of the answer not known: 1" in told
-    assert "left out, the answer is not where it should be: 1" in told
-
-    with open(path, "rb") as f, gzip.open(path + ".gz", "wb") as z:
-        z.write(f.read())
-    qa.main(["--format=squad", "--gold=answer", f"--input={path}.gz", f"--out={tmp_path}/a.jsonl"])
+    for expected in (
+        "out.jsonl: 3 questions", "left out, no answer: 1", "place of the answer not known: 1",
+        "left out, the answer is not where it should be: 1",
+    ):  # fmt: skip
+        assert expected in told
+    path = gzipped(path)
+    qa.main(["--format=squad", "--gold=answer", f"--input={path}", f"--out={tmp_path}/a.jsonl"])
     assert [quoted(line) for line in read(tmp_path / "a.jsonl")] == [[a] for a in answers]
 
 
@@ -154,29 +138,32 @@ def test_squad_from_the_hub(tmp_path, monkeypatch):
 QED = "Howl is a film . It was made by Miyazaki in Tokyo . The book , by Jones , came first ."
 
 
-def span(text, field="string"):
-    start = QED.index(text)
-    return {"start": start, "end": start + len(text), field: text}
+def pair(text, context=QED):
+    return [context.index(text), context.index(text) + len(text)]
+
+
+def span(text, context=QED):
+    start, end = pair(text, context)
+    return {"start": start, "end": end, "string": text}
 
 
 def qed_records():
     """One of each type in the published form, and the same in the short one."""
     starts = [0, QED.index("It was"), QED.index("The book")]
     base = {"paragraph_text": QED, "sentence_starts": starts, "title_text": "Howl"}
-    refs = [("It", False), ("a film", False)]
+    howl, sentence = span("howl", "who made howl"), "It was made by Miyazaki in Tokyo . "
+    miyazaki = span("Miyazaki")
+    refs = [span("It") | {"bridge": False}, span("a film") | {"bridge": False},
+            {"start": -1, "end": -1, "string": "", "bridge": "of"}]  # fmt: skip
     single = base | {
         "question_text": "who made howl",
         "original_nq_answers": [[span("Miyazaki in Tokyo")]],
         "annotation": {
             "explanation_type": "single_sentence",
-            "selected_sentence": span("It was made by Miyazaki in Tokyo . "),
-            "answer": [{"paragraph_reference": span("Miyazaki"),
-                        "sentence_reference": span("Miyazaki")}],
+            "selected_sentence": span(sentence),
+            "answer": [dict.fromkeys(("paragraph_reference", "sentence_reference"), miyazaki)],
             "referential_equalities": [
-                {"question_reference": {"start": 9, "end": 13, "string": "howl"},
-                 "sentence_reference": span(text) | {"bridge": bridge}} for text, bridge in refs
-            ] + [{"question_reference": {"start": 9, "end": 13, "string": "howl"},
-                  "sentence_reference": {"start": -1, "end": -1, "string": "", "bridge": "of"}}],
+                {"question_reference": howl, "sentence_reference": ref} for ref in refs],
         },
     }  # fmt: skip
     multi = base | {
@@ -186,20 +173,14 @@ def qed_records():
     }
     none = multi | {"annotation": {"explanation_type": "none"}}
 
-    def pair(text):
-        return [QED.index(text), QED.index(text) + len(text)]
-
-    short = {"paragraph": QED, "sentence_starts": starts}
+    short = {"paragraph": QED, "sentence_starts": starts, "selected_sentence": None, "refs": []}
     shorts = [
         short | {"question": "who made howl", "type": "single_sentence",
-                 "answers": [pair("Miyazaki")],
-                 "selected_sentence": pair("It was made by Miyazaki in Tokyo . "),
-                 "refs": [{"paragraph": pair("It")}, {"paragraph": pair("a film")},
-                          {"paragraph": [-1, -1]}]},
-        short | {"question": "who were they", "type": "multi_sentence", "selected_sentence": None,
-                 "answers": [pair("Miyazaki"), pair("Jones")], "refs": []},
-        short | {"question": "who", "type": "none", "selected_sentence": None,
-                 "answers": [pair("Howl")], "refs": []},
+                 "answers": [pair("Miyazaki")], "selected_sentence": pair(sentence),
+                 "refs": [{"paragraph": [ref["start"], ref["end"]]} for ref in refs]},
+        short | {"question": "who were they", "type": "multi_sentence",
+                 "answers": [pair("Miyazaki"), pair("Jones")]},
+        short | {"question": "who", "type": "none", "answers": [pair("Howl")]},
     ]  # fmt: skip
     return [single, multi, none], shorts
 
@@ -208,10 +189,7 @@ def test_qed(tmp_path, capsys):
     published, short = qed_records()
     for name, records in (("published", published), ("short", short)):
         path = write_jsonl(tmp_path / f"{name}.jsonl", records)
-        if name == "short":
-            with open(path, "rb") as f, gzip.open(path + ".gz", "wb") as z:
-                z.write(f.read())
-            path += ".gz"
+        path = gzipped(path) if name == "short" else path
         out = tmp_path / f"{name}_out.jsonl"
         qa.main(["--format=qed", f"--input={path}", f"--out={out}"])
         assert "left out, no correct answer (type none): 1" in capsys.readouterr().out
@@ -236,9 +214,8 @@ def test_val_and_without(tmp_path):
     """A passage is on one side, with all of its questions; the sides together are all."""
     contexts = [f"Passage number {i} is short." for i in range(60)]
     records = [
-        {"question": f"q{k} {c}", "type": "multi_sentence", "paragraph": c, "sentence_starts": [0],
-         "selected_sentence": None, "answers": [[0, 7]], "refs": []}
-        for c in contexts for k in range(2)
+        qed_records()[1][1] | {"question": f"q{k} {c}", "paragraph": c, "sentence_starts": [0],
+                               "answers": [[0, 7]]} for c in contexts for k in range(2)
     ]  # fmt: skip
     path = write_jsonl(tmp_path / "in.jsonl", records)
     test = write_jsonl(tmp_path / "test.jsonl", [{"passage": contexts[3]}, {"passage": "other"}])
@@ -280,12 +257,11 @@ def test_hotpot(tmp_path, monkeypatch, capsys):
     assert [quoted(line) for line in read(tmp_path / "a.jsonl")] == [["wood"]]
 
     columns = {"title": [t for t, _ in context], "sentences": [s for _, s in context]}
-    rows = [
-        r | {"context": columns, "supporting_facts": {
-            "title": [t for t, _ in r["supporting_facts"]],
-            "sent_id": [i for _, i in r["supporting_facts"]]}}
-        for r in records
-    ]  # fmt: skip
+    rows = []
+    for r in records:
+        titles, places = zip(*r["supporting_facts"], strict=True)
+        facts = {"title": titles, "sent_id": places}
+        rows.append(r | {"context": columns, "supporting_facts": facts})
     monkeypatch.setattr("datasets.load_dataset", lambda *_, split: Dataset.from_list(rows))
     qa.main(["--format=hotpot", f"--out={tmp_path}/hub.jsonl"])
     assert read(tmp_path / "hub.jsonl") == [first, second]
@@ -328,23 +304,22 @@ def texts(n, seed=0):
 def tokenizer(request):
     """Offsets with the space in front (bytes, sentencepiece) and without any space (WordPiece)."""
     size = dict(vocab_size=420, show_progress=False)
-    if request.param == "bytes":
-        inner = tk.Tokenizer(tk.models.BPE())
-        inner.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        inner.decoder = tk.decoders.ByteLevel()
-        alphabet = tk.pre_tokenizers.ByteLevel.alphabet()
-        trainer = tk.trainers.BpeTrainer(initial_alphabet=alphabet, **size)
-    elif request.param == "metaspace":
-        inner = tk.Tokenizer(tk.models.BPE(unk_token="<unk>"))
-        inner.pre_tokenizer = tk.pre_tokenizers.Metaspace()
-        inner.decoder = tk.decoders.Metaspace()
-        trainer = tk.trainers.BpeTrainer(special_tokens=["<unk>"], **size)
-    else:
-        inner = tk.Tokenizer(tk.models.WordPiece(unk_token="[UNK]"))
+    alphabet = tk.pre_tokenizers.ByteLevel.alphabet()
+    model, pre_tokenizer, decoder, trainer = {
+        "bytes": (tk.models.BPE(), tk.pre_tokenizers.ByteLevel(add_prefix_space=False),
+                  tk.decoders.ByteLevel(),
+                  tk.trainers.BpeTrainer(initial_alphabet=alphabet, **size)),
+        "metaspace": (tk.models.BPE(unk_token="<unk>"), tk.pre_tokenizers.Metaspace(),
+                      tk.decoders.Metaspace(),
+                      tk.trainers.BpeTrainer(special_tokens=["<unk>"], **size)),
+        "wordpiece": (tk.models.WordPiece(unk_token="[UNK]"), tk.pre_tokenizers.BertPreTokenizer(),
+                      tk.decoders.WordPiece(),
+                      tk.trainers.WordPieceTrainer(special_tokens=["[UNK]"], **size)),
+    }[request.param]  # fmt: skip
+    inner = tk.Tokenizer(model)
+    inner.pre_tokenizer, inner.decoder = pre_tokenizer, decoder
+    if request.param == "wordpiece":
         inner.normalizer = tk.normalizers.BertNormalizer(lowercase=True, strip_accents=False)
-        inner.pre_tokenizer = tk.pre_tokenizers.BertPreTokenizer()
-        inner.decoder = tk.decoders.WordPiece()
-        trainer = tk.trainers.WordPieceTrainer(special_tokens=["[UNK]"], **size)
     inner.train_from_iterator([*texts(40), PROMPT, "[INST] [/INST]"], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=TEMPLATE)
     tokenizer.add_tokens([acerag.TAG], special_tokens=True)  # as AceRAG's training does
@@ -360,19 +335,11 @@ def as_acerag_does(tokenizer, prompt, context, window):
         return encoded["input_ids"]
 
     a, b = ids(prompt), ids(prompt.replace(acerag.TAG, context))
-    head = 0
-    while a[head] == b[head]:
-        head += 1
-    tail = 0
-    while a[-1 - tail] == b[-1 - tail]:
-        tail += 1
+    head = next(i for i in range(len(a)) if a[i] != b[i])
+    tail = next(i for i in range(len(a)) if a[-1 - i] != b[-1 - i])
     middle = b[head : len(b) - tail]
     room = (window - head - tail) * 8
     return middle if len(middle) <= room else middle[: room // 2] + middle[-(room // 2) :]
-
-
-def squeezed(text):
-    return re.sub(r"\s", "", text).lower()
 
 
 def test_acerag_spans_have_the_gold_tokens_text(tokenizer):
@@ -392,11 +359,10 @@ def test_acerag_spans_have_the_gold_tokens_text(tokenizer):
             continue  # reported: a prefix space, or some bytes of a character
         got = squeezed("".join(context[start:end] for start, end in spans))
         # token by token: WordPiece's decoder would put its own spaces
-        said = squeezed("".join(tokenizer.decode([ids[k]]).removeprefix("##") for k in gold))
-        unknown = re.compile(re.escape(said).replace(re.escape("<unk>"), ".+?")
-                             .replace(re.escape("[unk]"), ".+?").replace("�+", ".+?"))  # fmt: skip
-        if "�" not in said:
-            assert unknown.fullmatch(got), (said, got)
+        decoded = squeezed("".join(tokenizer.decode([ids[k]]).removeprefix("##") for k in gold))
+        if "�" not in decoded:
+            pattern = re.sub(r"<unk>|\\\[unk\\\]", ".+?", re.escape(decoded))
+            assert re.fullmatch(pattern, got), (decoded, got)
             exact += 1
         hit = {k for k, (a, b) in enumerate(places) for s, e in spans if a < e and s < b}
         assert hit == set(gold)
@@ -433,27 +399,26 @@ def test_acerag_main(tokenizer, tmp_path, capsys):
     context = next(texts(1, seed=5))
     n = len(as_acerag_does(tokenizer, PROMPT, context, 4096))
     rows = [
-        row("ok", context, [4, 5, 9]),
-        row("past the end", context, [n]),
-        row("negative", context, [-1]),
-        row("no gold", context, []),
+        row("ok", context, [4, 5, 9]), row("past the end", context, [n]),
+        row("negative", context, [-1]), row("no gold", context, []),
         row("no tag", context, [1], "Answer:"),
         row("two lists", context, [1]) | {"gold_indices": [[1], [2]]},
         row("stripped", context + "\n", [1], acerag.TAG),  # the template strips it
-    ]
-    lists = tmp_path / "list.json"
-    lists.write_text(json.dumps(rows), "utf-8")
+    ]  # fmt: skip
+    (tmp_path / "list.json").write_text(json.dumps(rows), "utf-8")
     write_jsonl(tmp_path / "lines.json", rows)
     for name in ("list", "lines"):
         acerag.main([f"--input={tmp_path}/{name}.json", f"--tokenizer={tmp_path}/tok",
                      f"--out={tmp_path}/{name}.jsonl"])  # fmt: skip
         told = capsys.readouterr().out
         assert [line["query"] for line in read(tmp_path / f"{name}.jsonl")] == ["ok"]
-        assert "refused: 6, reported as not exact: 0" in told
-        assert f"line 2: refused: token {n} of {n}: not the tokenizer" in told
-        assert "line 5: refused: the prompt has" in told
-        assert "line 6: refused: 1 contexts for 2 lists" in told
-        assert "line 7: refused: the chat template changes the context" in told
+        for expected in (
+            "refused: 6, reported as not exact: 0", "line 5: refused: the prompt has",
+            f"line 2: refused: token {n} of {n}: not the tokenizer",
+            "line 6: refused: 1 contexts for 2 lists",
+            "line 7: refused: the chat template changes the context",
+        ):  # fmt: skip
+            assert expected in told
     (line,) = read(tmp_path / "list.jsonl")
     assert line["passage"] == context and all(quoted(line))
 
@@ -461,8 +426,6 @@ def test_acerag_main(tokenizer, tmp_path, capsys):
     call = [f"--input={late}", f"--tokenizer={tmp_path}/tok", f"--out={tmp_path}/late_out.jsonl"]
     acerag.main([*call, "--window=20", f"--tag={acerag.TAG}"])
     assert "refused: " in capsys.readouterr().out and not read(tmp_path / "late_out.jsonl")
-    front = len(as_acerag_does(tokenizer, PROMPT, "x", 4096))
-    assert front
     acerag.main([*call, "--late", "--window=4096"])
     assert len(read(tmp_path / "late_out.jsonl")) == 1
 
@@ -503,11 +466,10 @@ def answer_to(name, content, status=200, error=None):
 
 def test_annotate_round_trip(tmp_path, capsys):
     passage = "The  cat sat.\nThe cat ran to Köln 😀 in 1999 (it was {wet}). A dog sat.\n"
-    source = write_jsonl(tmp_path / "in.jsonl", [
-        {"query": f"query {i}", "passage": f"{i}: {passage}"} for i in range(9)
-    ])  # fmt: skip
-    annotate.main(["ask", "--input", source, "--out", str(tmp_path / "ask"), "--model=some-model",
-                   "--max_requests=4"])  # fmt: skip
+    lines = [{"query": f"query {i}", "passage": f"{i}: {passage}"} for i in range(9)]
+    source = write_jsonl(tmp_path / "in.jsonl", lines)
+    ask = ["ask", "--model=some-model", "--max_requests=4", "--out", str(tmp_path / "ask")]
+    annotate.main([*ask, "--input", source])
     names = sorted(os.listdir(tmp_path / "ask"))
     assert names == [f"requests_00{i}.jsonl" for i in (1, 2, 3)]
     requests = [r for name in names for r in read(tmp_path / "ask" / name)]
@@ -522,15 +484,12 @@ def test_annotate_round_trip(tmp_path, capsys):
         return json.dumps({"quotes": some}, ensure_ascii=False)
 
     contents = [
-        quotes("Köln 😀 in 1999", "A dog"),
-        quotes("The cat sat."),  # two spaces in the passage
+        quotes("Köln 😀 in 1999", "A dog"), quotes("The cat sat."),  # two spaces in the passage
         quotes("ran to", "to Köln", "(it was {wet})"),  # the first two overlap
         quotes("The cat", "a horse", "A dog sat."),  # twice, not at all, once
-        quotes("köln"),  # not as it is written
-        "```json\n" + quotes("1999") + "\n```",
-        "I think it is 1999",
-        quotes(),
-    ]
+        quotes("köln"), "```json\n" + quotes("1999") + "\n```",  # not as it is written; fenced
+        "I think it is 1999", quotes(),
+    ]  # fmt: skip
     answers = [answer_to(r["custom_id"], c) for r, c in zip(requests, contents, strict=False)]
     answers[7] = answer_to(requests[7]["custom_id"], "", status=429)
     random.Random(0).shuffle(answers)
@@ -540,13 +499,10 @@ def test_annotate_round_trip(tmp_path, capsys):
     read_them = ["read", "--input", source, "--out", str(tmp_path / "new" / "spans.jsonl")]
     annotate.main([*read_them, "--answers", *files])
     lines = read(tmp_path / "new" / "spans.jsonl")
-    assert [(line["query"], quoted(line)) for line in lines] == [
-        ("query 0", ["Köln 😀 in 1999", "A dog"]),
-        ("query 1", ["The  cat sat."]),
-        ("query 2", ["ran to Köln", "(it was {wet})"]),
-        ("query 3", ["A dog sat."]),
-        ("query 5", ["1999"]),
-    ]
+    assert [(line["query"][-1], quoted(line)) for line in lines] == [
+        ("0", ["Köln 😀 in 1999", "A dog"]), ("1", ["The  cat sat."]),
+        ("2", ["ran to Köln", "(it was {wet})"]), ("3", ["A dog sat."]), ("5", ["1999"]),
+    ]  # fmt: skip
     told = capsys.readouterr().out
     for expected in (
         "line 4: a quote that occurs more than once: 'The cat'",
@@ -565,7 +521,7 @@ def test_annotate_round_trip(tmp_path, capsys):
         annotate.main([*read_them, "--answers", files[0], files[0]])
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"query": "q"}])
     with pytest.raises(ValueError, match=r"bad\.jsonl line 1: field 'passage' is missing"):
-        annotate.main(["ask", "--input", bad, "--out", str(tmp_path / "x"), "--model=m"])
+        annotate.main([*ask, "--input", bad])
 
 
 def test_quotes_are_found_where_they_are():

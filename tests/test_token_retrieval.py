@@ -1,5 +1,5 @@
-"""train_token_retrieval.py and embedder.py's scores of tokens: spans, windows, the loss against a
-loop, memory, and tiny runs of the script, whole, killed and resumed, on 1 and 2 ranks.
+"""train_token_retrieval.py, passages.py and embedder.py's scores of tokens: windows, spans, the
+loss against a loop, memory, and tiny runs, whole, killed and resumed, on 1 and 2 ranks.
 
     python -m pytest tests/test_token_retrieval.py
 """
@@ -13,30 +13,30 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from sklearn.metrics import average_precision_score
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import common
+import evals.token_retrieval
 import harness
+import passages as P
 import train_token_retrieval as T
-from data import load_tokenizer, open_pairs
-from embedder import Embedder, Template, score_tokens, tokenize, tokenize_passage, windows_of
-from harness import ROOT, kill_at_step, losses, run_ranks, saved
-from model import from_pretrained, from_scratch
+from attention import make_seqs
+from data import find_runs, gold_tokens, open_pairs, read_spans
+from embedder import Embedder, score_tokens, windows_of
+from formats.huggingface import from_pretrained
+from harness import ROOT, kill_at_step, losses, run_ranks, saved, write_jsonl
+from metrics import covered
+from tokenizer import Template, load_tokenizer, tokenize, tokenize_passage
 
 SCRIPT = "train_token_retrieval.py"
 WORDS = [f"{a}{b}" for a in ("ta", "mo", "ri", "su", "ke") for b in ("n", "lo", "ma", "s")]
-
-
-def write_lines(path, records):
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    return str(path)
 
 
 # ---- windows ----
@@ -76,13 +76,11 @@ TEXT = (
 
 def tokenizers_of_all_kinds(toy_tokens):
     """Byte-level with and without the space in its offsets, SentencePiece's and BERT's manner."""
-    plain = load_tokenizer(os.path.join(toy_tokens, "tokenizer"))
-    kinds = {"bytes": plain}
+    plain = load_tokenizer(f"{toy_tokens}/tokenizer")
     spec = json.loads(plain.backend_tokenizer.to_str())
     spec["pre_tokenizer"]["trim_offsets"] = True
     spec["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
                               "use_regex": True}  # fmt: skip
-    kinds["trimmed"] = Tokenizer.from_str(json.dumps(spec))
     letters = sorted(set(TEXT + "\u2581") - {"\U0001f642"})  # one character is unknown
     piece = Tokenizer(models.BPE({c: i for i, c in enumerate(["<unk>", *letters, "\u2581t"])},
                                  [("\u2581", "t")], unk_token="<unk>"))  # fmt: skip
@@ -90,17 +88,15 @@ def tokenizers_of_all_kinds(toy_tokens):
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
     )
     piece.decoder = decoders.Metaspace()
-    kinds["piece"] = piece
     bert = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     bert.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
     bert.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
+    bert.train_from_iterator([TEXT], trainers.WordPieceTrainer(
         vocab_size=300, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False
-    )
-    bert.train_from_iterator([TEXT], trainer)
-    kinds["bert"] = bert
-    return {
-        name: x if name == "bytes" else PreTrainedTokenizerFast(tokenizer_object=x, eos_token="E")
+    ))  # fmt: skip
+    kinds = {"trimmed": Tokenizer.from_str(json.dumps(spec)), "piece": piece, "bert": bert}
+    return {"bytes": plain} | {
+        name: PreTrainedTokenizerFast(tokenizer_object=x, eos_token="E")
         for name, x in kinds.items()
     }
 
@@ -115,7 +111,7 @@ def test_spans_to_tokens_and_back(toy_tokens, template):
         assert ids == tokenize(tokenizer, [passage], instruction, template, 10**9)[0][0], name
         assert len(rows) == len(spans) and (np.diff(rows) > 0).all()
         assert (spans[:, 0] < spans[:, 1]).all() and (np.diff(spans[:, 0]) >= 0).all()
-        held = T.covered(spans, len(passage))
+        held = covered(spans, len(passage))
         assert held[[i for i in written if i < len(passage)]].all() or name == "bert"
         outside = set(range(len(ids))) - set(rows.tolist())
         assert len(outside) >= len(tokenizer(template.prefix + instruction)["input_ids"]) - 3
@@ -126,9 +122,9 @@ def test_spans_to_tokens_and_back(toy_tokens, template):
             text = passage[start:end].strip()
             if not text:
                 with pytest.raises(ValueError, match="x line 1: span"):
-                    T.gold_tokens(record, spans)
+                    gold_tokens(record, spans)
                 continue
-            (inside,) = T.gold_tokens(record, spans)
+            (inside,) = gold_tokens(record, spans)
             first, last = spans[inside[0], 0], spans[inside[-1], 1]
             assert text in passage[first:last], name
             # not a token more: each has a character of the span, and no other has one
@@ -139,75 +135,60 @@ def test_spans_to_tokens_and_back(toy_tokens, template):
 
 
 def test_offsets_that_lie_are_found(toy_tokens):
-    tokenizer = load_tokenizer(os.path.join(toy_tokens, "tokenizer"))
+    tokenizer = load_tokenizer(f"{toy_tokens}/tokenizer")
     _, _, spans = tokenize_passage(tokenizer, TEXT, "", Template())
     record = {"passage": TEXT, "spans": [[2, 7]], "where": "x.jsonl line 3"}
     with pytest.raises(ValueError, match=r"x.jsonl line 3: span \[2, 7\], 'na\xefve', comes back"):
-        T.gold_tokens(record, spans[5:])
+        gold_tokens(record, spans[5:])
     with pytest.raises(ValueError, match="comes back from its tokens as ''"):
-        T.gold_tokens(record, spans[:0])
+        gold_tokens(record, spans[:0])
 
 
 @pytest.mark.parametrize("by", [-6, 6])
 def test_offsets_that_have_moved_are_found(by, toy_tokens, monkeypatch):
-    tokenizer, s = load_tokenizer(os.path.join(toy_tokens, "tokenizer")), settings()
+    tokenizer, s = load_tokenizer(f"{toy_tokens}/tokenizer"), settings()
     passage = "tan molo rima suke kes tan"
     record = dict(query="ta", passage=passage, spans=[[4, 8]], answer=None, where="x line 3")
-    real = T.tokenize_passage
-    (good,) = [T.encode_passage([record], tokenizer, s)]
-    (inside,) = [good["spans"][good["token"]]]
+    good = P.encode_passage([record], tokenizer, s)
+    inside = good.spans[good.gold.numpy()]
     assert passage[inside[:, 0].min() : inside[:, 1].max()].strip() == "molo"
 
     def moved(*args):
-        ids, rows, spans = real(*args)
+        ids, rows, spans = tokenize_passage(*args)
         return ids, rows, (spans + by).clip(0, len(passage))
 
-    monkeypatch.setattr(T, "tokenize_passage", moved)
+    monkeypatch.setattr(P, "tokenize_passage", moved)
     with pytest.raises(ValueError, match="x line 3: span .4, 8., 'molo', comes back"):
-        T.encode_passage([record], tokenizer, s)
+        P.encode_passage([record], tokenizer, s)
 
 
-# ---- a model to try them on ----
-
-
-def make_model(folder, toy_tokens, size, **changes):
-    torch.manual_seed(0)
-    small = dict(n_layer=2, n_head=4, n_embd=32, n_hidden=48, vocab_size=512, max_seq_len=512)
-    model = from_scratch(size, **(small | changes))
-    for name, p in model.named_parameters():  # larger than at init, so that attention acts
-        p.data.normal_(0, 1.0 if name == "embed.weight" else 0.3) if p.dim() == 2 else None
-    ids = dict(cls=0, bos=0, sep=1, eos=1, pad=2)
-    model.config.hf = {f"{name}_token_id": i for name, i in ids.items()}
-    model.save_pretrained(str(folder))
-    load_tokenizer(os.path.join(toy_tokens, "tokenizer")).save_pretrained(str(folder))
-    return str(folder)
+# ---- the loss ----
 
 
 @pytest.fixture(scope="module")
-def model_folder(toy_tokens, tmp_path_factory):
-    """A causal ModernBERT-decoder: one global and one local layer."""
-    local = dict(layer_kinds=["global", "local"], window=8, out_dropout=0.0, causal=True)
-    return make_model(tmp_path_factory.mktemp("model"), toy_tokens, "modernbert-tiny", **local)
+def model_folder(folders):
+    return folders["llama"]
 
 
 def settings(**changes):
     """What the main block gives to the functions, for one rank on the CPU."""
     plain = dict(
-        batch_size=6, seed=7, rank=0, world_size=1, fsdp=False, template=Template("<", ">"),
-        instructions=("ask: ", "read: "), query_max_length=24, passage_max_length=None, window=0,
-        overlap=0, causal=True, chunk_tokens=10**9, temperature=0.3, ratios=(4, 2),
-        device=torch.device("cpu"), autocast=nullcontext,
+        batch_size=6, seed=7, rank=0, world_size=1, fsdp="", template=Template("<", ">"),
+        query_instruction="ask: ", passage_instruction="read: ", query_max_length=24,
+        passage_max_length=None, passage_window=0, window_overlap=0, causal=True, stop_step=10**9,
+        device_batch_tokens=10**9, temperature=0.3, device=torch.device("cpu"),
+        autocast=nullcontext,
     )  # fmt: skip
     assert changes.keys() <= plain.keys()
-    return plain | changes
+    return SimpleNamespace(**(plain | changes))
 
 
-def spans_file(path, n_passages=12, seed=1, shortest=5):
+def spans_file(path, n_passages=12, seed=1):
     """Passages of ragged lengths with 1 to 4 queries each; a query's gold are the 1 to 3 places
     where its word stands in the passage, the answer the first of them (of two lines in three)."""
     rng, lines = np.random.default_rng(seed), []
     for i in range(n_passages):
-        words = rng.choice(WORDS, shortest + (i * 13) % 37).tolist()
+        words = rng.choice(WORDS, 5 + (i * 13) % 37).tolist()
         starts = np.cumsum([0] + [len(w) + 1 for w in words]).tolist()
         for word in rng.permutation(sorted(set(words)))[: 1 + i % 4]:
             at = [k for k, w in enumerate(words) if w == word][:3]
@@ -215,7 +196,7 @@ def spans_file(path, n_passages=12, seed=1, shortest=5):
             line = {"query": f"{word} {rng.choice(WORDS)}", "passage": " ".join(words)}
             line |= {"spans": spans} | ({"answer": spans[0]} if len(lines) % 3 else {})
             lines.append(line)
-    return write_lines(path, lines)
+    return write_jsonl(path, lines)
 
 
 @pytest.fixture(scope="module")
@@ -224,17 +205,26 @@ def files(tmp_path_factory):
     return spans_file(folder / "train.jsonl"), spans_file(folder / "val.jsonl", 8, seed=2)
 
 
+def encoded_runs(file, tokenizer, s, most=4):
+    """Every run of up to `most` lines of a file, encoded."""
+    runs = find_runs(file, most).tolist()
+    lines = [[read_spans(file, i) for i in range(first, first + n)] for first, n in runs]
+    return [P.encode_passage(records, tokenizer, s) for records in lines]
+
+
+def hidden_states(model, passages):
+    """[T, C] of the passages in one packed row, and the passages with their rows there"""
+    (micro_batch,) = P.pack_passages(passages, 10**9)
+    return torch.cat([model(*part) for part in micro_batch.parts]), micro_batch.passages
+
+
 @pytest.fixture
 def doubled(model_folder, monkeypatch):
     """The model in fp64: what the code does in fp32 becomes fp64, too."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-    def make():
-        model = from_pretrained(model_folder).double().train()
-        model.drop_head()
-        return model, load_tokenizer(model_folder)
-
-    return make
+    model = from_pretrained(model_folder).double().train()
+    model.drop_head()
+    return model, load_tokenizer(model_folder)
 
 
 def plain_loss(model, tokenizer, records, s):
@@ -242,29 +232,28 @@ def plain_loss(model, tokenizer, records, s):
     hand. -> (sum of losses, scores of each line)"""
     total, scores = 0.0, []
     for record in records:
-        ask, read = s["instructions"]
-        pre, post = s["template"].prefix, s["template"].suffix
-        ids = tokenizer(pre + ask + record["query"] + post)["input_ids"]
-        assert len(ids) <= s["query_max_length"]
-        q = model(torch.tensor(ids), T.make_seqs([len(ids)]))[-1]
-        head = len(pre + read)
-        both = tokenizer(pre + read + record["passage"] + post, return_offsets_mapping=True)
-        ids, offsets = both["input_ids"], both["offset_mapping"]
-        hidden = []
-        for start, stop, first, last in windows_of(len(ids), s["window"], s["overlap"], True):
-            part = model(torch.tensor(ids[start:stop]), T.make_seqs([stop - start]))
+        pre, post = s.template.prefix, s.template.suffix
+        ids = tokenizer(pre + s.query_instruction + record["query"] + post)["input_ids"]
+        assert len(ids) <= s.query_max_length
+        q = model(torch.tensor(ids), make_seqs([len(ids)]))[-1]
+        head = len(pre + s.passage_instruction)
+        text = pre + s.passage_instruction + record["passage"] + post
+        both = tokenizer(text, return_offsets_mapping=True)
+        ids, hidden, cosines, gold = both["input_ids"], [], [], set()
+        windows = windows_of(len(ids), s.passage_window, s.window_overlap, True)
+        for start, stop, first, last in windows:
+            part = model(torch.tensor(ids[start:stop]), make_seqs([stop - start]))
             hidden += [part[j - start] for j in range(first, last)]
-        own, gold = [], set()
-        for j, (a, b) in enumerate(offsets):
+        for j, (a, b) in enumerate(both["offset_mapping"]):
             if max(a - head, 0) < min(b - head, len(record["passage"])):
                 for start, end in record["spans"]:
                     if a - head < end and b - head > start:
-                        gold.add(len(own))
-                own.append((q / q.norm()) @ (hidden[j] / hidden[j].norm()))
-        total_exp = sum(torch.exp(x / s["temperature"]) for x in own)
-        logs = [torch.log(torch.exp(own[j] / s["temperature"]) / total_exp) for j in sorted(gold)]
+                        gold.add(len(cosines))
+                cosines.append((q / q.norm()) @ (hidden[j] / hidden[j].norm()))
+        sum_exp = sum(torch.exp(x / s.temperature) for x in cosines)
+        logs = [torch.log(torch.exp(cosines[j] / s.temperature) / sum_exp) for j in sorted(gold)]
         total = total - sum(logs) / len(logs)
-        scores.append((torch.stack(own), sorted(gold)))
+        scores.append((torch.stack(cosines), sorted(gold)))
     return total, scores
 
 
@@ -274,96 +263,59 @@ def gradients(model):
     return out
 
 
-def same_gradients(got, want, tolerance):
-    assert got.keys() == want.keys() and len(got) > 10
-    for name, x in want.items():
-        assert x.norm() > 1e-9, name
-        assert (got[name] - x).norm() <= tolerance * x.norm(), name
-
-
 CASES = {
     "one row": {},
-    "micro-batches": dict(chunk_tokens=90),
-    "windows": dict(window=12, overlap=5),
-    "windows in parts": dict(window=12, overlap=5, chunk_tokens=30),
+    "micro-batches": dict(device_batch_tokens=90),
+    "windows": dict(passage_window=12, window_overlap=5),
+    "windows in parts": dict(passage_window=12, window_overlap=5, device_batch_tokens=30),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_equal_a_loop(case, doubled, files):
     """fp64, several ragged passages, several queries each, several gold spans; packed = alone."""
-    s, (model, tokenizer) = settings(batch_size=14, **CASES[case]), doubled()
+    s, (model, tokenizer) = settings(batch_size=14, **CASES[case]), doubled
     file = open_pairs(files[0])
-    runs = T.find_runs(file, 3)
-    batch, (n, lost, _, n_tokens) = next(T.train_batches(file, runs, 2, 3, tokenizer, s))
-    lines = T.lines_of_step(2, 14, runs, s["seed"])
-    records = [T.read_spans(file, i) for i in lines]
-    assert n == 14 and lost == 0 and any(len(r["spans"]) > 2 for r in records)
-    n_parts = [len(parts) for parts, _ in batch]
-    assert sum(len(units) for _, units in batch) < 14  # passages with several queries
-    assert (len(batch) > 1) == (s["chunk_tokens"] < 100)
+    runs = find_runs(file, 3)
+    batch, (n, *lost, n_tokens) = next(P.train_batches(file, runs, 2, tokenizer, s))
+    records = [read_spans(file, i) for i in P.lines_of_batch(2, runs, s)]
+    assert n == 14 and lost == [0, 0] and any(len(r["spans"]) > 2 for r in records)
+    n_parts = [len(micro_batch.parts) for micro_batch in batch]
+    assert sum(len(x.passages) for x in batch) < 14  # passages with several queries
+    assert (len(batch) > 1) == (s.device_batch_tokens < 100)
     assert (max(n_parts) > 1) == (case == "windows in parts")
-    assert sum(len(tokens) for parts, _ in batch for tokens, _ in parts) == n_tokens
+    assert sum(len(tokens) for x in batch for tokens, _ in x.parts) == n_tokens
     loss, hits = T.train_step(model, batch, n, 2, s)
     got = gradients(model)
-    want, scores = plain_loss(model, tokenizer, records, s)
-    (want / 14).backward()
-    assert loss == pytest.approx(want.item(), rel=1e-6)
+    expected, scores = plain_loss(model, tokenizer, records, s)
+    (expected / 14).backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
     assert hits == sum(int(x.argmax()) in gold for x, gold in scores)
-    same_gradients(got, gradients(model), 1e-10)
-
-
-def test_token_loss_by_hand():
-    scores = torch.tensor([[0.0, math.log(2), math.log(5), 0.0]])
-    which, token = torch.tensor([0, 0]), torch.tensor([1, 2])
-    loss, hits = T.token_loss(scores, which, token, torch.tensor([2, 2]), 1.0)
-    assert loss.item() == pytest.approx(-(math.log(2 / 9) + math.log(5 / 9)) / 2) and hits == 1
-    loss, hits = T.token_loss(scores, which[:1], token[:1], torch.tensor([1]), 0.5)
-    assert loss.item() == pytest.approx(-math.log(4 / 31)) and hits == 0
-
-
-def test_passages_do_not_see_each_other(doubled, files):
-    """The scores of a query stay to the last bit of fp64's sums, whatever stands beside it."""
-    s, (model, tokenizer) = settings(), doubled()
-    file = open_pairs(files[0])
-    runs = T.find_runs(file, 4)
-    a, b, c = (T.encode_passage([T.read_spans(file, i) for i in range(f, f + n)], tokenizer, s)
-               for f, n in runs[[3, 6, 8]])  # fmt: skip
-
-    def scores(passages, which):
-        ((parts, units),) = T.pack_passages(passages, 10**9)
-        hidden = torch.cat([model(*part) for part in parts])
-        return T.token_scores(hidden, units[which])
-
-    torch.testing.assert_close(scores([b, a], 1), scores([a], 0), atol=1e-12, rtol=0)
-    torch.testing.assert_close(scores([c, a, b], 1), scores([a], 0), atol=1e-12, rtol=0)
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(scores([a], 0), scores([b], 0))
+    want = gradients(model)
+    assert got.keys() == want.keys() and len(got) > 10
+    for name, x in want.items():
+        assert x.norm() > 1e-9, name
+        assert (got[name] - x).norm() <= 1e-10 * x.norm(), name
 
 
 @pytest.mark.parametrize("window", [0, 12])
 def test_training_and_use_give_equal_scores(window, model_folder, files):
-    s = settings(window=window, overlap=5 if window else 0)
+    s = settings(passage_window=window, window_overlap=5 if window else 0)
     prompts = {"query": "ask: ", "document": "read: "}
     model, tokenizer = from_pretrained(model_folder), load_tokenizer(model_folder)
-    embedder = Embedder(model, tokenizer, "last", s["template"], prompts, max_length=24)
-    file = open_pairs(files[0])
-    runs = T.find_runs(file, 4)
-    passages = [T.encode_passage([T.read_spans(file, i) for i in range(f, f + n)], tokenizer, s)
-                for f, n in runs]  # fmt: skip
-    ((parts, units),) = T.pack_passages(passages, 10**9)
-    hidden = torch.cat([model(*part) for part in parts])
-    far = 0.0
-    for p, unit in zip(passages, units, strict=True):
-        queries, passage = [r["query"] for r in p["records"]], p["records"][0]["passage"]
-        found, spans = score_tokens(embedder, queries, passage, window, 5 if window else 0)
+    model.drop_head()
+    embedder = Embedder(model, tokenizer, "last", s.template, prompts, max_length=24)
+    passages, far = encoded_runs(open_pairs(files[0]), tokenizer, s), 0.0
+    hidden, passages = hidden_states(model, passages)
+    for p in passages:
+        queries, passage = [r["query"] for r in p.records], p.records[0]["passage"]
+        found, spans = score_tokens(embedder, queries, passage, window, s.window_overlap)
         whole, same_spans = score_tokens(embedder, queries, passage)
-        got = T.token_scores(hidden, unit).detach().numpy()
+        got = T.token_scores(hidden, p).detach().numpy()
         assert found.dtype == np.float32 and np.abs(found - got).max() < 1e-5
-        assert (spans == p["spans"]).all() and (spans == same_spans).all()
-        vectors = embedder.encode(queries, "ask: ")
-        own = hidden[unit[0]].detach().numpy()
-        cosine = vectors @ (own / np.linalg.norm(own, axis=1, keepdims=True)).T
+        assert (spans == p.spans).all() and (spans == same_spans).all()
+        vectors, tokens = embedder.encode(queries, "ask: "), hidden[p.tokens].detach().numpy()
+        cosine = vectors @ (tokens / np.linalg.norm(tokens, axis=1, keepdims=True)).T
         assert np.abs(cosine - got).max() < 1e-5
         far = max(far, np.abs(whole - found).max())
     assert (far > 1e-2) == bool(window)  # a window's tokens do not see what is before it
@@ -385,17 +337,17 @@ def test_score_tokens_of_odd_passages(model_folder):
 
 
 def test_batches_are_a_function_of_seed_and_step(files):
-    file = open_pairs(files[0])
-    runs = T.find_runs(file, 3)
-    passages = [T.read_spans(file, i)["passage"] for i in range(len(file))]
-    lines = [i for first, n in runs for i in range(first, first + n)]
-    assert lines == list(range(len(file))) and runs[:, 1].max() == 3
-    for first, n in runs:
-        assert len(set(passages[first : first + n])) == 1
-    steps = [T.lines_of_step(step, 5, runs, 7).tolist() for step in range(40)]
-    assert steps[13] == T.lines_of_step(13, 5, runs, 7).tolist() != steps[14]
-    assert steps != [T.lines_of_step(step, 5, runs, 8).tolist() for step in range(40)]
-    flat, n = sum(steps, []), len(file)
+    file, s = open_pairs(files[0]), settings(batch_size=5)
+    runs, n = find_runs(file, 3), len(file)
+    passages = [read_spans(file, i)["passage"] for i in range(n)]
+    lines = [i for first, count in runs for i in range(first, first + count)]
+    assert lines == list(range(n)) and runs[:, 1].max() == 3
+    assert all(len(set(passages[first : first + count])) == 1 for first, count in runs)
+    steps = [P.lines_of_batch(step, runs, s).tolist() for step in range(40)]
+    assert steps[13] == P.lines_of_batch(13, runs, s).tolist() != steps[14]
+    other_seed = settings(batch_size=5, seed=8)
+    assert steps != [P.lines_of_batch(step, runs, other_seed).tolist() for step in range(40)]
+    flat = sum(steps, [])
     epochs = [flat[i : i + n] for i in range(0, len(flat) - n, n)]
     assert len(epochs) > 5 and all(sorted(e) == list(range(n)) for e in epochs)
     assert epochs[0] != epochs[1]
@@ -406,18 +358,18 @@ def test_batches_are_a_function_of_seed_and_step(files):
 
 def test_ranks_share_a_batch_out(files, model_folder):
     texts = ["a" * n for n in (5, 900, 3, 400, 450, 80, 1)]
-    shares = T.share_out(texts, 3)
+    shares = P.share_out(texts, 3)
     assert sorted(sum(shares, [])) == list(range(7))
     load = [sum(len(texts[i]) for i in share) for share in shares]
     assert max(load) <= 900 and shares[0] == [1]
-    assert T.share_out(texts[:1], 2) == [[0], []]
+    assert P.share_out(texts[:1], 2) == [[0], []]
     file, tokenizer = open_pairs(files[0]), load_tokenizer(model_folder)
-    runs = T.find_runs(file, 2)
+    runs = find_runs(file, 2)
     for world_size in (1, 2, 5):
         counts = []
         for rank in range(world_size):
-            s = settings(rank=rank, world_size=world_size)
-            counts += [n[0] for _, n in T.train_batches(file, runs, 0, 4, tokenizer, s)]
+            s = settings(rank=rank, world_size=world_size, stop_step=4)
+            counts += [n[0] for _, n in P.train_batches(file, runs, 0, tokenizer, s)]
         assert sum(counts) == 4 * 6
 
 
@@ -427,91 +379,23 @@ def test_passages_are_cut_and_spans_behind_the_cut_are_lost(model_folder):
     spans = [[[0, 3]], [[0, 3], [14, 22]], [[14, 17], [23, 26]], [[5, 16]]]
     records = [base | {"query": f"q{i}", "spans": x} for i, x in enumerate(spans)]
     s = settings()
-    whole = T.encode_passage(records, tokenizer, s)
-    n_ids = len(whole["texts"][0])
-    assert whole["lost"] == (0, 0) and len(whole["records"]) == 4
-    n_tail = n_ids - 1 - whole["rows"][-1]
-    cut_at = whole["spans"][:, 0].tolist().index(8)  # " mos" is the last token that stays
-    limit = int(whole["rows"][cut_at]) + 1 + n_tail
-    cut = T.encode_passage(records, tokenizer, s, limit)
-    assert len(cut["texts"][0]) == limit
-    assert cut["texts"][0][-n_tail:] == whole["texts"][0][-n_tail:]
-    assert (cut["spans"] == whole["spans"][: cut_at + 1]).all()
-    assert [r["query"] for r in cut["records"]] == ["q0", "q1", "q3"] and cut["lost"] == (1, 3)
-    assert cut["which"].max() == 2 and (cut["token"] <= cut_at).all() and len(cut["texts"]) == 4
-    mine = whole["token"][whole["which"] == 1]
-    assert cut["token"][cut["which"] == 1].tolist() == mine[mine <= cut_at].tolist()
-    nothing = T.encode_passage(records[2:3], tokenizer, s, limit)
-    assert nothing["records"] == [] and len(nothing["token"]) == 0
+    whole = P.encode_passage(records, tokenizer, s)
+    ids = whole.texts[0]
+    assert whole.lost.tolist() == [0, 0] and len(whole.records) == 4
+    n_tail = len(ids) - 1 - int(whole.tokens[-1])
+    cut_at = whole.spans[:, 0].tolist().index(8)  # " mos" is the last token that stays
+    limit = int(whole.tokens[cut_at]) + 1 + n_tail
+    cut = P.encode_passage(records, tokenizer, s, limit)
+    assert len(cut.texts[0]) == limit and cut.texts[0][-n_tail:] == ids[-n_tail:]
+    assert (cut.spans == whole.spans[: cut_at + 1]).all()
+    assert [r["query"] for r in cut.records] == ["q0", "q1", "q3"] and cut.lost.tolist() == [1, 3]
+    assert cut.query.max() == 2 and (cut.gold <= cut_at).all() and len(cut.texts) == 4
+    gold = whole.gold[whole.query == 1]
+    assert cut.gold[cut.query == 1].tolist() == gold[gold <= cut_at].tolist()
+    nothing = P.encode_passage(records[2:3], tokenizer, s, limit)
+    assert nothing.records == [] and len(nothing.gold) == 0
     with pytest.raises(ValueError, match="passage_max_length=5 leaves no room"):
-        T.encode_passage(records, tokenizer, s, 5)
-
-
-# ---- metrics ----
-
-
-def test_metrics_equal_loops():
-    rng = np.random.default_rng(3)
-    for trial in range(20):
-        words = rng.choice(WORDS, 3 + 5 * trial).tolist()
-        passage = "\n ".join(words)
-        ends = np.cumsum([len(w) + 2 for w in words]) - 2
-        spans = np.array([[e - len(w), e] for e, w in zip(ends, words, strict=True)])
-        n = len(spans)
-        gold = np.sort(rng.choice(n, 1 + trial % 3, replace=False))
-        record = {"passage": passage, "spans": spans[gold].tolist(), "answer": None}
-        record["answer"] = record["spans"][0] if trial % 2 else None
-        scores = rng.normal(size=n)
-        got = T.token_metrics(scores, gold, spans, record, (4, 2))
-        truth = np.isin(np.arange(n), gold)
-        assert got["ap"] == pytest.approx(average_precision_score(truth, scores))
-        order = sorted(range(n), key=lambda j: -scores[j])
-        gain = sum(1 / math.log2(r + 2) for r, j in enumerate(order) if truth[j])
-        ideal = sum(1 / math.log2(r + 2) for r in range(len(gold)))
-        assert got["ndcg"] == pytest.approx(gain / ideal)
-        size = [len(w) for w in words]
-        for ratio in (4, 2):
-            kept = set(order[: -(-n // ratio)])
-            assert got[f"recall_{ratio}x"] == pytest.approx(len(kept & set(gold)) / len(gold))
-            both = sum(size[j] for j in kept & set(gold))
-            precision, recall = (both / sum(size[j] for j in tokens) for tokens in (kept, gold))
-            f1 = 2 * precision * recall / (precision + recall) if both else 0.0
-            assert got[f"f1_{ratio}x"] == pytest.approx(f1)
-            if record["answer"]:
-                assert got[f"answer_{ratio}x"] == (gold[0] in kept)
-            else:
-                assert f"answer_{ratio}x" not in got
-
-
-def test_baselines_equal_loops(model_folder):
-    passage = "Tan is a tama. The tan, a tan! Rilo sun\nmos tan_rilo  kema. Rilo? "
-    record = {"passage": passage, "query": "Rilo TAN x", "line": 1}
-    _, _, spans = tokenize_passage(load_tokenizer(model_folder), passage, "", Template())
-    found = T.baseline_scores(record, spans, np.random.default_rng(0))
-    sentences = ["Tan is a tama. ", "The tan, a tan! ", "Rilo sun\n", "mos tan_rilo  kema. ",
-                 "Rilo? ", ""]  # fmt: skip
-    bags = [re.findall(r"\w+", x.lower()) for x in sentences]
-    mean = sum(map(len, bags)) / len(bags)
-    want = []
-    for bag in bags:
-        score = 0.0
-        for word in ("rilo", "tan", "x"):
-            df = sum(word in b for b in bags)
-            idf = math.log(1 + (len(bags) - df + 0.5) / (df + 0.5))
-            tf = bag.count(word)
-            score += idf * tf * 2.2 / (tf + 1.2 * (1 - 0.75 + 0.75 * len(bag) / mean))
-        want.append(score)
-    assert max(want) > 0.5
-    for j, (start, end) in enumerate(spans.tolist()):
-        at = 0
-        for sentence, score in zip(sentences, want, strict=True):
-            if at <= start < at + len(sentence):
-                assert found["bm25"][j] == pytest.approx(score, abs=1e-5)
-            at += len(sentence)
-        word = next((m for m in re.finditer(r"\w+", passage) if m.start() < end <= m.end()), None)
-        shared = word is not None and word[0].lower() in ("tan", "rilo")
-        assert found["overlap"][j] == pytest.approx(float(shared), abs=1e-5), passage[start:end]
-    assert (np.diff(found["first"]) < 0).all() and len(set(found["random"])) == len(spans)
+        P.encode_passage(records, tokenizer, s, 5)
 
 
 # ---- memory ----
@@ -521,22 +405,25 @@ import sys
 sys.path[:0] = [{root!r}]
 import numpy as np, torch
 import lora
-import train_token_retrieval as T
 from contextlib import nullcontext
-from model import from_pretrained
-model = from_pretrained({folder!r})
-model.drop_head()
+from model import from_scratch
+from passages import Passage, pack_passages
+from train_token_retrieval import train_step
+from types import SimpleNamespace
+torch.manual_seed(0)
+model = from_scratch("modernbert-tiny", n_layer=2, n_head=1, n_embd=64, n_hidden=1024,
+                     vocab_size=512, max_seq_len=512, layer_kinds=["global", "local"], window=64,
+                     out_dropout=0.0, causal=True, head="none")
 lora.inject(model, 4, 8.0, 0.05, "all", train_also="norm")
 model.gradient_checkpointing = True
-s = dict(device=torch.device("cpu"), world_size=1, rank=0, fsdp=False, seed=1, temperature=0.02)
-s |= dict(autocast=nullcontext)
+s = SimpleNamespace(device=torch.device("cpu"), world_size=1, rank=0, fsdp="", seed=1,
+                    temperature=0.02, autocast=nullcontext)
 for n in {lengths}:
-    ids = torch.randint(5, 500, (n,)).tolist()
-    gold = np.arange(8)
-    p = dict(texts=[ids, [7, 8, 1], [9, 1]], windowed=False)
-    p |= dict(rows=np.arange(n), asked=np.array([n + 2, n + 4]))
-    p |= dict(which=gold % 2, token=gold * (n // 8), count=gold * 0 + 4)
-    loss, _ = T.train_step(model.train(), T.pack_passages([p], 4096), 2, 0, s)
+    ids, gold = torch.randint(5, 500, (n,)).tolist(), torch.arange(8)
+    p = Passage(texts=[ids, [7, 8, 1], [9, 1]], tokens=torch.arange(n), query=gold % 2,
+                ends=torch.tensor([n + 2, n + 4]), gold=gold * (n // 8), count=gold * 0 + 4,
+                records=[0, 0], spans=None, lost=None)
+    loss, _ = train_step(model.train(), pack_passages([p], 4096), 2, 0, s)
     grads = [x.grad for x in model.parameters() if x.requires_grad]
     assert all(g is not None and g.isfinite().all() for g in grads) and any(map(torch.any, grads))
     model.zero_grad()
@@ -547,14 +434,11 @@ for n in {lengths}:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_grows_with_the_length_of_a_passage(toy_tokens, tmp_path):
+def test_memory_grows_with_the_length_of_a_passage():
     """Training steps on LoRA with gradient checkpointing, on passages of 5,000, 10,000 and 20,000
     tokens in one piece: the process's peak after each, in MB. One 20,000 x 20,000 matrix in fp32
     would be 1,600."""
-    kinds = dict(layer_kinds=["global", "local"], window=64, out_dropout=0.0, causal=True)
-    shape = dict(n_embd=64, n_hidden=1024, n_head=1)
-    folder = make_model(tmp_path / "m", toy_tokens, "modernbert-tiny", **shape, **kinds)
-    code = LONG.format(root=ROOT, folder=folder, lengths=(5000, 10000, 20000))
+    code = LONG.format(root=ROOT, lengths=(5000, 10000, 20000))
     exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=exact)
     assert out.returncode == 0, out.stderr[-2000:]
@@ -577,7 +461,7 @@ passage_instruction = "read: "
 query_max_length = 24
 batch_size = 12
 queries_per_passage = 3
-chunk_tokens = 100
+device_batch_tokens = 100
 temperature = 0.1
 max_steps = 6
 warmup_steps = 2
@@ -585,7 +469,6 @@ learning_rate = 1e-3
 log_interval = 1
 eval_interval = 3
 save_interval = 3
-ratios = (4, 2)
 dtype = "fp32"
 """
 run = partial(harness.run, SCRIPT)
@@ -607,46 +490,31 @@ def unbroken(tiny, tmp_path_factory):
     return out_dir
 
 
-def test_training_finds_the_words_of_the_query(tiny, files, tmp_path, capsys):
+def test_training_finds_the_words_of_the_query(tiny, tmp_path, capsys):
     keys = ["--max_steps=60", "--schedule=constant", "--learning_rate=3e-3", "--eval_interval=60"]
-    run(tiny, tmp_path, *keys, "--save_interval=60", "--gradient_checkpointing=True")
+    out = run(tiny, tmp_path, *keys, "--save_interval=60", "--gradient_checkpointing=True")
     assert "peak memory" in capsys.readouterr().out
-    loss = losses(tmp_path)
+    loss, s = losses(tmp_path), out.s
     assert min(loss.values()) < 0.6 * loss[1]
-    with pytest.raises(SystemExit):
-        run(tiny, tmp_path, "--eval_only=True")
-    found = json.loads((tmp_path / "results.json").read_text())
-    results = found["results"]
-    assert results["model"]["ap"] > results["random"]["ap"] + 0.1
-    for name, value in results["model"].items():  # what was logged, from the saved folder
-        assert losses(tmp_path, f"eval_{name}")[60] == pytest.approx(value, rel=1e-6), name
-    table = (tmp_path / "results.md").read_text()
-    assert all(f"| {way} |" in table for way in ("random", "first", "overlap", "bm25", "model"))
-    assert "answer_4x" in table and found["queries"] == len(open(files[1]).readlines())
-
-    # the same numbers by Embedder.load and score_tokens, line by line
+    model = from_pretrained(str(tmp_path / "step60"))
     loaded = Embedder.load(str(tmp_path / "step60"), dtype="fp32")
     assert loaded.pooling == "last" and loaded.prompts == {"query": "ask: ", "document": "read: "}
-    totals, file = {}, open_pairs(files[1])
-    for i in range(len(file)):
-        record = T.read_spans(file, i)
-        scores, spans = score_tokens(loaded, [record["query"]], record["passage"])
-        gold = np.unique(np.concatenate(T.gold_tokens(record, spans)))
-        for name, x in T.token_metrics(scores[0], gold, spans, record, (4, 2)).items():
-            totals.setdefault(name, []).append(x)
-    for name, values in totals.items():
-        assert np.mean(values) == pytest.approx(results["model"][name], abs=1e-3), name
+    s.ratios = T._RATIOS
+    for s.passage_window, s.window_overlap in ((0, 0), (12, 4)):
+        found = out.evaluate(model, out.eval_file, out.eval_runs, out.tokenizer, s)
+        # the same numbers by Embedder.load and score_tokens, line by line
+        again = evals.token_retrieval.evaluate(loaded, out.eval_file, out.eval_runs, s)
+        assert found == pytest.approx(again["model"], abs=1e-3)
+        assert list(found)[:4] == ["loss", "acc", "ap", "ndcg"] and "answer_4x" in found
+        if not s.passage_window:  # what was logged, from the saved folder
+            logged = {name: losses(tmp_path, f"eval_{name}")[60] for name in found}
+            assert found == pytest.approx(logged, rel=1e-6)
+            assert found["ap"] > again["random"]["ap"] + 0.1
 
 
-def test_all_that_trained_is_saved(tiny, model_folder, unbroken, tmp_path):
-    """LoRA with the embedding and norms, in the folder and in the adapter; resumed bit by bit."""
-    keys = ["--lora_rank=4", "--train_also=embed,norm", "--schedule=constant"]
-    embedder = run(tiny, tmp_path / "whole", *keys).embedder
-    run(tiny, tmp_path / "half", *keys, "--max_steps=3")
-    run(tiny, tmp_path / "half", *keys, "--resume=True")
-    for column in ("loss", "gnorm", "eval_ap"):
-        assert losses(tmp_path / "half", column) == losses(tmp_path / "whole", column)
-    assert saved(tmp_path / "half", 6) == saved(tmp_path / "whole", 6)
+def test_all_that_trained_is_saved(tiny, model_folder, tmp_path):
+    """LoRA with the embedding and norms, in the folder and in the adapter."""
+    embedder = run(tiny, tmp_path / "whole", "--lora_rank=4", "--train_also=embed,norm").embedder
     adapter = load_file(tmp_path / "whole/step6/adapter/adapter_model.safetensors")
     base = from_pretrained(model_folder)
     moved = {n: p for n, p in embedder.model.named_parameters() if p.requires_grad}
@@ -673,7 +541,7 @@ def test_all_that_trained_is_saved(tiny, model_folder, unbroken, tmp_path):
 def test_killed_and_resumed_is_bit_equal(tiny, tmp_path, capsys):
     more = ["--max_steps=40", "--lora_rank=4", "--lora_dropout=0.2", "--passage_window=12"]
     more += ["--batch_size=4", "--save_interval=3", "--eval_interval=13"]
-    more += ["--window_overlap=4", "--chunk_tokens=30"]
+    more += ["--window_overlap=4", "--device_batch_tokens=30", "--train_also=embed,norm"]
     run(tiny, tmp_path / "whole", *more)
     process = harness.start(1, SCRIPT, tiny, tmp_path / "broken", *more)
     kill_at_step(process, tmp_path / "broken", random.randint(4, 20))
@@ -687,12 +555,6 @@ def test_killed_and_resumed_is_bit_equal(tiny, tmp_path, capsys):
     assert saved(tmp_path / "broken", 40) == saved(tmp_path / "whole", 40)
 
 
-def test_chunks_change_nothing(tiny, unbroken, tmp_path):
-    run(tiny, tmp_path, "--chunk_tokens=100000")
-    for column in ("loss", "gnorm", "eval_loss", "eval_ap"):
-        assert losses(tmp_path, column) == pytest.approx(losses(unbroken, column), rel=1e-4)
-
-
 def equal_runs(got, want):
     """Losses to 1e-5, weights to what Adam makes of that."""
     for column, tolerance in dict(loss=1e-5, gnorm=1e-4, eval_loss=1e-4, acc=1e-9).items():
@@ -704,24 +566,24 @@ def equal_runs(got, want):
 
 
 def test_two_ranks_equal_one(tiny, tmp_path):
-    windows = ["--passage_window=12", "--window_overlap=4", "--chunk_tokens=30"]
+    windows = ["--passage_window=12", "--window_overlap=4", "--device_batch_tokens=30"]
     kinds = {
         "ddp": [],
-        "fsdp": ["--fsdp=True"],
+        "fsdp": ["--fsdp=full"],
         "parts": windows,
-        "parts-fsdp": [*windows, "--fsdp=True"],
-        "lora": ["--lora_rank=4", "--lora_dropout=0", "--train_also=embed,norm", "--fsdp=True"],
-        "idle": ["--batch_size=2", "--fsdp=True"],  # often one passage alone: a rank has none
+        "parts-fsdp": [*windows, "--fsdp=full"],
+        "lora": ["--lora_rank=4", "--lora_dropout=0", "--train_also=embed,norm", "--fsdp=full"],
+        "idle": ["--batch_size=2", "--fsdp=full"],  # often one passage alone: a rank has none
         "idle-ddp": ["--batch_size=2"],
     }
     argvs = []
     for kind, flags in kinds.items():
         argvs.append(arguments(tiny, tmp_path / kind, *flags))
         if kind not in ("fsdp", "parts-fsdp", "idle-ddp"):
-            run(tiny, tmp_path / f"{kind}-one", *flags, "--fsdp=False")
-    more = ["--schedule=constant", "--lora_rank=4", "--lora_dropout=0.2"]
+            run(tiny, tmp_path / f"{kind}-one", *flags, "--fsdp=")
+    more = ["--lora_rank=4", "--lora_dropout=0.2"]
     half = arguments(tiny, tmp_path / "half", *more)
-    argvs += [arguments(tiny, tmp_path / "whole", *more), half + ["--max_steps=3"]]
+    argvs += [arguments(tiny, tmp_path / "whole", *more), half + ["--stop_step=3"]]
     argvs += [half + ["--resume=True"]]
     run_ranks(2, argvs)
     for kind in kinds:
@@ -732,11 +594,13 @@ def test_two_ranks_equal_one(tiny, tmp_path):
     assert saved(tmp_path / "half", 6) == saved(tmp_path / "whole", 6)
 
 
-def test_sigterm_saves_and_exits(tiny, unbroken, tmp_path, monkeypatch, capsys):
+def test_a_signal_saves_and_exits(tiny, unbroken, tmp_path, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(common, "catch_sigterm", lambda: lambda: calls.append(1) or len(calls) > 4)
+    monkeypatch.setattr(common, "catch_stop", lambda: lambda: calls.append(1) or len(calls) > 4)
     run(tiny, tmp_path)
-    assert f"saved {tmp_path}/step4" in capsys.readouterr().out and max(losses(tmp_path)) == 4
+    out = capsys.readouterr().out
+    assert f"saved {tmp_path}/step4" in out and max(losses(tmp_path)) == 4
+    assert f"--out_dir={tmp_path} --resume=True" in out
     monkeypatch.undo()
     run(tiny, tmp_path, "--resume=True")
     assert losses(tmp_path) == losses(unbroken) and saved(tmp_path, 6) == saved(unbroken, 6)
@@ -751,24 +615,29 @@ def test_show_batch_and_dry_run(tiny, unbroken, tmp_path, capsys):
     before = sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("*"))
     run(tiny, unbroken, "--dry_run=True")
     out = capsys.readouterr().out
-    assert re.search(r"dry run: [\d.]+ s/step, [\d.,]+ queries/s, .* peak memory [\d.]+ GB", out)
+    assert re.search(r"dry run: [\d.]+ s/step, [\d.,]+ ex/s, .* peak memory [\d.]+ GB", out)
     assert sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("*")) == before
     assert not list(tmp_path.iterdir())
 
 
 def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path, capsys):
-    keys = ["--learning_rate=1e30", "--warmup_steps=0", "--save_interval=1", "--max_steps=20"]
+    keys = ["--learning_rate=1e38", "--warmup_steps=0", "--save_interval=1", "--max_steps=20"]
     with pytest.raises(SystemExit, match="4th such step"):
         run(tiny, tmp_path, *keys, "--eval_interval=0")
     assert re.search(r"step 2: loss nan, .*train.jsonl: \[\d+", capsys.readouterr().out)
 
 
-def test_rope_scaling_reaches_the_model_and_its_folder(tiny, model_folder, tmp_path):
-    scaling = "--rope_scaling=('yarn',4.0)"
-    model = run(tiny, tmp_path, scaling, "--max_seq_len=2048", "--max_steps=1").model
-    want = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
-    for m in (model, from_pretrained(str(tmp_path / "step1"))):
-        assert m.config.rope["global"]["scaling"] == want and m.config.max_seq_len == 2048
+def test_rope_scaling_reaches_the_model_and_its_folder(tiny, tmp_path):
+    keys = ["--rope_scaling=('yarn',4.0)", "--max_seq_len=1024"]
+    want = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    for name, more in {"full": [], "lora": ["--lora_rank=4"]}.items():
+        out_dir, whole = tmp_path / name, tmp_path / f"{name}-whole"
+        run(tiny, whole, *keys, *more)
+        run(tiny, out_dir, *keys, *more, "--stop_step=3")
+        model = run(tiny, out_dir, *keys, *more, "--resume=True").model
+        for m in (model, from_pretrained(str(out_dir / "step6"))):
+            assert m.config.rope["global"]["scaling"] == want and m.config.max_seq_len == 1024
+        assert losses(out_dir) == losses(whole) and saved(out_dir, 6) == saved(whole, 6)
 
 
 # ---- bad input ----
@@ -776,54 +645,41 @@ def test_rope_scaling_reaches_the_model_and_its_folder(tiny, model_folder, tmp_p
 GOOD = {"query": "a", "passage": "tan tama", "spans": [[0, 3]]}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"spans": [[0, 3], [4, 9]]}, "field 'spans' has [4, 9], expected [start, end] with 0 <="),
-        ({"spans": [[-1, 3]]}, "<= 8, the passage's characters"),
-        ({"spans": [[3, 3]]}, "field 'spans' has [3, 3]"),
-        ({"spans": [[0, 3, 4]]}, "field 'spans' has [0, 3, 4]"),
-        ({"spans": [[0, True]]}, "field 'spans' has [0, True]"),
-        ({"spans": [0, 3]}, "field 'spans' is [0, 3] (expected list of list)"),
-        ({"spans": []}, "field 'spans' is empty"),
-        ({"spans": None}, "field 'spans' is None"),
-        ({"answer": [2, 99]}, "field 'answer' has [2, 99]"),
-        ({"answer": "tan"}, "field 'answer' has tan"),
-        ({"passage": 5}, "field 'passage' is 5 (expected str)"),
-        ({"query": None}, "field 'query' is None"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"spans": [[0, 3], [4, 9]]}, "field 'spans' has [4, 9], expected [start, end] with 0 <="),
+    ({"spans": [[-1, 3]]}, "<= 8, the passage's characters"),
+    ({"spans": [[3, 3]]}, "field 'spans' has [3, 3]"),
+    ({"spans": [[0, 3, 4]]}, "field 'spans' has [0, 3, 4]"),
+    ({"spans": [[0, True]]}, "field 'spans' has [0, True]"),
+    ({"spans": [0, 3]}, "field 'spans' is [0, 3] (expected list of list)"),
+    ({"spans": []}, "field 'spans' is empty"),
+    ({"spans": None}, "field 'spans' is None"),
+    ({"spans": [[3, 4]]}, "field 'spans' has [3, 4], spaces alone"),
+    ({"answer": [2, 99]}, "field 'answer' has [2, 99]"),
+    ({"answer": "tan"}, "field 'answer' has tan"),
+    ({"passage": 5}, "field 'passage' is 5 (expected str)"),
+    ({"query": None}, "field 'query' is None"),
+    ({"query": " "}, "field 'query' is empty"),
+])  # fmt: skip
 def test_broken_lines_name_file_line_and_field(change, message, tiny, tmp_path):
-    path = write_lines(tmp_path / "x.jsonl", [GOOD, GOOD, GOOD | change])
+    path = write_jsonl(tmp_path / "x.jsonl", [GOOD, GOOD, GOOD | change])
     with pytest.raises(ValueError) as error:
         run(tiny, tmp_path / "out", f"--data={path}")  # before training begins
     assert f"{path} line 3: {message.split(' (')[0]}" in str(error.value) or message in str(error)
     assert "x.jsonl line 3: " in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_a_blank_span_stops_the_run(tiny, tmp_path):
-    path = write_lines(tmp_path / "x.jsonl", [GOOD | {"spans": [[3, 4]]}])
-    with pytest.raises(ValueError, match=r"line 1: field 'spans' has \[3, 4\], spaces alone"):
-        run(tiny, tmp_path / "out", f"--data={path}", "--eval_interval=0")
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--schedule=cosin"], "schedule='cosin'"),
-        (["--passage_window=8", "--window_overlap=8"], "windows of 8 tokens cannot share 8"),
-        (["--rope_scaling=('ntk',2.0)"], "expected ('linear', factor)"),
-        (["--queries_per_passage=0"], "queries_per_passage=0"),
-        (["--ratios=(16,0.5)"], "ratios=(16, 0.5)"),
-        (["--eval_only=True", "--eval_data="], "eval_only=True needs"),
-        (["--data=nowhere.jsonl"], "nowhere.jsonl"),
-        (["--init_from=nowhere/at/all"], "nowhere/at/all"),
-        (["--lora_rank=2", "--lora_targets=q_prj"], "q_prj"),
-        (["--attention_backend=varlen"], "cannot run"),
-        (["--temprature=1"], "did you mean 'temperature'"),
-        (["--query_max_length=5"], "max_length 5 leaves no room"),
-    ],
-)
+@pytest.mark.parametrize(("more", "message"), [
+    (["--num_epochs=1"], "max_steps=6, num_epochs=1.0; expected one of"),
+    (["--fsdp=full"], "start with torchrun"),
+    (["--chunk_tokens=10"], "'chunk_tokens' is now called 'device_batch_tokens'"),
+    (["--passage_window=8", "--window_overlap=8"], "windows of 8 tokens cannot share 8"),
+    (["--rope_scaling=('ntk',2.0)"], "expected ('linear', factor)"),
+    (["--queries_per_passage=0"], "queries_per_passage=0"),
+    (["--data=nowhere.jsonl"], "nowhere.jsonl"),
+    (["--lora_rank=2", "--lora_targets=q_prj"], "q_prj"),
+    (["--query_max_length=5"], "max_length 5 leaves no room"),
+])  # fmt: skip
 def test_bad_settings_say_what_is_expected(tiny, tmp_path, more, message):
     with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as error:
         run(tiny, tmp_path, *more)

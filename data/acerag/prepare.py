@@ -21,8 +21,10 @@ import numpy as np
 from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the project, for data.py
-from data import join_spans, load_tokenizer, read_jsonl, require  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the project
+from data import read_jsonl, require  # noqa: E402
+from spans import join_spans  # noqa: E402
+from tokenizer import load_tokenizer  # noqa: E402
 
 DATASET, FOLDER = "wcyno23/AceRAG-Data", "train/token_level_estimator"
 TAG = "[CONTEXT_RmehNsY1]"  # stands in the prompt for the context
@@ -175,9 +177,9 @@ def main(argv=None):
     with open(args.out + ".tmp", "wb") as out:
         for path, number, record in tqdm(rows_of(paths), "rows", unit=" rows"):
 
-            def report(text, where=f"{path} line {number}"):
+            def report(text, prefix=f"{path} line {number}"):
                 counts[text.partition(":")[0]] += 1
-                tqdm.write(f"{where}: {text}")
+                tqdm.write(f"{prefix}: {text}")
 
             for line in convert(record, tokenizer, args, path, number, report):
                 text = json.dumps(line, ensure_ascii=False) + "\n"

@@ -18,7 +18,7 @@ import sys
 from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the project, for data.py
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the project
 from data import is_held_out, read_jsonl, require  # noqa: E402
 
 

@@ -13,9 +13,13 @@ them; the column files are IOB1 (B- only between two neighbours). -DOCSTART- lin
 import argparse
 import json
 import os
+import sys
 from collections import Counter
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the project
+from labels import read_columns  # noqa: E402
+
 FIELDS = ("pos", "chunk", "ner")
 SPLITS = {"train": ("train", "eng.train"), "val": ("validation", "eng.testa"),
           "test": ("test", "eng.testb")}  # fmt: skip
@@ -34,21 +38,14 @@ def iob2(labels):
     return out
 
 
-def read_columns(path):
+def read_file(path):
     """Yield {"words", "pos", "chunk", "ner"} of each sentence of a column file."""
-    rows = []
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate([*f, ""], 1):
-            columns = line.split()
-            if columns and columns[0] == "-DOCSTART-":
-                continue
-            if columns:
-                if len(columns) != 4:
-                    raise ValueError(f"{path} line {number}: {len(columns)} columns, expected 4")
-                rows.append(columns)
-            elif rows:
-                yield dict(zip(("words", *FIELDS), map(list, zip(*rows, strict=True)), strict=True))
-                rows = []
+    for sentence in read_columns(path):
+        for line, columns in sentence:
+            if len(columns) != 4:
+                raise ValueError(f"{path} line {line}: {len(columns)} columns, expected 4")
+        columns = zip(*(columns for _, columns in sentence), strict=True)
+        yield dict(zip(("words", *FIELDS), map(list, columns), strict=True))
 
 
 def read_dataset(dataset, split):
@@ -92,7 +89,7 @@ def main(argv=None):
         if args.input is None:
             sentences = read_dataset(dataset[split], split)
         else:
-            sentences = read_columns(os.path.join(args.input, file))
+            sentences = read_file(os.path.join(args.input, file))
         path, n = os.path.join(args.out, f"{name}.jsonl"), Counter()
         with open(path + ".tmp", "w", encoding="utf-8") as out:
             for sentence in sentences:

@@ -28,7 +28,7 @@ from importlib.metadata import version
 from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the project, for data.py
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the project
 
 SEED = 41  # of the split and the order: at 41 each source gives about 5 % to val and to test
 VOCAB_SIZE = 8192
@@ -482,7 +482,9 @@ def train_tokenizer(texts):
 
 def write_all(docs: list[dict], out: str) -> dict:
     """Write every file into `out`. Returns the counts."""
-    from data import fast_encode, vocab_size_of, write_meta, write_tokens
+    from formats.tiktoken_bpe import fast_encode
+    from tokenizer import vocab_size_of
+    from tokens import write_meta, write_tokens
 
     random.Random(SEED).shuffle(docs)
     by_split = {"train": [], "val": [], "test": []}

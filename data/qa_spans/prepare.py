@@ -23,8 +23,9 @@ from collections import Counter
 from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the project, for data.py
-from data import is_held_out, join_spans, read_jsonl, require, trim_span  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the project
+from data import is_held_out, read_jsonl, require  # noqa: E402
+from spans import join_spans  # noqa: E402
 
 HUB = {"squad": ("rajpurkar/squad", None), "hotpot": ("hotpotqa/hotpot_qa", "distractor")}
 
@@ -42,6 +43,13 @@ ABBREVIATIONS = set(
     prof rev hon fig vol ed pp al ca approx
     jan feb mar apr jun jul aug sep sept oct nov dec""".split()
 )
+
+
+def trim_span(text: str, span) -> list[int]:
+    """A span of `text` without the spaces at its ends."""
+    start, end = span
+    inside = text[start:end]
+    return [start + len(inside) - len(inside.lstrip()), end - len(inside) + len(inside.rstrip())]
 
 
 def sentences(text: str) -> list[tuple[int, int]]:

@@ -30,17 +30,12 @@ import numpy as np
 from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the project, for data.py
-from data import (  # noqa: E402
-    fast_encode,
-    load_tokenizer,
-    permuted,
-    read_jsonl,
-    require,
-    vocab_size_of,
-    write_meta,
-    write_tokens,
-)
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the project
+from data import read_jsonl, require  # noqa: E402
+from formats.tiktoken_bpe import fast_encode  # noqa: E402
+from order import permuted  # noqa: E402
+from tokenizer import load_tokenizer, vocab_size_of  # noqa: E402
+from tokens import write_meta, write_tokens  # noqa: E402
 
 PART_BYTES = 32 << 20
 PART_ROWS = 50_000
@@ -69,8 +64,8 @@ def plan_of_files(patterns: list[str], txt: str) -> list[dict]:
                 raise ValueError(f"{path}: expected a .txt, .jsonl or .parquet file")
             stat = {"size": os.path.getsize(path), "changed": os.stat(path).st_mtime_ns}
             for start, end in zip(borders[:-1], borders[1:], strict=True):
-                where = {"kind": kind, "path": path, "start": start, "end": end}
-                parts.append({"split": "train", **where, **stat})
+                place = {"kind": kind, "path": path, "start": start, "end": end}
+                parts.append({"split": "train", **place, **stat})
     return parts
 
 
@@ -99,10 +94,10 @@ def plan_of_dataset(args) -> list[dict]:
     from datasets import get_dataset_split_names
 
     names = get_dataset_split_names(args.dataset, args.config)
-    own = args.split.split("[")[0]  # of "train[:1%]"
-    if own not in names:
-        raise ValueError(f"{args.dataset} has no split {own!r}, only {', '.join(names)}")
-    held_out = next((name for name in EVAL_SPLITS if name in names and name != own), None)
+    train_split = args.split.split("[")[0]  # of "train[:1%]"
+    if train_split not in names:
+        raise ValueError(f"{args.dataset} has no split {train_split!r}, only {', '.join(names)}")
+    held_out = next((name for name in EVAL_SPLITS if name in names and name != train_split), None)
     wanted = {"train": args.split}
     if held_out and args.val_docs:
         print(f"val is the data set's own split {held_out!r}")
@@ -160,12 +155,12 @@ def texts_of(part: dict, args):
             yield text_of_txt(b"".join(lines), part["path"])
 
 
-def column(batch: dict, field: str, where: str):
+def column(batch: dict, field: str, source: str):
     if field not in batch:
-        raise ValueError(f"{where}: no column '{field}' (--field), it has {', '.join(batch)}")
+        raise ValueError(f"{source}: no column '{field}' (--field), it has {', '.join(batch)}")
     for text in batch[field]:
         if not isinstance(text, str | None):
-            raise ValueError(f"{where}: column '{field}' has {text!r:.60}, expected a text")
+            raise ValueError(f"{source}: column '{field}' has {text!r:.60}, expected a text")
         yield text or ""  # a missing text is an empty one
 
 

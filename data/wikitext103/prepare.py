@@ -16,14 +16,10 @@ import sys
 from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the project, for data.py
-from data import (  # noqa: E402
-    fast_encode,
-    load_tokenizer,
-    vocab_size_of,
-    write_meta,
-    write_tokens,
-)
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the project
+from formats.tiktoken_bpe import fast_encode  # noqa: E402
+from tokenizer import load_tokenizer, vocab_size_of  # noqa: E402
+from tokens import write_meta, write_tokens  # noqa: E402
 
 SPLITS = {"train": "train", "val": "validation"}  # ours: theirs
 FILES = {"train": "wiki.train.raw", "val": "wiki.valid.raw"}

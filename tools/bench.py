@@ -1,14 +1,14 @@
 """
 Side by side with the peers: same weights, texts, precision and threads, in one run.
 
-    python bench.py mlm            # pretraining, against transformers
-    python bench.py mntp           # LoRA on a Llama, against transformers + peft
-    python bench.py contrastive    # plain and cached, against sentence-transformers
-    python bench.py encode         # texts -> vectors, against sentence-transformers
-    python bench.py reconstruct    # against four padded forwards of transformers
-    python bench.py memory         # of the gradient cache, as the batch grows
-    python bench.py mlm --dtype=both --rounds=20
-    python bench.py mlm --device=cuda --dtype=bf16
+    python -m tools.bench mlm            # pretraining, against transformers
+    python -m tools.bench mntp           # LoRA on a Llama, against transformers + peft
+    python -m tools.bench contrastive    # plain and cached, against sentence-transformers
+    python -m tools.bench encode         # texts -> vectors, against sentence-transformers
+    python -m tools.bench reconstruct    # against four padded forwards of transformers
+    python -m tools.bench memory         # of the gradient cache, as the batch grows
+    python -m tools.bench mlm --dtype=both --rounds=20
+    python -m tools.bench mlm --device=cuda --dtype=bf16
 
 Each side runs in a process of its own and they take turns: a round is a step of ours, the same step
 of each peer and a plain matmul, so that whatever else the machine does meets all of them. Each
@@ -28,19 +28,22 @@ import tempfile
 import time
 from functools import partial
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
+import common
 import lora
 import train_contrastive
 import train_reconstruct
-from common import peak_memory
-from data import load_tokenizer, make_seqs
-from embedder import Embedder, Template
-from model import choose_backend, from_pretrained, from_scratch
+from attention import make_seqs
+from embedder import Embedder
+from formats.huggingface import from_pretrained, save_pretrained
+from model import from_scratch
+from tokenizer import Template, load_tokenizer
 
 LEARNING_RATE, TEMPERATURE, WEIGHTS = 1e-3, 0.05, (0.8, 0.2)  # of d2q and q2d
 FIELDS = ("ids", "rows", "targets")  # of a batch: [T], where the L labels are, what they are
@@ -75,7 +78,7 @@ def train(model, step_of, batches, job):
 def our_model(job):
     device, dtype = torch.device(job["device"]), getattr(torch, DTYPES[job["dtype"]])
     model = from_pretrained(job["folder"]).to(device).train()
-    model.backend = choose_backend("auto", device, dtype)
+    model.set_backend("auto", device, dtype)
     return model
 
 
@@ -136,17 +139,16 @@ def our_embedder(job):
     return Embedder(our_model(job), load_tokenizer(job["folder"]), max_length=256, dtype=dtype)
 
 
-def contrastive_ours(job, chunk_tokens=10**9, n=None):
+def contrastive_ours(job, device_batch_tokens=10**9, n=None):
     """n: the batch's texts in steps of n pairs."""
     yield
-    embedder, device = our_embedder(job).train(), torch.device(job["device"])
-    s = dict(
-        seed=1337, rank=0, world_size=1, fsdp=False, device=device, autocast=partial(half, job),
-        template=Template(), query_max_length=256, passage_max_length=256, pool_instruction=True,
-        instructions=(("",), ("",)), chunk_tokens=chunk_tokens, pooling="mean", normalize=True,
-        temperature=TEMPERATURE, both_directions=False, false_negative_margin=None,
-        matryoshka_dims=(), negatives_cross_device=True, distill_weight=0.0,
-    )  # fmt: skip
+    embedder, C = our_embedder(job).train(), train_contrastive
+    defaults = {k: v for k, v in vars(C).items() if type(v) in common.KINDS.values()}
+    s = SimpleNamespace(**defaults | dict(
+        rank=0, world_size=1, device=torch.device(job["device"]), autocast=partial(half, job),
+        template=Template(), query_max_length=256, passage_max_length=256,
+        temperature=TEMPERATURE, device_batch_tokens=device_batch_tokens,
+    ))  # fmt: skip
     optimizer = adamw(embedder)
     yield
     for batch in job["batches"]:
@@ -156,10 +158,7 @@ def contrastive_ours(job, chunk_tokens=10**9, n=None):
                 {"query": q, "known": [p], "passages": [p], "scores": None, "prompt": None}
                 for q, p in whole[step : step + (n or len(whole))]
             ]
-            share = pairs, range(len(pairs)), 0, embedder.tokenizer, s
-            encoded, n_queries = train_contrastive.encode_share(*share)
-            texts = encoded, n_queries, train_contrastive.layout(pairs), [n_queries]
-            loss, _ = train_contrastive.cached_step(embedder, texts, step, s)
+            loss, _ = C.cached_step(embedder, C.make_batch(pairs, 0, embedder.tokenizer, s), step, s)
             optimizer.step()
             optimizer.zero_grad()
         yield loss
@@ -372,7 +371,7 @@ BENCHES = {
         texts_case("contrastive", 64, 6, 3, {
             "nanoembed": contrastive_ours, f"{ST}, MNRL": contrastive_st}),
         texts_case("cached", 512, 2, 4, {
-            "nanoembed, chunks of 4096": partial(contrastive_ours, chunk_tokens=4096),
+            "nanoembed, chunks of 4096": partial(contrastive_ours, device_batch_tokens=4096),
             **{f"{ST}, CachedMNRL {n}":
                partial(contrastive_st, cached=True, mini_batch_size=n) for n in (4, 16)}}),
     ],
@@ -387,7 +386,7 @@ BENCHES = {
                "transformers, four padded forwards": reconstruct_transformers},
     )],
     "memory": [texts_case("memory", 4096, 1, 4, {
-        f"batch {n}": partial(contrastive_ours, chunk_tokens=4096, n=n)
+        f"batch {n}": partial(contrastive_ours, device_batch_tokens=4096, n=n)
         for n in (256, 1024, 4096)}, lengths=(16, 64))],
 }  # fmt: skip
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -402,7 +401,7 @@ def memory(device):
     if device == "cuda":
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     if sys.platform != "linux":
-        return (peak_memory(torch.device(device)),) * 2
+        return (common.peak_memory(torch.device(device)),) * 2
     with open("/proc/self/status") as f:  # not ru_maxrss, which a child inherits from its parent
         status = dict(line.split(":", 1) for line in f)
     return tuple(int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
@@ -532,7 +531,7 @@ def save_model(model, folder, texts):
     """The model's folder; with texts, a tokenizer of words and a sentence-transformers folder."""
     if texts:
         model.drop_head()
-    model.save_pretrained(folder)
+    save_pretrained(model, folder)
     if not texts:
         return
     words = {"[PAD]": 0, "[UNK]": 1} | {f"w{i}": i for i in range(2, model.config.vocab_size)}

@@ -1,8 +1,8 @@
 """
 Curves of one or several runs from their log.csv, as PNG:
 
-    python plot.py out/mlm
-    python plot.py out/a out/b --keys=loss,eval_loss,lr --out=curves.png
+    python -m tools.plot out/mlm
+    python -m tools.plot out/a out/b --keys=loss,eval_loss,lr --out=curves.png
 
 Keys that differ only by a leading eval_ share a panel: training as a line, averaged over 1/30 of
 its length (not lr), with the raw curve faint behind it; evaluation as points. Needs matplotlib.
@@ -42,25 +42,21 @@ def smooth(values):
 
 
 def plot(folders, keys, out):
-    panels = {}  # "loss" -> ["loss", "eval_loss"]
-    for key in keys:
-        panels.setdefault(key.removeprefix("eval_"), []).append(key)
-    fig, axes = plt.subplots(
-        len(panels), 1, figsize=(8, 1 + 3.5 * len(panels)), sharex=True, squeeze=False
-    )
-    for ax, (name, members) in zip(axes[:, 0], panels.items(), strict=True):
-        for i, folder in enumerate(folders):
-            for key in members:
+    names = list(dict.fromkeys(key.removeprefix("eval_") for key in keys))  # a panel each
+    size = (8, 1 + 3.5 * len(names))
+    fig, axes = plt.subplots(len(names), 1, figsize=size, sharex=True, squeeze=False)
+    for ax, name in zip(axes[:, 0], names, strict=True):
+        for key in (key for key in keys if key.removeprefix("eval_") == name):
+            for i, folder in enumerate(folders):
                 steps, values = read_curve(folder, key)
-                label = f"{os.path.basename(os.path.normpath(folder))} {key}"
-                color = f"C{i % 10}"
+                run = os.path.basename(os.path.normpath(folder))
+                style = {"color": f"C{i % 10}", "label": f"{run} {key}"}
                 if key.startswith("eval_"):
-                    style = {"marker": "o", "markersize": 5, "markeredgecolor": "black"}
-                    ax.plot(steps, values, ":", color=color, label=label, zorder=3, **style)
+                    ax.plot(steps, values, "o:", markeredgecolor="black", zorder=3, **style)
                 else:
-                    ax.plot(steps, values, color=color, alpha=0.25, linewidth=1)
-                    line = values if key == "lr" else smooth(values)
-                    ax.plot(steps, line, color=color, label=label, linewidth=1.8)
+                    ax.plot(steps, values, color=style["color"], alpha=0.25, linewidth=1)
+                    values = values if key == "lr" else smooth(values)
+                    ax.plot(steps, values, linewidth=1.8, **style)
         ax.set_ylabel(name)
         ax.grid(alpha=0.3)
         ax.legend()
@@ -71,9 +67,8 @@ def plot(folders, keys, out):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("runs", nargs="+", help="folders that hold a log.csv")
     parser.add_argument("--keys", default="loss,eval_loss", help="columns of log.csv")
     parser.add_argument("--out", default="curves.png")

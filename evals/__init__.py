@@ -1,0 +1,1 @@
+"""What is measured beyond MTEB: python -m evals.<name>"""

@@ -1,0 +1,69 @@
+"""
+A saved classifier on a file of labelled words or texts, as it was trained.
+
+    python -m evals.classifier --model=out/classifier_pos_ud --eval_data=data/ud/test.jsonl
+    torchrun --standalone --nproc_per_node=8 -m evals.classifier --model=out/x --eval_data=...
+
+The metrics are those that train_classifier.py has at its end; out_dir/results.json gets them, as
+{file: {"task", "n", "metrics"}}, beside those of other files.
+"""
+
+import json
+import os
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+import common
+from formats.classifier import SAVED, read_classifier, write_results
+from formats.huggingface import from_pretrained, resolve_folder
+from labels import number_labels
+from tokenizer import load_tokenizer
+from train_classifier import Classifier, evaluate, read_examples, take_head
+
+# ---- defaults ----
+out_dir = "out/classifier"
+model = ""  # a folder that train_classifier.py saved, an out_dir or a hub id
+eval_data = ""  # words: JSONL, or columns as CoNLL has them; texts: JSONL
+eval_lines = 0  # of eval_data, from its start; 0: all
+label_field = "labels"  # words: the field of JSONL lines that holds the labels
+label_column = -1  # words: the column of a CoNLL file that holds the label, -1 is the last
+device_batch_size = 8  # texts of one forward on one device
+# device
+attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
+dtype = "auto"  # bf16 (autocast), fp32, or what the device is good at
+
+if __name__ == "__main__":
+    # ---- configure ----
+    s = SimpleNamespace(**common.configure(globals()))
+    if not s.model or not s.eval_data:
+        raise SystemExit("give --model=... and --eval_data=...")
+    s.rank, s.world_size, _, s.device = common.setup_distributed()
+    compute_dtype = common.dtype_of(s.dtype, s.device)
+    half = compute_dtype != torch.float32
+    s.autocast = lambda: torch.autocast(s.device.type, compute_dtype, enabled=half)
+
+    # ---- classifier ----
+    folder = resolve_folder(s.model)
+    saved, last_layers = read_classifier(folder)
+    vars(s).update({key: saved[key] for key in SAVED})
+    common.print0("as it was trained:", {key: saved[key] for key in SAVED if key != "labels"})
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+        stored = getattr(torch, json.load(f)["dtype"])  # a frozen model's; the last layers are fp32
+    model = from_pretrained(folder, dtype=stored).eval()
+    classifier = Classifier(model, take_head(model, s), s)
+    classifier.last_layers.load_state_dict(last_layers)
+    model.set_backend(s.attention_backend, s.device, compute_dtype)
+    classifier.to(s.device)
+
+    # ---- evaluate ----
+    examples = read_examples(s.eval_data, s, s.eval_lines)
+    if s.labels:
+        number_labels(examples, s.labels, s.eval_data)
+    found = evaluate(classifier, examples, load_tokenizer(folder), s)
+    if s.rank == 0:
+        write_results(found, s)
+        print(s.eval_data, json.dumps(found))
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Folders and files of other libraries: a file each, no computation."""

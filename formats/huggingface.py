@@ -1,0 +1,391 @@
+"""
+Hugging Face model folders: config.json and safetensors, key by key what `transformers` has.
+"""
+
+import json
+import os
+import re
+from dataclasses import replace
+from functools import partial, reduce
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors import safe_open
+
+from model import ModelConfig, Transformer
+
+# Our module names on the left, each family's on the right.
+
+_LLAMA = {
+    "embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm",
+    "lm_head": "lm_head", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+    "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj", "attn.o_proj": "self_attn.o_proj",
+    "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
+    "mlp.gate_proj": "mlp.gate_proj", "mlp.up_proj": "mlp.up_proj",
+    "mlp.down_proj": "mlp.down_proj",
+}  # fmt: skip
+
+_MODERNBERT = {
+    "embed": "model.embeddings.tok_embeddings", "embed_norm": "model.embeddings.norm",
+    "blocks": "model.layers", "norm": "model.final_norm", "lm_head": "decoder",
+    "attn_norm": "attn_norm", "mlp_norm": "mlp_norm", "attn.o_proj": "attn.Wo",
+    "mlp.gate_up_proj": "mlp.Wi", "mlp.down_proj": "mlp.Wo",
+}  # fmt: skip
+
+NAMES = {
+    "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA,
+    "modernbert": _MODERNBERT | {
+        "attn.qkv_proj": "attn.Wqkv", "head.dense": "head.dense", "head.norm": "head.norm"},
+    "modernbert-decoder": _MODERNBERT | {
+        "attn.q_proj": "attn.q_proj", "attn.k_proj": "attn.k_proj", "attn.v_proj": "attn.v_proj",
+        "head.dense": "lm_head.dense", "head.norm": "lm_head.norm"},
+    "neobert": {
+        "embed": "model.encoder", "blocks": "model.transformer_encoder",
+        "norm": "model.layer_norm", "lm_head": "decoder", "attn_norm": "attention_norm",
+        "mlp_norm": "ffn_norm", "attn.qkv_proj": "qkv", "attn.o_proj": "wo",
+        "mlp.gate_up_proj": "ffn.w12", "mlp.down_proj": "ffn.w3"},
+}  # fmt: skip
+
+ARCHITECTURES = {  # with a language modelling head, without
+    "llama": ("LlamaForCausalLM", "LlamaModel"),
+    "mistral": ("MistralForCausalLM", "MistralModel"),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Model"),
+    "modernbert": ("ModernBertForMaskedLM", "ModernBertModel"),
+    "modernbert-decoder": ("ModernBertDecoderForCausalLM", "ModernBertDecoderModel"),
+    "neobert": ("NeoBERTLMHead", "NeoBERT"),
+}
+
+
+LAYER_TYPES = {"global": "full_attention", "local": "sliding_attention"}
+
+# Fields of ModelConfig, their keys in config.json and what transformers takes where one is missing
+# (None: it must be there).
+_ALL_KEYS = {
+    "vocab_size": ("vocab_size", None), "n_layer": ("num_hidden_layers", None),
+    "n_head": ("num_attention_heads", None), "n_embd": ("hidden_size", None),
+    "n_hidden": ("intermediate_size", None),
+}  # fmt: skip
+_LLAMA_KEYS = _ALL_KEYS | {
+    "max_seq_len": ("max_position_embeddings", 8192), "n_kv_head": ("num_key_value_heads", 0),
+    "head_dim": ("head_dim", 0), "causal": ("is_causal", True),
+    "norm_eps": ("rms_norm_eps", 1e-6), "activation": ("hidden_act", "silu"),
+    "mlp_bias": ("mlp_bias", False), "tied": ("tie_word_embeddings", False),
+    "attn_dropout": ("attention_dropout", 0.0),
+}  # fmt: skip
+_BIASES = {"qkv_bias": ("attention_bias", False), "out_bias": ("attention_bias", False)}
+_MODERNBERT_KEYS = _ALL_KEYS | _BIASES | {
+    "max_seq_len": ("max_position_embeddings", 8192), "norm_eps": ("norm_eps", 1e-5),
+    "norm_bias": ("norm_bias", False), "mlp_bias": ("mlp_bias", False),
+    "activation": ("hidden_activation", "gelu"), "head_bias": ("decoder_bias", True),
+    "head_dense_bias": ("classifier_bias", False), "tied": ("tie_word_embeddings", True),
+    "attn_dropout": ("attention_dropout", 0.0),
+}  # fmt: skip
+KEYS = {
+    "llama": _LLAMA_KEYS | _BIASES | {"max_seq_len": ("max_position_embeddings", 2048)},
+    "mistral": _LLAMA_KEYS | _BIASES, "qwen2": _LLAMA_KEYS, "qwen3": _LLAMA_KEYS | _BIASES,
+    "modernbert": _MODERNBERT_KEYS,
+    "modernbert-decoder": _MODERNBERT_KEYS | {"causal": ("is_causal", True)},
+    "neobert": _ALL_KEYS | {
+        "max_seq_len": ("max_length", 1024), "causal": ("is_causal", False),
+        "norm_eps": ("norm_eps", 1e-6), "tied": ("tie_word_embeddings", False),
+        "head_bias": ("decoder_bias", True)},
+}  # fmt: skip
+
+# Fields that config.json has no key for.
+_MODERNBERT_FIXED = dict(
+    norm="layer", embed_norm=True, fused_mlp=True, head="dense", init="megatron"
+)
+FIXED = {
+    "qwen2": dict(qkv_bias=True),
+    "qwen3": dict(qk_norm=True),
+    "modernbert": _MODERNBERT_FIXED | dict(causal=False, fused_qkv=True),
+    "modernbert-decoder": _MODERNBERT_FIXED,
+    "neobert": dict(rope_pairs="adjacent", fused_qkv=True, fused_mlp=True, init="uniform"),
+}
+
+CLASSIFIERS = ("score.", "classifier.", "linear.")  # the last layer of a classifier's folder
+
+
+def hf_module(module, family):
+    """blocks.3.attn.q_proj -> model.layers.3.self_attn.q_proj"""
+    names = NAMES[family]
+    if not module.startswith("blocks."):
+        return names[module]
+    _, i, inner = module.split(".", 2)
+    return f"{names['blocks']}.{i}.{names[inner]}"
+
+
+def our_module(module, family):
+    """The way back; None for a name that the family does not have. "model." may be missing."""
+    back = {theirs: ours for ours, theirs in NAMES[family].items()}
+    for name in (module, "model." + module):
+        if name in back and back[name] != "blocks":
+            return back[name]
+        head = NAMES[family]["blocks"] + "."
+        if name.startswith(head):
+            i, _, inner = name[len(head) :].partition(".")
+            if i.isdigit() and inner in back:
+                return f"blocks.{i}.{back[inner]}"
+    return None
+
+
+def _rope_from_hf(hf, kind, theta):
+    """{"theta", "scaling"} from `rope_parameters`, or the older rope_scaling and `theta`."""
+    new = hf.get("rope_parameters") or {}
+    new = new.get(LAYER_TYPES[kind], new)
+    old = hf.get("rope_scaling") or {}
+    scaling = {"rope_type": old.get("type", "default")} | old | new
+    scaling = {k: v for k, v in scaling.items() if k not in ("rope_theta", "type")}
+    plain = scaling["rope_type"] == "default"
+    return {"theta": new.get("rope_theta") or theta, "scaling": None if plain else scaling}
+
+
+def config_from_hf(hf):
+    """config.json as a dictionary -> ModelConfig. Missing keys get transformers' defaults."""
+    family = hf.get("model_type")
+    if family not in NAMES:
+        raise ValueError(f"config.json: model_type {family!r}, expected one of {list(NAMES)}")
+    c = FIXED.get(family, {}) | {"family": family, "hf": hf}
+    for field, (key, default) in KEYS[family].items():
+        c[field] = hf[key] if default is None else hf.get(key)
+        if c[field] is None:
+            c[field] = default
+    layers, kinds = range(c["n_layer"]), hf.get("layer_types")
+    if family.startswith("modernbert"):
+        every = hf.get("global_attn_every_n_layers", 3)
+        kinds = kinds or ["sliding" if i % every else "full" for i in layers]
+        window = hf.get("local_attention", 128) // 2  # the config counts both sides
+        theta = hf.get("global_rope_theta") or 160_000.0
+        thetas = {"global": theta, "local": hf.get("local_rope_theta", 10_000.0) or theta}
+        # ours; transformers has one number for both
+        c["out_dropout"] = hf.get("attention_out_dropout", c["attn_dropout"])
+    else:
+        window, from_layer = hf.get("sliding_window") if family == "mistral" else None, 0
+        if family in ("qwen2", "qwen3") and hf.get("use_sliding_window"):
+            window, from_layer = hf.get("sliding_window"), hf.get("max_window_layers", 28)
+        kinds = kinds or ["sliding" if i >= from_layer else "full" for i in layers]
+        kinds = kinds if window else ["full" for _ in layers]
+        thetas = dict.fromkeys(LAYER_TYPES, hf.get("rope_theta") or 10_000.0)
+    if family == "neobert":  # the published config counts before the factor 2/3: 3072 for 2048
+        c["n_hidden"] = (int(2 * c["n_hidden"] / 3) + 7) // 8 * 8
+    config = ModelConfig(
+        **c, window=window or 0,
+        layer_kinds=["local" if kind.startswith("sliding") else "global" for kind in kinds],
+        rope={kind: _rope_from_hf(hf, kind, theta) for kind, theta in thetas.items()},
+    )  # fmt: skip
+    if config.activation not in ("silu", "gelu"):
+        raise ValueError(f"config.json: activation {config.activation!r}, expected silu or gelu")
+    return config
+
+
+def config_to_hf(c):
+    """ModelConfig -> config.json. Keys of the folder that was read and mean nothing to us stay."""
+    gone = ("rope_theta", "rope_scaling", "global_rope_theta", "local_rope_theta", "torch_dtype")
+    hf = {key: value for key, value in c.hf.items() if key not in gone}
+    hf |= {key: getattr(c, field) for field, (key, _) in KEYS[c.family].items()}
+    rope = {
+        LAYER_TYPES[kind]: {"rope_type": "default", "rope_theta": rope["theta"]}
+        | (rope["scaling"] or {})
+        for kind, rope in c.rope.items()
+    }
+    hf |= dict(
+        model_type=c.family, architectures=[ARCHITECTURES[c.family][c.head == "none"]],
+        is_causal=c.causal, rope_parameters=rope["full_attention"],
+    )  # fmt: skip
+    kinds = [LAYER_TYPES[kind] for kind in c.layer_kinds]
+    if c.family.startswith("modernbert"):
+        hf |= dict(layer_types=kinds, local_attention=2 * c.window, rope_parameters=rope)
+        hf["attention_out_dropout"] = c.out_dropout
+    elif c.family == "neobert":
+        hf["intermediate_size"] = c.n_hidden * 3 // 2
+        if c.n_hidden % 8:
+            raise ValueError(f"NeoBERT's n_hidden must be a multiple of 8, not {c.n_hidden}")
+    else:
+        hf["sliding_window"] = c.window or None
+    if c.family in ("qwen2", "qwen3"):
+        hf |= dict(layer_types=kinds, use_sliding_window=bool(c.window))
+    return hf
+
+
+def interleave_qkv(w, c, back):
+    """NeoBERT stores q, k and v head by head: [H, 3, D, C] there, [3, H, D, C] here."""
+    shape = (3, c.n_head) if back else (c.n_head, 3)
+    return w.reshape(*shape, c.head_dim, -1).transpose(0, 1).reshape(w.shape)
+
+
+def write_folder(folder, config, state, classifier=None):
+    """`state`: our names -> tensors, of any device. Writes config.json and safetensors.
+    `classifier`: (tensors by transformers' names, keys of config.json) of a ...Classification
+    model, whose other names are those of a model with a head."""
+    c, bare = config, config.head == "none" and classifier is None
+    last_layers, keys = classifier or ({}, {})
+    out = dict(last_layers)
+    for name, tensor in state.items():
+        if name == "lm_head.weight" and c.tied:
+            continue
+        if c.family == "neobert" and name.endswith("qkv_proj.weight"):
+            tensor = interleave_qkv(tensor, c, back=True)
+        module, leaf = name.rsplit(".", 1)
+        key = f"{hf_module(module, c.family)}.{leaf}"
+        out[key.removeprefix("model.") if bare else key] = tensor
+    out = {key: tensor.detach().contiguous() for key, tensor in out.items()}
+    os.makedirs(folder, exist_ok=True)
+    save_torch_state_dict(out, folder, max_shard_size="5GB", metadata={"format": "pt"})
+    hf = config_to_hf(c) | {"dtype": str(state["embed.weight"].dtype).removeprefix("torch.")} | keys
+    with open(os.path.join(folder, "config.json"), "w") as f:
+        json.dump(hf, f, indent=2)
+
+
+def save_pretrained(model, folder, state_dict=None):
+    """Writes config.json and safetensors that `transformers` loads with equal outputs.
+    `state_dict`: full weights gathered elsewhere (FSDP)."""
+    write_folder(folder, model.config, model.state_dict() if state_dict is None else state_dict)
+
+
+def newest_model(folder):
+    """The folder itself, or if it is the out_dir of a run its checkpoint with the largest number:
+    of step500 and ext800 the latter."""
+
+    def has_model(path):
+        files = ("config.json", "adapter_config.json", "modules.json")
+        return any(os.path.exists(os.path.join(path, name)) for name in files)
+
+    if has_model(folder):
+        return folder
+    # a save that is under way, or was killed, has a name with a dot in front
+    names = [n for n in os.listdir(folder) if re.fullmatch(r"[^.].*\d|\d", n)]
+    names = [n for n in names if has_model(os.path.join(folder, n))]
+    if not names:
+        raise FileNotFoundError(f"{folder}: no config.json, and no checkpoint such as step500")
+    return os.path.join(folder, max(names, key=lambda n: int(re.search(r"\d+$", n)[0])))
+
+
+def pinned(name):
+    """The folder that a local name means now: of an out_dir its newest checkpoint, of a link (such
+    as out_dir/final) the folder behind it. A hub id stays as it is."""
+    if not os.path.isdir(name):
+        return name
+    folder = newest_model(name).rstrip("/")
+    if os.path.islink(folder):
+        folder = os.path.join(os.path.dirname(folder), os.readlink(folder))
+    return folder
+
+
+def resolve_folder(name):
+    """A local folder (of an out_dir its newest checkpoint), or a hub id `owner/name[@revision]`,
+    downloaded to the cache."""
+    if os.path.isdir(name):
+        return newest_model(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name}: no such folder, and not a hub id (owner/name[@revision])")
+    repo, _, revision = name.partition("@")
+    patterns = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model"]
+    try:
+        return snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
+    except OSError as error:  # no network, no such repository: perhaps it was meant as a path
+        raise OSError(f"{name}: no such folder, and from the hub: {error}") from error
+
+
+def _read_tensors(folder):
+    """{name: function that reads it} from safetensors, one file or sharded, or an old .bin."""
+    names = sorted(os.listdir(folder))
+    paths = [os.path.join(folder, n) for n in names if re.fullmatch(r"model.*\.safetensors", n)]
+    readers = {}
+    for path in paths:
+        file = safe_open(path, "pt")
+        readers |= {key: partial(file.get_tensor, key) for key in file.keys()}
+    if not paths:
+        paths = [os.path.join(folder, n) for n in names if re.fullmatch(r"pytorch_model.*\.bin", n)]
+        for path in paths:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            readers |= {key: tensor.detach for key, tensor in state.items()}
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no model*.safetensors and no pytorch_model*.bin")
+    tables = ("inv_freq", "freqs_cis")  # of positions; old files carry them
+    return {key: read for key, read in readers.items() if not key.endswith(tables)}
+
+
+def stored_dtype(folder):
+    """The type of a folder's weights, the widest if there are several."""
+    return reduce(torch.promote_types, (read().dtype for read in _read_tensors(folder).values()))
+
+
+def from_pretrained(
+    name, attention=None, window=None, max_seq_len=None, rope_theta=None, rope_scaling=None,
+    dtype=torch.float32,
+):  # fmt: skip
+    """A Transformer from a Hugging Face folder or a hub id `owner/name[@revision]`.
+
+    attention: "causal" or "bidirectional" instead of the folder's own; "bidirectional" on a Llama
+    is LLM2Vec's model. An encoder read as causal becomes a ModernBERT-decoder.
+    window: of the local layers (see ModelConfig.window_of), 0 makes every layer global.
+    rope_theta, rope_scaling, max_seq_len: for training at a longer context.
+    dtype: of the weights in memory; None: that of the folder.
+    Raises ValueError for a missing, unexpected or misshapen weight; a folder without any
+    language modelling head, a classifier's too, gives a model without one.
+    """
+    folder = resolve_folder(name)
+    with open(os.path.join(folder, "config.json")) as f:
+        source = config_from_hf(json.load(f))
+    if attention not in (None, "causal", "bidirectional"):
+        raise ValueError(f"attention={attention!r}: expected causal or bidirectional")
+    c = replace(source, causal=source.causal if attention is None else attention == "causal")
+    if window is not None:
+        if window and "local" not in c.layer_kinds:
+            raise ValueError(f"{folder}: window={window}, but none of its layers is local")
+        c.window = window
+        c.layer_kinds = c.layer_kinds if window else ["global"] * c.n_layer
+    c.max_seq_len = max_seq_len or c.max_seq_len
+    for rope in c.rope.values():
+        rope["theta"] = rope_theta or rope["theta"]
+        rope["scaling"] = rope_scaling or rope["scaling"]
+
+    # The folder's tensors have to show which head it has.
+    files, dtype = _read_tensors(folder), dtype or stored_dtype(folder)
+    if any(key.startswith(CLASSIFIERS) for key in files):
+        # a classifier: train_classifier.py reads its last layers
+        c.head = "none"
+        files = {k: read for k, read in files.items() if not k.startswith((*CLASSIFIERS, "head."))}
+    elif c.tied and c.head == "linear" and not c.head_bias:
+        pass  # a tied head has no tensors: it is always there
+    elif not any(key.startswith(("model.", "head.", "lm_head.", "decoder.")) for key in files):
+        # saved from AutoModel: a model with a head has "model." before its other names
+        c.head = "none"
+
+    state = {}
+    for key, read in files.items():
+        module, _, leaf = key.rpartition(".")
+        module, tensor = our_module(module, source.family), read()
+        if module is None:
+            raise ValueError(f"{folder}: unexpected tensor {key!r} for {source.family}")
+        if (module, leaf) == ("lm_head", "weight") and c.tied:
+            continue
+        parts = {module: tensor}
+        if module.endswith("qkv_proj") and c.family == "neobert":
+            parts = {module: interleave_qkv(tensor, c, back=False)}
+        elif module.endswith("qkv_proj") and not c.fused_qkv:  # an encoder read as causal
+            parts = {
+                module.replace("qkv_proj", letter + "_proj"): part
+                for letter, part in zip("qkv", tensor.chunk(3), strict=True)
+            }
+        # copies: a mapped file may lie unaligned, and then other kernels sum in other orders
+        state |= {f"{ours}.{leaf}": part.to(dtype, copy=True) for ours, part in parts.items()}
+
+    with torch.device("meta"):
+        model = Transformer(c)
+    wanted = {k: p.shape for k, p in model.named_parameters()}
+    for key in wanted.keys() | state.keys():
+        module, _, leaf = key.rpartition(".")
+        theirs = f"{hf_module(module, c.family)}.{leaf}"
+        if key not in state:
+            raise ValueError(f"{folder}: tensor {theirs!r} is missing")
+        if key not in wanted or state[key].shape != wanted[key]:
+            found = tuple(state[key].shape)
+            expected = tuple(wanted[key]) if key in wanted else "no such tensor"
+            raise ValueError(f"{folder}: tensor {theirs!r} is {found}, expected {expected}")
+    model.load_state_dict(state, strict=False, assign=True)  # all names are checked above
+    model.tie()
+    model.stream_dtype = dtype if dtype != torch.float32 else None
+    return model

@@ -1,0 +1,191 @@
+"""
+PEFT adapter folders: names of tensors, adapter_config.json in and out, and which folders an
+adapter builds on. What is done with the tensors stands in lora.py.
+
+peft's name of a tensor is "base_model.model." + Hugging Face's module + ".lora_A.weight",
+".lora_B.weight" or, for a module that trained whole (`modules_to_save`), ".weight" or ".bias".
+A model without a head is Hugging Face's inner class (LlamaModel), whose names have no "model.".
+"""
+
+import json
+import os
+import re
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from formats.huggingface import hf_module, interleave_qkv, our_module, pinned, resolve_folder
+
+PREFIX = "base_model.model."
+
+# What adapter_config.json may say: what we read, then what makes no difference to the numbers.
+KNOWN = (
+    "peft_type r lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern target_modules "
+    "exclude_modules modules_to_save layers_to_transform layers_pattern ensure_weight_tying "
+    "base_model_name_or_path revision task_type auto_mapping peft_version inference_mode "
+    "runtime_config megatron_core loftq_config eva_config qalora_group_size"
+).split()
+# Any other key asks for something that we do not do, unless it is null, false, empty or this.
+HARMLESS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva")}
+
+
+def _read_json(folder, name):
+    """{} where there is no such file."""
+    path = os.path.join(resolve_folder(folder), name)
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+# ---- what an adapter builds on ----
+
+
+def pinned_chain(name):
+    """[base, adapters merged into it, the adapter itself] where `name` is an adapter, else [name].
+    A local out_dir becomes the checkpoint that it stands for now, a hub id stays an id."""
+    config = _read_json(name, "adapter_config.json")
+    if not config:
+        return [pinned(name)]
+    base, revision = config["base_model_name_or_path"], config.get("revision")
+    at = f"@{revision}" if revision and not os.path.isdir(base) else ""
+    merged = _read_json(name, "nanoembed_adapter.json").get("merged_adapters", ())
+    return [*pinned_chain(base + at), *map(pinned, merged), pinned(name)]
+
+
+def adapter_chain(name):
+    """The folders of `pinned_chain`, with those of hub ids downloaded."""
+    return [resolve_folder(name) for name in pinned_chain(name)]
+
+
+def attention_of(name):
+    """What the adapter's model was, "causal" or "bidirectional", for `from_pretrained`; None where
+    nothing beside the adapter says it."""
+    causal = _read_json(name, "nanoembed_adapter.json").get("is_causal")
+    return {None: None, True: "causal", False: "bidirectional"}[causal]
+
+
+# ---- write ----
+
+
+def write_adapter(folder, c, layers, state, along, base_name, merged):
+    """layers: {our module name: LoRALinear}. state: full tensors by our names. along: names of what
+    trained beside LoRA. The rest as in save_adapter."""
+    whole = {name.rpartition(".")[0] for name in along}
+    if "embed" in whole and c.tied and c.head != "none":
+        whole.add("lm_head")
+    grown = c.vocab_size > c.hf.get("vocab_size", c.vocab_size)
+    names, tensors = {}, {}  # peft's
+    for name, tensor in state.items():
+        module, _, leaf = name.rpartition(".")
+        if not (".lora_" in name or module in whole or grown and module in ("embed", "lm_head")):
+            continue
+        try:
+            theirs = hf_module(module, c.family)
+        except KeyError:
+            raise ValueError(f"save_adapter: {module!r} trained, {c.family} has no such") from None
+        names[module] = theirs.removeprefix("model.") if c.head == "none" else theirs
+        if c.family == "neobert" and name.endswith("qkv_proj.lora_B"):
+            tensor = interleave_qkv(tensor, c, back=True)
+        key = f"{PREFIX}{names[module]}.{leaf}" + (".weight" if module in layers else "")
+        tensors[key] = tensor.detach().cpu().clone().contiguous()
+
+    # "self_attn.q_proj" where all blocks have what is adapted, else the whole names
+    targets = {re.sub(r"^.*?\.\d+\.", "", names[module]) for module in layers}
+    if len(targets) * c.n_layer != len(layers):
+        targets = {names[module] for module in layers}
+    first = next(iter(layers.values()))
+    local = os.path.isdir(base_name)
+    base, _, revision = (base_name, "", "") if local else base_name.partition("@")
+    config = dict(
+        peft_type="LORA", base_model_name_or_path=base, revision=revision or None, task_type=None,
+        inference_mode=True, r=first.rank, lora_alpha=first.alpha, lora_dropout=first.dropout,
+        use_rslora=first.rslora, bias="none", target_modules=sorted(targets),
+        modules_to_save=sorted(names[module] for module in whole) or None,
+        rank_pattern={names[n]: m.rank for n, m in layers.items() if m.rank != first.rank},
+        alpha_pattern={names[n]: m.alpha for n, m in layers.items() if m.alpha != first.alpha},
+        # peft ties the two again, but cannot tie a head that has a bias: that gets its own copy
+        ensure_weight_tying=c.tied and "embed" in whole and c.head == "linear" and not c.head_bias,
+    )  # fmt: skip
+    # peft saves modules whole; which of their parameters train on, we keep for ourselves
+    ours = dict(is_causal=c.causal, merged_adapters=list(merged), trained_along=sorted(along))
+    os.makedirs(folder, exist_ok=True)
+    save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), {"format": "pt"})
+    for name, content in (("adapter_config.json", config), ("nanoembed_adapter.json", ours)):
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+            json.dump(content, f, indent=2)
+
+
+# ---- read ----
+
+
+def read_adapter(folder, c, parameters, linear, device):
+    """-> tensors by our names, {our module name: arguments of LoRALinear}, and which parameters
+    trained along. parameters: the model's names; linear: those of modules that can have LoRA.
+    Raises ValueError for what load_adapter names."""
+    config = _read_json(folder, "adapter_config.json")
+    for key, value in config.items():
+        if value and key not in KNOWN and value not in HARMLESS.get(key, ()):
+            raise ValueError(f"{folder}: adapter_config.json has {key} = {value!r}: not supported")
+    if config["peft_type"] != "LORA":
+        raise ValueError(f"{folder}: peft_type {config['peft_type']!r}, expected LORA")
+    path = os.path.join(folder, "adapter_model.safetensors")
+    if os.path.exists(path):
+        state = load_file(path, str(device))
+    else:  # older adapters
+        state = torch.load(path[:-11] + "bin", map_location=device, weights_only=True)
+
+    tensors, layers = {}, {}
+    for key, tensor in state.items():
+        path = key.removeprefix(PREFIX).removesuffix(".weight" if ".lora_" in key else "")
+        module, _, leaf = path.rpartition(".")
+        name = our_module(module, c.family)
+        if leaf in ("lora_A", "lora_B") and name in linear:
+            layers[name] = None
+        elif f"{name}.{leaf}" not in parameters:
+            raise ValueError(f"{folder}: unexpected tensor {key!r} for this {c.family} model")
+        if c.family == "neobert" and f"{name}.{leaf}".endswith("qkv_proj.lora_B"):
+            tensor = interleave_qkv(tensor, c, back=False)
+        tensors[f"{name}.{leaf}"] = tensor
+
+    # Complete? `whole` are the parameters of modules_to_save. What is neither LoRA nor whole is an
+    # embedding that grew and did not train.
+    grows = len(tensors.get("embed.weight", ())) > c.vocab_size
+    whole, needed = [], []
+    for name in parameters:
+        module = name.rpartition(".")[0]
+        theirs = hf_module(module, c.family)
+        if any(f"{end}." in f"{theirs}." for end in config.get("modules_to_save") or []):
+            whole.append(name)  # peft's rule: the module's name ends with it
+        elif module in layers or module in linear and targeted(config, theirs):
+            needed += [f"{module}.lora_A", f"{module}.lora_B"]
+        elif grows and module == "lm_head":
+            needed.append(name)
+    if missing := sorted({*whole, *needed} - tensors.keys()):
+        raise ValueError(f"{folder}: missing tensors: {', '.join(missing)}")
+
+    for module in layers:
+        theirs, alphas = hf_module(module, c.family), config.get("alpha_pattern") or {}
+        hits = (a for end, a in alphas.items() if re.fullmatch(rf"(.*\.)?({end})", theirs))
+        layers[module] = dict(
+            rank=len(tensors[f"{module}.lora_A"]), alpha=next(hits, config["lora_alpha"]),
+            dropout=config.get("lora_dropout", 0.0), rslora=config.get("use_rslora", False),
+        )  # fmt: skip
+    return tensors, layers, _read_json(folder, "nanoembed_adapter.json").get("trained_along", whole)
+
+
+def targeted(config, name):
+    """peft's rule: target_modules are ends of names, or one regular expression."""
+
+    def hit(rule):
+        if isinstance(rule, str):
+            return any(re.fullmatch(rule, n) for n in (name, name.removeprefix("model.")))
+        return any(name == end or name.endswith("." + end) for end in rule or ())
+
+    layer, only = re.search(r"\.(\d+)\.", name), config.get("layers_to_transform")
+    if layer is None:  # ModernBERT's head.dense, which not every class of peft's has
+        return False
+    if only is not None and int(layer[1]) not in ([only] if isinstance(only, int) else only):
+        return False
+    wanted = config.get("target_modules")
+    return (wanted == "all-linear" or hit(wanted)) and not hit(config.get("exclude_modules"))

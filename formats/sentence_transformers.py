@@ -1,0 +1,259 @@
+"""
+Folders of sentence-transformers in and out, and the settings that LLM2Vec's folders have.
+
+    st_problem(embedder)                why sentence-transformers would give other embeddings
+    write_tokenizer, write_modules      what such a folder has beside the model
+    write_settings                      our own nanoembed.json
+    read_settings(folder)               what a folder says about embedding, whoever wrote it
+
+prefix + instruction become the folder's prompts, the suffix its tokenizer's post-processor.
+"""
+
+import copy
+import json
+import string
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from tokenizers import processors
+from torch import nn
+
+from common import print0
+from formats.huggingface import config_to_hf
+from tokenizer import Template, load_tokenizer
+
+PROJECTION = "1_Dense/model.safetensors"
+SETTINGS = ("pooling", "prompts", "normalize", "max_length", "pool_instruction")
+
+POOLINGS = {  # newer versions of sentence-transformers write "cls", "mean" and "weightedmean"
+    "cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last",
+    "weightedmean_tokens": "weighted_mean",
+}  # fmt: skip
+
+# Texts whose tokens depend on what stands next to them, or that tokenizers clean
+PROBES = [
+    *("", "a", " ", "\n", "Hello, world!", " space before", "space behind ", "\n\nlines\n", "1234"),
+    *("na\xefve cafe\u0301 \u4f60\u597d \U0001f642", "'s", "..."),
+    *(f"{c} {c}" for c in string.printable),
+]
+
+
+# ---- would it give equal embeddings? ----
+
+
+def st_problem(embedder):
+    """Why sentence-transformers would not give equal embeddings from a saved folder, or None.
+
+    Texts that tokenizers treat in ways of their own are tokenized from the files, as
+    sentence-transformers does it, and compared. It takes a second or two and no forward pass: ask
+    before training.
+    """
+    family, pooling = embedder.model.config.family, embedder.pooling
+    if family == "neobert":
+        return "transformers has no NeoBERT"
+    if pooling == "splade" and family != "modernbert":
+        return f"its sparse models are masked language models, and {family} has no such class"
+    if pooling in ("splade", "tokens", "weighted_mean") and not embedder.pool_instruction:
+        return f"there, pooling {pooling!r} counts the instruction's tokens, too"
+    with tempfile.TemporaryDirectory() as folder:
+        _write_json(config_to_hf(embedder.model.config), folder, "config.json")
+        write_tokenizer(embedder, folder)
+        theirs = load_tokenizer(folder)
+
+    def their_ids(texts):
+        return theirs(texts, truncation=True, max_length=embedder.max_length)["input_ids"]
+
+    probes = [*PROBES, "".join(theirs.all_special_tokens), "too long " * embedder.max_length]
+    for name, instruction in embedder.prompts.items():
+        prompt, length = embedder.template.prefix + instruction, 0
+        if prompt and not embedder.pool_instruction:  # this is how it measures a prompt
+            (ids,) = their_ids([prompt])
+            length = len(ids) - (ids[-1] in theirs.all_special_ids)
+        encoded = embedder.tokenize(probes, instruction)
+        expected = their_ids([prompt + text for text in probes])
+        for text, (ids, (start, _)), their in zip(probes, encoded, expected, strict=True):
+            shown = f"prompt {name!r} ({prompt!r}), text {text[:20]!r}"
+            if ids != (their or [0]):
+                return f"{shown}: its tokens would be {their[:30]}, ours are {ids[:30]}"
+            if not embedder.pool_instruction and start != length:
+                return (
+                    f"{shown}: it would leave {length} tokens out of the pool, we {start}. No "
+                    "instruction may end in a space that the text's first token takes in, and "
+                    "no more than one token, a special one, may follow the text"
+                )
+    return None
+
+
+# ---- writing ----
+
+
+def write_tokenizer(embedder, folder):
+    """The tokenizer as sentence-transformers needs it, with the suffix in its post-processor."""
+    tokenizer, template = copy.deepcopy(embedder.tokenizer), embedder.template
+    tokenizer.model_max_length, tokenizer.truncation_side = embedder.max_length, "right"
+    if tokenizer.pad_token is None:  # any token will do: it is masked
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    if template.suffix:
+        plain = tokenizer.backend_tokenizer.encode(template.prefix + "a")
+        added = plain.special_tokens_mask  # 1 for the BOS, EOS, .. that the tokenizer adds
+        ids = embedder.tokenize(["a"])[0][0]
+        parts = {"front": plain.ids[: added.index(0)]}
+        parts["back"] = ids[len(plain.ids) - added[::-1].index(0) :]  # suffix, then EOS or SEP
+        single = ["front", "$A", "back"] if parts["front"] else ["$A", "back"]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, pair=[*single, "$B"],
+            special_tokens=[
+                {"id": name, "ids": part, "tokens": tokenizer.convert_ids_to_tokens(part)}
+                for name, part in parts.items() if part
+            ],
+        )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+
+
+def write_modules(embedder, folder):
+    """modules.json, the folder of each module, and the prompts."""
+    kind, similarity = "SentenceTransformer", "cosine" if embedder.normalize else "dot"
+    top = {"max_seq_length": embedder.max_length, "do_lower_case": False}
+    modules, target = [("models.Transformer", None)], {}  # target: what Dense and Normalize change
+    if embedder.pooling == "splade":
+        kind, top["transformer_task"] = "SparseEncoder", "fill-mask"
+        config = {"pooling_strategy": "max", "activation_function": "relu"}
+        modules.append(("sparse_encoder.modules.SpladePooling", config))
+    elif embedder.pooling == "tokens":
+        kind, similarity = "MultiVectorEncoder", "maxsim"
+        target = {"module_input_name": "token_embeddings"}
+        if embedder.projection is not None:
+            config = {"in_features": embedder.model.config.n_embd, "out_features": embedder.dim}
+            config |= {"bias": False, "activation_function": "torch.nn.modules.linear.Identity"}
+            modules.append(("base.modules.Dense", config | target))
+        modules.append(("multi_vector_encoder.modules.MultiVectorMask", {}))
+    else:  # the keys of its older versions, which the newer read, too
+        config = {f"pooling_mode_{k}": v == embedder.pooling for k, v in POOLINGS.items()}
+        config["word_embedding_dimension"] = embedder.dim
+        modules.append(("models.Pooling", config | {"include_prompt": embedder.pool_instruction}))
+    if embedder.normalize:
+        modules.append(("base.modules.Normalize" if target else "models.Normalize", target))
+    listed = []
+    for i, (name, config) in enumerate(modules):
+        path = f"{i}_{name.rpartition('.')[2]}" if i else ""
+        name = f"sentence_transformers.{name}"
+        listed.append({"idx": i, "name": str(i), "path": path, "type": name})
+        if i:  # the model lies in the folder itself
+            _write_json(config, folder, path, "config.json")
+    _write_json(listed, folder, "modules.json")
+    _write_json(top, folder, "sentence_bert_config.json")
+    prefix = embedder.template.prefix
+    config = {"model_type": kind, "similarity_fn_name": similarity}
+    config["prompts"] = {name: prefix + text for name, text in embedder.prompts.items()}
+    if prefix and "document" in embedder.prompts:  # texts without a prompt get the template, too
+        config["default_prompt_name"] = "document"
+    _write_json(config, folder, "config_sentence_transformers.json")
+
+
+def write_settings(embedder, folder, projection=None):
+    """nanoembed.json: how the embedder embeds. `read_settings` and `load_tokenizer` read it.
+    projection: the matrix [D, C] of late interaction, which lies beside it."""
+    settings = {key: getattr(embedder, key) for key in SETTINGS}
+    settings["template"] = asdict(embedder.template)
+    backend = json.loads(embedder.tokenizer.backend_tokenizer.to_str())
+    settings["post_processor"] = backend["post_processor"]  # load_tokenizer puts it back
+    _write_json(settings, folder, "nanoembed.json")
+    if projection is not None:
+        path = Path(folder, PROJECTION)
+        path.parent.mkdir(exist_ok=True)
+        save_file({"linear.weight": projection.detach().contiguous().cpu()}, path)
+
+
+# ---- reading ----
+
+
+def read_settings(folder):
+    """What a folder says about embedding, as arguments of Embedder: from our own file, LLM2Vec's or
+    sentence-transformers'; {} for a plain model. There may be more: path (the model's, within the
+    folder), attention (LLM2Vec's), and foreign=True where sentence-transformers wrote it."""
+    if settings := _read_json(folder, "nanoembed.json"):
+        settings.pop("post_processor")
+        settings["template"] = Template(**settings["template"])
+        path = Path(folder, PROJECTION)
+        return settings | ({"projection": _read_projection(path)} if path.exists() else {})
+    if llm2vec := _read_json(folder, "llm2vec_config.json"):
+        mode = llm2vec["pooling_mode"]
+        return dict(
+            pooling={"eos_token": "last", "bos_token": "cls"}.get(mode, mode),
+            max_length=llm2vec["max_length"], pool_instruction=not llm2vec["skip_instruction"],
+            attention="bidirectional",  # none of its files says so
+        )  # fmt: skip
+    if not (modules := _read_json(folder, "modules.json")):
+        return {}
+
+    settings = {"normalize": False, "foreign": True}
+    top = _read_json(folder, "config_sentence_transformers.json")
+    if top.get("prompts"):
+        settings["prompts"] = {name: text or "" for name, text in top["prompts"].items()}
+    if default := top.get("default_prompt_name"):
+        print0(f"{folder}: sentence-transformers adds prompt {default!r} to texts without one; "
+               "encode adds what you give it")  # fmt: skip
+    for module in modules:
+        kind, path = module["type"].rpartition(".")[2], module["path"]
+        config, bad = _read_json(folder, path, "config.json"), None
+        if kind in ("Transformer", "MLMTransformer"):
+            settings["path"] = path
+            config = _read_json(folder, path, "sentence_bert_config.json")
+            keys = ("do_lower_case", "query_expansion", "query_length", "document_length")
+            bad = [key for key in keys if config.get(key)]
+            tokenizer = _read_json(folder, path, "tokenizer_config.json")
+            bad += ["truncation_side"] * (tokenizer.get("truncation_side") == "left")
+            length = config.get("max_seq_length") or tokenizer.get("model_max_length", 1e30)
+            if length < 1e9:  # transformers writes 1e30 where there is no limit
+                settings["max_length"] = length
+        elif kind == "Pooling":
+            modes = config.get("pooling_mode") or [
+                key.removeprefix("pooling_mode_") for key, value in config.items()
+                if key.startswith("pooling_mode_") and value
+            ]  # fmt: skip
+            modes = [modes] if isinstance(modes, str) else modes
+            ours = [ours for key, ours in POOLINGS.items() if key.startswith(modes[0])]
+            settings["pooling"] = ours[0] if ours else None
+            settings["pool_instruction"] = config.get("include_prompt", True)
+            bad = modes if len(modes) > 1 or not ours else None
+        elif kind == "SpladePooling":
+            settings["pooling"] = "splade"
+            kinds = config.get("pooling_strategy", "max"), config.get("activation_function", "relu")
+            bad = kinds if kinds != ("max", "relu") else None
+        elif kind == "MultiVectorMask":
+            settings["pooling"] = "tokens"
+            bad = [key for key in ("skiplist_words", "keep_only_token_ids") if config.get(key)]
+        elif kind == "Dense":
+            plain = config.get("module_input_name") == "token_embeddings" and not config["bias"]
+            if plain and config["activation_function"].endswith(".Identity"):
+                settings["projection"] = _read_projection(Path(folder, path, "model.safetensors"))
+            else:
+                bad = config
+        elif kind == "Normalize":
+            settings["normalize"] = True
+        else:
+            bad = "the whole module"
+        if bad:
+            raise ValueError(f"{folder}: {module['type']}: not supported: {bad}")
+    return settings
+
+
+def _read_projection(path):
+    weight = load_file(path)["linear.weight"].float()
+    projection = nn.Linear(weight.size(1), weight.size(0), bias=False)
+    projection.weight.data = weight
+    return projection
+
+
+def _read_json(*path):
+    """{} where there is no such file."""
+    path = Path(*path)
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def _write_json(value, *path):
+    path = Path(*path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2), "utf-8")

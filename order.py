@@ -1,0 +1,78 @@
+"""
+The seeded order in which training sees rows of token files and lines of JSONL files: a function of
+the seed and the step alone, so that any number of ranks, and a resumed run, see the same.
+"""
+
+import numpy as np
+
+
+def mix(x):
+    """A hash of each uint64 (the finalizer of splitmix64), of 63 bits: adding to it cannot wrap."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x ^ (x >> np.uint64(31))) >> np.uint64(1)
+
+
+def permuted(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """The places of a permutation of 0..n-1, keyed by (seed, epoch): int64, shaped like `index`.
+
+    A Feistel network: a number is two digits (a, b) of base ~sqrt(n), and each round adds to one of
+    them a hash of the other. That can be undone, so it is a permutation. Digits can spell a little
+    more than n; such numbers go through again until they fall below n ("cycle walking").
+    No table is kept: 1e9 rows cost no more than ten, and any part can be asked for by itself.
+    """
+    if index.size and not 0 <= index.min() <= index.max() < n:
+        raise ValueError(f"indices {index.min()}..{index.max()} are not all in 0..{n - 1}")
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(8, np.uint64)
+    base_a = np.uint64(np.ceil(np.sqrt(n)))
+    base_b = np.uint64(-(-n // int(base_a)))
+
+    def network(x):
+        a, b = x // base_b, x % base_b
+        for i in range(0, len(keys), 2):
+            a = (a + mix(b ^ keys[i])) % base_a
+            b = (b + mix(a ^ keys[i + 1])) % base_b
+        return a * base_b + b
+
+    out = network(index.astype(np.uint64))
+    while (outside := out >= n).any():
+        out[outside] = network(out[outside])
+    return out.astype(np.int64)
+
+
+def rows_of_step(step: int, rows_per_step: int, n_rows: int, seed: int):
+    """(epoch, row) of the global batch of `step`, which counts from 0: int64 [rows_per_step] each.
+
+    The endless sequence is epoch 0's permutation of the rows, then epoch 1's, and so on; each step
+    takes the next `rows_per_step`, and each rank its slice of them: any number of ranks, one order.
+    """
+    if n_rows < 1:
+        raise ValueError("not one whole row of tokens: lower max_seq_len or prepare more text")
+    position = step * rows_per_step + np.arange(rows_per_step, dtype=np.int64)
+    epoch, row = np.divmod(position, n_rows)
+    for e in range(int(epoch[0]), int(epoch[-1]) + 1):
+        row[epoch == e] = permuted(row[epoch == e], n_rows, seed, e)
+    return epoch, row
+
+
+def choose_files(files, max_steps, alpha, seed):
+    """The file of each step [max_steps], drawn with probability ~ (its lines) ** alpha."""
+    p = np.array([len(file) for file in files]) ** alpha
+    return np.random.default_rng(seed).choice(len(files), size=max_steps, p=p / p.sum())
+
+
+def lines_of_step(files, step, choices, batch_size, seed):
+    """(which file, [(epoch, line), ..]) of the batch of `step`: batch_size lines of one file.
+
+    choices: what choose_files returned. A file's last batch takes what it lacks from the file's
+    next epoch, so that every batch is full.
+    """
+    which = int(choices[step])
+    nth = int((choices[:step] == which).sum())  # how many batches this file has given
+    epochs, lines = rows_of_step(nth, batch_size, len(files[which]), seed + which)
+    return which, list(zip(epochs.tolist(), lines.tolist(), strict=True))
+
+
+def pair_rng(seed, which, epoch, line):
+    """The generator of all that is drawn for a line in an epoch: its positive, its negatives."""
+    return np.random.default_rng((seed, which, epoch, line))

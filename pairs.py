@@ -1,0 +1,101 @@
+"""
+The pairs of a contrastive batch: which are drawn, who is whose among their texts, and their ids.
+"""
+
+import numpy as np
+import torch
+
+from data import read_pair
+from order import lines_of_step, pair_rng
+from tokenizer import tokenize
+
+
+def pairs_of_step(files, step, choices, s):
+    """-> (batch_size pairs of one file, which file), a function of (seed, step)."""
+    which, lines = lines_of_step(files, step, choices, s.batch_size, s.seed)
+    pairs = [
+        sample_pair(files[which], line, s.group_size, pair_rng(s.seed, which, epoch, line))
+        for epoch, line in lines
+    ]
+    if s.no_duplicates:
+        rng = np.random.default_rng((s.seed, step))
+        pairs = without_duplicates(pairs, files[which], s.group_size, rng)
+    return pairs, which
+
+
+def sample_pair(file, line, group_size, rng):
+    """One line with one of its positives and up to group_size - 1 of its negatives, drawn."""
+    pair = read_pair(file, line)
+    positive = rng.integers(len(pair["pos"]))
+    n_neg = min(group_size - 1, len(pair["neg"]))
+    negatives = sorted(rng.choice(len(pair["neg"]), n_neg, replace=False)) if n_neg else []
+    passages = [pair["pos"][positive]] + [pair["neg"][i] for i in negatives]
+    scores = None
+    if pair["pos_scores"] and (pair["neg_scores"] or not n_neg):
+        scores = [pair["pos_scores"][positive]] + [pair["neg_scores"][i] for i in negatives]
+    return {"query": pair["query"], "known": pair["pos"], "passages": passages, "scores": scores,
+            "prompt": pair["prompt"]}  # fmt: skip
+
+
+def without_duplicates(pairs, file, group_size, rng):
+    """A pair that shares a text with an earlier one gives way to a drawn one, in up to 20 tries."""
+    seen, out = set(), []
+    for pair in pairs:
+        for _ in range(20):
+            if not seen & {pair["query"], *pair["passages"]}:
+                break
+            pair = sample_pair(file, rng.integers(len(file)), group_size, rng)
+        seen |= {pair["query"], *pair["passages"]}
+        out.append(pair)
+    return out
+
+
+def layout(pairs):
+    """-> group [B, G], teacher [B, G], known [K, 2] of Batch. A passage is known as right for a
+    query if its text is a positive of that query, or of another line with the same query."""
+    n_group = max(len(pair["passages"]) for pair in pairs)
+    group = np.full((len(pairs), n_group), -1)
+    teacher = np.full((len(pairs), n_group), np.nan, dtype=np.float32)
+    places, positives, n = {}, {}, 0  # text -> passages that have it; query -> its positive texts
+    for b, pair in enumerate(pairs):
+        positives.setdefault(pair["query"], set()).update(pair["known"])
+        for g, text in enumerate(pair["passages"]):
+            group[b, g] = n
+            places.setdefault(text, []).append(n)
+            n += 1
+        if pair["scores"]:
+            teacher[b, : len(pair["scores"])] = pair["scores"]
+    known = [
+        (b, n)
+        for b, pair in enumerate(pairs)
+        for text in positives[pair["query"]]
+        for n in places.get(text, [])
+        if n != group[b, 0]
+    ]
+    known = np.array(known, dtype=np.int64).reshape(-1, 2)
+    return torch.from_numpy(group), torch.from_numpy(teacher), torch.from_numpy(known)
+
+
+def encode(texts, prompts, max_length, tokenizer, s):
+    """`tokenize` as the settings say; prompts: the instruction of each text."""
+    return tokenize(tokenizer, texts, prompts, s.template, max_length, s.pool_instruction)
+
+
+def encode_pairs(pairs, which, tokenizer, s):
+    """-> what `tokenize` gives for the queries of these pairs, then for their passages. A line's
+    own prompt goes before the query_instruction of its file."""
+    ask, answer = (x[min(which, len(x) - 1)] for x in (s.query_instruction, s.passage_instruction))
+    prompts = [ask if pair["prompt"] is None else pair["prompt"] for pair in pairs]
+    queries = [pair["query"] for pair in pairs]
+    passages = [text for pair in pairs for text in pair["passages"]]
+    return [*encode(queries, prompts, s.query_max_length, tokenizer, s),
+            *encode(passages, answer, s.passage_max_length, tokenizer, s)]  # fmt: skip
+
+
+def show_pairs(pairs, which, tokenizer, s):
+    """Prints queries and passages as a reader wants them; what is pooled stands inverted."""
+    for i, (ids, (start, end)) in enumerate(encode_pairs(pairs, which, tokenizer, s)):
+        before, pooled, behind = map(tokenizer.decode, (ids[:start], ids[start:end], ids[end:]))
+        name = f"query {i}" if i < len(pairs) else f"passage {i - len(pairs)}"
+        print(f"--- {name}: {len(ids)} tokens")
+        print(f"{before}\033[7m{pooled}\033[0m{behind}")

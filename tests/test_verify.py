@@ -1,0 +1,178 @@
+"""tools/verify.py: it passes on every family, and fails where the code or a folder is broken."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import attention as A
+import formats.huggingface as HF
+import model as M
+from conftest import ROOT
+from embedder import Embedder
+from harness import FAMILIES, model_folder
+from tokenizer import Template, load_tokenizer
+from tools import verify
+
+COMPARED = {"logits equal transformers'", "save -> reload"}  # with transformers
+
+
+def verdicts(folder):
+    """{check: True, False or None}, {check: its figure}"""
+    results = list(verify.check(str(folder), torch.device("cpu")))
+    return {t: ok for t, ok, _ in results}, {t: figure for t, _, figure in results}
+
+
+def failures(folder):
+    return {title for title, ok in verdicts(folder)[0].items() if ok is False}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_verify_passes(family, folders):
+    ok, figures = verdicts(folders[family])
+    skipped = {"attention: varlen", "attention: flash_attn", "training ids = encode ids"}
+    skipped |= {"logits equal transformers'"} if family == "neobert" else set()
+    assert {title for title in ok if ok[title] is None} == skipped
+    assert all(ok[title] for title in ok.keys() - skipped), figures
+    assert len(ok) == 11
+    causal = family in ("llama", "mistral", "qwen2", "qwen3", "modernbert-decoder")
+    assert ("causal, truly" if causal else "bidirectional, truly") in ok
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["for sentence-transformers", "ours alone"])
+def test_verify_compares_an_embedders_ids(whole, folders, tmp_path):
+    model, tokenizer = HF.from_pretrained(folders["qwen3"]), load_tokenizer(folders["qwen3"])
+    model.drop_head()
+    prompts = {"query": "find: ", "document": ""}
+    embedder = Embedder(model, tokenizer, "last", Template("<< ", " >>"), prompts, max_length=30)
+    embedder.save(tmp_path, whole)
+    ok, figures = verdicts(tmp_path)
+    assert ok["training ids = encode ids"] is True, figures
+    settings = json.loads((tmp_path / "nanoembed.json").read_text())
+    settings["template"]["prefix"] = "<<< "
+    (tmp_path / "nanoembed.json").write_text(json.dumps(settings))
+    tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.save_pretrained(tmp_path)
+    assert verdicts(tmp_path)[0]["training ids = encode ids"] is False
+
+
+# ---- sabotage ----
+
+
+def swap_gate_and_up(mlp, x):
+    up, gate = mlp.gate_up_proj(x).chunk(2, dim=-1)
+    return mlp.down_proj(mlp.act(gate) * up)
+
+
+WEIGHT = "blocks.1.mlp.down_proj.weight"
+# what is broken: (where, what, real function -> its replacement, which checks of an encoder fail)
+SABOTAGE = {
+    "all texts of a row become one": (
+        A, "sdpa_packed", lambda real: lambda q, k, v, n, *rest: real(q, k, v, [sum(n)], *rest),
+        COMPARED | {"packed = each text alone", "no text sees another", "attention: sdpa"}),
+    "a trace of the row's mean in every output, far below any tolerance": (
+        A, "sdpa_packed", lambda real: lambda q, k, v, *r: real(q, k, v, *r) + 1e-6 * v.mean(),
+        {"no text sees another"}),
+    "a wider window": (
+        M.ModelConfig, "window_of",
+        lambda real: lambda c, i: (real(c, i)[0] + (real(c, i)[0] > 0), real(c, i)[1]), COMPARED),
+    "another theta": (
+        M, "rope_frequencies",
+        lambda real: lambda rope, *rest: real(rope | {"theta": rope["theta"] * 1.1}, *rest),
+        COMPARED),
+    "gate and up swapped": (M.MLP, "forward", lambda real: swap_gate_and_up, COMPARED),
+    "the other direction": (
+        A, "sdpa_window",
+        lambda real: lambda q, k, v, causal, w, p: real(
+            q, k, v, not causal, (w[0], w[0] if causal else 0), p),
+        COMPARED | {"bidirectional, truly", "attention: sdpa"}),
+    "long texts forget the window": (
+        A, "sdpa_window", lambda real: lambda q, k, v, causal, w, p: real(
+            q, k, v, causal, w if q.size(2) <= 256 else (-1, -1), p),
+        {"attention: sdpa"}),
+    "saved rows in another order": (
+        HF, "write_folder", lambda real: lambda folder, config, state: real(
+            folder, config, state | {WEIGHT: state[WEIGHT].flip(0)}),
+        {"save -> reload"}),
+    "a key that is not saved": (
+        HF, "config_to_hf",
+        lambda real: lambda c: {k: v for k, v in real(c).items() if k != "local_attention"},
+        {"save -> reload"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", SABOTAGE)
+def test_verify_fails_where_the_code_is_wrong(broken, folders, monkeypatch):
+    module, name, replace, expected = SABOTAGE[broken]
+    monkeypatch.setattr(module, name, replace(getattr(module, name)))
+    assert failures(folders["modernbert"]) == expected
+    if broken == "the other direction":  # a decoder that looks ahead
+        assert "causal, truly" in failures(folders["llama"])
+        assert "causal, truly" in failures(folders["mistral"])
+
+
+# ---- broken folders, and the command ----
+
+
+@pytest.fixture
+def broken(folders, tmp_path):
+    """A copy of an encoder's folder, to be broken."""
+    return shutil.copytree(folders["modernbert"], tmp_path / "step12")
+
+
+def test_verify_fails_on_missing_and_bad_weights(broken, tmp_path):
+    state = load_file(broken / "model.safetensors")
+    weight = state.pop("model.layers.1.attn.Wo.weight")
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    ok, figures = verdicts(broken)
+    assert ok == {"the weights are read": False}
+    assert "is missing" in figures["the weights are read"]
+    state["model.layers.1.attn.Wo.weight"] = weight.index_fill(0, torch.tensor(3), math.nan)
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    assert {"logits equal transformers'", "no text sees another"} <= failures(broken)
+    (tmp_path / "empty").mkdir()
+    [(_, ok, figure)] = verify.check(str(tmp_path / "empty"), torch.device("cpu"))
+    assert ok is False and "no config.json" in figure
+
+
+def test_verify_fails_on_a_tokenizer_that_does_not_fit(broken):
+    good = (broken / "tokenizer.json").read_text()
+    tokenizer = load_tokenizer(str(broken))
+    tokenizer.add_tokens([f"<new {i}>" for i in range(400)])
+    tokenizer.save_pretrained(broken)
+    ok, figures = verdicts(broken)
+    assert {t for t in ok if ok[t] is False} == {"tokenizer"}
+    assert "ids up to 711" in figures["tokenizer"] and "vocab_size is 512" in figures["tokenizer"]
+    # without a decoder tokens are joined by spaces
+    (broken / "tokenizer.json").write_text(json.dumps(json.loads(good) | {"decoder": None}))
+    assert failures(broken) == {"tokenizer"}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (broken / name).unlink()
+    assert verdicts(broken)[0]["tokenizer"] is None
+
+
+def test_verify_fails_on_names_that_transformers_does_not_know(folders, tmp_path, monkeypatch):
+    """We write and read them; it would make weights up."""
+    names = HF.NAMES["modernbert"] | {"attn.o_proj": "attn.out"}
+    monkeypatch.setitem(HF.NAMES, "modernbert", names)
+    model_folder(tmp_path, "modernbert", load_tokenizer(folders["modernbert"]))
+    ok, figures = verdicts(tmp_path)
+    assert {t for t in ok if ok[t] is False} == COMPARED
+    assert all("transformers finds no" in figures[t] for t in COMPARED)
+    assert figures["save -> reload"].count("Wo.weight") == 3
+
+
+def test_command(folders, broken):
+    config = broken / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 512', '"vocab_size": 500'))
+    run = subprocess.run(
+        [sys.executable, "-m", "tools.verify", broken], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 1 and "FAIL     the weights are read" in run.stdout, run.stdout
+    assert "0 passed, 1 failed, 0 skipped" in run.stdout
+    assert verify.main(folders["qwen3"]) == 0

@@ -1,0 +1,157 @@
+"""
+Packed micro-batches from the rows of a token file: what pretraining and MNTP share.
+
+They differ in the objective, which each script holds and gives to the functions here, for one row:
+
+    corrupt(ids, lengths, rng, s) -> (inputs [n], label rows [L], targets [L])
+"""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from attention import Seqs, make_seqs
+from common import all_reduce_sum, count_micro_batches
+from order import rows_of_step
+from tokens import open_tokens, read_row
+
+
+@dataclass
+class Batch:
+    """Rows of a token file, end to end, as one packed micro-batch of T tokens."""
+
+    inputs: torch.Tensor  # [T] int64
+    seqs: Seqs
+    rows: torch.Tensor  # [L] int64, positions whose hidden states predict
+    targets: torch.Tensor  # [L] int64
+
+    def to(self, device):
+        """-> the arguments of Transformer.forward, on the device."""
+        tensors = (self.inputs, self.seqs, self.rows, self.targets)
+        return [x.to(device) for x in tensors]
+
+
+def make_batch(file, rows, epochs, corrupt, s, seed=None):
+    """-> Batch, on the CPU. What is drawn for a row is a function of (seed, epoch, row) alone."""
+    seed = s.seed if seed is None else seed
+    inputs, lengths, labels, targets = [], [], [], []
+    for i, (row, epoch) in enumerate(zip(rows, epochs, strict=True)):
+        ids, row_lengths = read_row(file, row, s.max_seq_len)
+        rng = np.random.default_rng((seed, epoch, row))
+        row_inputs, row_labels, row_targets = corrupt(ids, row_lengths, rng, s)
+        inputs.append(row_inputs)
+        lengths += row_lengths
+        labels.append(row_labels + i * s.max_seq_len)
+        targets.append(row_targets)
+    arrays = [torch.from_numpy(np.concatenate(x)) for x in (inputs, labels, targets)]
+    return Batch(arrays[0], make_seqs(lengths), *arrays[1:])
+
+
+def set_rows(file, s):
+    """Adds to the settings how many rows the file has (n_rows), a step (rows_per_step), a forward
+    (rows_per_batch), and how many forwards a step (n_micro). SystemExit where they do not fit."""
+    s.n_rows = len(file.tokens) // s.max_seq_len
+    s.rows_per_step = s.batch_tokens // s.max_seq_len
+    s.rows_per_batch = s.device_batch_tokens // s.max_seq_len
+    s.n_micro = count_micro_batches(s, "tokens")
+    if s.rows_per_batch * s.max_seq_len != s.device_batch_tokens:
+        raise SystemExit(
+            f"device_batch_tokens={s.device_batch_tokens} must be a multiple of "
+            f"max_seq_len={s.max_seq_len}"
+        )
+    if s.n_rows == 0:
+        raise SystemExit(
+            f"{s.data}: {len(file.tokens)} tokens are no row of max_seq_len={s.max_seq_len}"
+        )
+
+
+def describe_run(file, s):
+    """The batch's arithmetic and the length of the run, in two lines."""
+    return (
+        f"{s.data}: {len(file.tokens):,} tokens = {s.n_rows:,} rows of {s.max_seq_len}\n"
+        f"a step: {s.rows_per_batch} rows x {s.n_micro} micro-batches x {s.world_size} ranks = "
+        f"{s.batch_tokens:,} tokens; {s.stop_step:,} steps = {s.stop_step * s.batch_tokens:,} "
+        f"tokens = {s.stop_step * s.rows_per_step / s.n_rows:.2f} epochs; warmup {s.warmup:,} steps"
+    )
+
+
+def open_val(file, s):
+    """-> (val.bin, how many of its rows are evaluated on), (None, 0) where there is none to do."""
+    if not s.eval_interval or "val" not in file.meta["splits"]:
+        return None, 0
+    val = open_tokens(s.data, "val")
+    n_rows = min(s.eval_tokens, len(val.tokens)) // s.max_seq_len
+    if n_rows < 1:
+        raise SystemExit(
+            f"eval_tokens={s.eval_tokens}, {len(val.tokens)} tokens of val.bin: no row of "
+            f"{s.max_seq_len} to evaluate on; eval_interval=0 does without"
+        )
+    return val, n_rows
+
+
+def train_batches(file, first_step, corrupt, s):
+    """For each step, the list of this rank's micro-batches: every world_size-th row of the step."""
+    for step in range(first_step, s.stop_step):
+        order = rows_of_step(step, s.rows_per_step, s.n_rows, s.seed)
+        epochs, rows = (x[s.rank :: s.world_size] for x in order)
+        parts = [slice(i, i + s.rows_per_batch) for i in range(0, len(rows), s.rows_per_batch)]
+        yield [make_batch(file, rows[part], epochs[part], corrupt, s) for part in parts]
+
+
+@torch.no_grad()
+def evaluate(model, file, n_rows, corrupt, s):
+    """-> {"loss", "acc"} over the first n_rows rows of a file, with the same masks every time and
+    for runs of all seeds; each rank takes its share."""
+    total = torch.zeros(3, dtype=torch.float64)  # loss, hits, labels
+    model.eval()
+    share = np.arange(s.rank, n_rows, s.world_size)
+    for i in range(0, -(-n_rows // s.world_size), s.rows_per_batch):
+        rows = share[i : i + s.rows_per_batch]
+        idle = len(rows) == 0  # but FSDP's forward is collective: every rank runs as many
+        rows = np.zeros(1, dtype=np.int64) if idle else rows
+        batch = make_batch(file, rows, [0] * len(rows), corrupt, s, seed=0)
+        with s.autocast():
+            loss, hits = model(*batch.to(s.device))
+        if not idle:
+            counts = [loss.item(), hits.item(), len(batch.targets)]
+            total += torch.tensor(counts, dtype=torch.float64)
+    model.train()
+    loss, hits, n_labels = all_reduce_sum(total.tolist())
+    return {"loss": loss / max(n_labels, 1), "acc": hits / max(n_labels, 1)}
+
+
+def show_first_row(file, corrupt, s, tokenizer, mark=True):
+    """Prints the first row of the run as a reader wants it: the texts and their borders. With mark,
+    each token at whose place an answer is read stands inverted, the answer behind it."""
+    (epoch, *_), (row, *_) = rows_of_step(0, s.rows_per_step, s.n_rows, s.seed)
+    batch, start = make_batch(file, [row], [epoch], corrupt, s), 0
+    answers = dict(zip(batch.rows.tolist(), batch.targets.tolist(), strict=True))
+    for i, n in enumerate(batch.seqs.lengths):
+        pieces = []
+        for j in range(start, start + n):
+            piece = tokenizer.decode(batch.inputs[j : j + 1])
+            if mark and j in answers:
+                piece = f"\033[7m{piece}\033[0m<{tokenizer.decode([answers[j]])}>"
+            pieces.append(piece)
+        labels = sum(start <= j < start + n for j in answers)
+        print(f"--- text {i}: {n} tokens, {labels} labels ---")
+        print("".join(pieces))
+        start += n
+
+
+def write_data_order(file, s):
+    """data_order_input_ids.npy [rows, max_seq_len] and data_order_step.npy [rows] in out_dir: each
+    row of the run and the step (from 0) that trains on it, as Ettin publishes them."""
+    os.makedirs(s.out_dir, exist_ok=True)
+    path, n = os.path.join(s.out_dir, "data_order_"), s.rows_per_step
+    shape = s.stop_step * n, s.max_seq_len
+    ids = np.lib.format.open_memmap(path + "input_ids.npy", "w+", file.tokens.dtype, shape)
+    steps = np.lib.format.open_memmap(path + "step.npy", "w+", np.int64, shape[:1])
+    for step in tqdm(range(s.stop_step), desc="data order", unit="step"):
+        rows = rows_of_step(step, n, s.n_rows, s.seed)[1]
+        for i, row in enumerate(rows, start=step * n):
+            ids[i], steps[i] = read_row(file, row, s.max_seq_len)[0], step
+    print(f"wrote {path}input_ids.npy {shape} and {path}step.npy")

@@ -1,0 +1,176 @@
+"""
+Texts to ids. This is the only place that makes ids, for training, evaluation and use.
+
+    tokenize            texts with an instruction and a template, and which tokens are pooled
+    tokenize_passage    one passage, nothing cut, and the characters that each token holds
+    tokenize_words      sentences given as words, and the word that each token stands for
+    load_tokenizer      a fast tokenizer of Hugging Face, from a folder or the hub
+"""
+
+import json
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Template:
+    """What stands around every text: prefix + instruction + text + suffix. It is saved with the
+    model and never guessed from its name. The tokenizer adds its own BOS, CLS, EOS or SEP to it."""
+
+    prefix: str = ""
+    suffix: str = ""
+
+
+TEMPLATES = {  # chat wraps, chosen by name in a config
+    "none": Template(),
+    "llama3": Template("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+    "llama2": Template("[INST] ", " [/INST]"),
+    "mistral": Template("[INST] ", " [/INST]"),
+    "qwen": Template("<|im_start|>user\n", "<|im_end|>"),
+}
+
+
+def tokenize(tokenizer, texts, instruction, template, max_length, pool_instruction=True):
+    """-> [(ids, (start, end)), ...], end exclusive: the tokens of each text and which are pooled.
+
+    prefix + instruction + text + suffix are joined and tokenized once, as transformers does it: a
+    special token spelled out in a text is that token. `instruction` is one for all texts, or a
+    list. When there are more than `max_length` tokens, the text loses its last ones; the
+    instruction, the suffix and the tokenizer's own EOS or SEP stay.
+    All tokens are pooled. With pool_instruction=False the range begins at the first token that has
+    a character of the text, and still ends with the suffix and the EOS, as in LLM2Vec and
+    sentence-transformers; where there is neither prefix nor instruction, it is everything, as in
+    the latter. An empty text may leave nothing to pool and then gets the zero vector.
+    Raises ValueError where prefix, instruction and suffix leave no room for the text.
+    """
+    instructions = [instruction] * len(texts) if isinstance(instruction, str) else instruction
+    heads = [template.prefix + i for i in instructions]
+    joined = [h + t + template.suffix for h, t in zip(heads, texts, strict=True)]
+    encodings = whole_backend(tokenizer).encode_batch(joined)
+    encoded = []
+    for head, text, encoding in zip(heads, texts, encodings, strict=True):
+        ids, start = encoding.ids, 0
+        skip_head = head and not pool_instruction
+        if skip_head or len(ids) > max_length:
+            # A token is placed by its last character: one that holds the instruction's last space
+            # and the text's first letters belongs to the text.
+            ends, body = [end for _, end in encoding.offsets], _body_length(encoding)
+            borders = len(head), len(head) + len(text)
+            first, tail = (next((i for i, e in enumerate(ends) if e > b), body) for b in borders)
+            ids = _cut(ids, first, tail, max_length)
+            start = first if skip_head else 0
+        encoded.append((ids or [0], (start, len(ids))))  # a row needs a token: it is not pooled
+    return encoded
+
+
+def tokenize_passage(tokenizer, passage, instruction, template):
+    """-> (ids, rows int64 [n], spans int64 [n, 2]): the ids that `tokenize` gives, nothing cut;
+    which of them hold a character of the passage; and which characters [start, end) they hold.
+
+    Each of the tokens that share one character, such as the bytes of an emoji, has that character.
+    Tokens that hold no character of the passage (BOS, the instruction, a space that the tokenizer
+    trims) are not among the n.
+    """
+    head = template.prefix + instruction
+    encoding = whole_backend(tokenizer).encode(head + passage + template.suffix)
+    spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) - len(head)
+    spans = spans.clip(0, len(passage))
+    rows = np.flatnonzero(spans[:, 0] < spans[:, 1])
+    return encoding.ids or [0], rows, spans[rows]
+
+
+def tokenize_words(tokenizer, sentences, max_length):
+    """Lists of words -> [(ids, places [P], words [P]), ..]: the P tokens that stand for a word, and
+    the word of each.
+
+    A sentence is " ".join(words), tokenized once, in training and in use. A token belongs to the
+    word of its last character, and a space to the word behind it. A sentence of more than
+    `max_length` tokens loses its last ones; the tokenizer's own EOS or SEP stays. So a word may
+    have no token, where it was cut off or tokenizes to nothing.
+    Raises ValueError where max_length leaves no room for the first word.
+    """
+    encodings = whole_backend(tokenizer).encode_batch([" ".join(words) for words in sentences])
+    encoded = []
+    for words, encoding in zip(sentences, encodings, strict=True):
+        sizes = [len(word) + (i > 0) for i, word in enumerate(words)]
+        word_of = np.repeat(np.arange(len(words)), sizes)  # of each character
+        starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+        places = np.flatnonzero(ends > starts)  # what the tokenizer adds itself has no characters
+        ids, body = encoding.ids, _body_length(encoding)
+        if len(places):
+            ids = _cut(ids, places[0], body, max_length)
+            places = places[places < body + len(ids) - len(encoding.ids)]
+        encoded.append((ids or [0], places, word_of[ends[places] - 1]))  # a row needs a token
+    return encoded
+
+
+def _body_length(encoding):
+    """The number of tokens before the EOS or SEP that the tokenizer adds itself."""
+    body = len(encoding.ids)
+    while body and encoding.special_tokens_mask[body - 1]:
+        body -= 1
+    return body
+
+
+def _cut(ids, first, tail, max_length):
+    """At most max_length of the ids: the text, which is ids[first:tail], loses its last tokens."""
+    room = max_length - (len(ids) - tail)
+    if room >= tail:
+        return ids
+    if room <= first:
+        raise ValueError(
+            f"max_length {max_length} leaves no room for the text: {first} tokens stand in front "
+            f"of it, {len(ids) - tail} behind"
+        )
+    return ids[:room] + ids[tail:]
+
+
+def whole_backend(tokenizer):
+    """The backend tokenizer without the truncation and padding that its file may ask for. They are
+    switched off only where there are any, because another thread may be encoding."""
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    return backend
+
+
+def load_tokenizer(path_or_name: str, revision: str | None = None):
+    """A Hugging Face fast tokenizer, from a folder or the hub. In a folder of `Embedder.save` the
+    template's suffix stands in the tokenizer's post-processor, for sentence-transformers. Here the
+    post-processor is as it was before, because our callers add the suffix themselves."""
+    from tokenizers import Tokenizer, models
+    from transformers import AutoTokenizer
+
+    is_path = path_or_name.startswith((".", "/", "~")) or path_or_name.count("/") > 1
+    if is_path and not os.path.isdir(path_or_name):
+        raise FileNotFoundError(f"tokenizer {path_or_name}: no such folder; was it prepared?")
+    tokenizer = AutoTokenizer.from_pretrained(path_or_name, revision=revision or "main")
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer {path_or_name} is a slow one; offsets need a tokenizer.json")
+    settings = os.path.join(path_or_name, "nanoembed.json")
+    if os.path.exists(settings):
+        with open(settings, encoding="utf-8") as f:
+            post_processor = json.load(f).get("post_processor")
+        blank = json.loads(Tokenizer(models.BPE()).to_str()) | {"post_processor": post_processor}
+        blank = Tokenizer.from_str(json.dumps(blank))
+        tokenizer.backend_tokenizer.post_processor = blank.post_processor
+    return tokenizer
+
+
+def vocab_size_of(tokenizer) -> int:
+    """The largest id + 1, which is more than len(tokenizer) where the ids have holes."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_tokenizer(tokenizer, model_vocab_size: int):
+    """Raises ValueError where a tokenizer has ids beyond the model's vocabulary."""
+    needed = vocab_size_of(tokenizer)
+    if needed > model_vocab_size:
+        raise ValueError(
+            f"the tokenizer gives ids up to {needed - 1}, the model's vocab_size is "
+            f"{model_vocab_size}: take the model's own tokenizer, or a vocab_size >= {needed}"
+        )

@@ -1,0 +1,1 @@
+"""Tools beside the product: python -m tools.<name>"""

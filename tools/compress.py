@@ -1,0 +1,163 @@
+"""
+Compress a passage for a question: which of its characters are kept, and a page that shows it.
+
+    from tools.compress import compress_text
+    text, spans = compress_text(embedder, "How is the pool closed?", passage, ratio=8)
+
+sample.py --compress is the command. The scores are those of embedder.score_tokens.
+"""
+
+import math
+import re
+from html import escape
+
+import numpy as np
+
+from data import read_jsonl, require
+from embedder import score_tokens
+from metrics import covered
+from spans import join_spans
+
+
+def units_of(passage, spans, unit):
+    """Token spans [n, 2] -> (tokens of each unit [[first, end), ..], characters of each [[start,
+    end), ..]), in order. Tokens: each is a unit. Words: what stands between spaces; words that
+    share a token are one unit, and a token of nothing but spaces is in none."""
+    if unit == "tokens":
+        return [(i, i + 1) for i in range(len(spans))], spans.tolist()
+    if unit != "words":
+        raise ValueError(f"unit {unit!r}: expected words or tokens")
+    words = [match.span() for match in re.finditer(r"\S+", passage)]
+    tokens, places, w = [], [], 0
+    for i, (start, end) in enumerate(spans.tolist()):
+        while w < len(words) and words[w][1] <= start:
+            w += 1
+        held = [word for word in words[w : w + end - start] if word[0] < end]  # perhaps several
+        if held and places and held[0][0] < places[-1][1]:  # the same word as the last token's
+            tokens[-1] = (tokens[-1][0], i + 1)
+            places[-1][1] = held[-1][1]
+        elif held:
+            tokens.append((i, i + 1))
+            places.append([held[0][0], held[-1][1]])
+    return tokens, places
+
+
+def keep(scores, spans, passage, ratio, unit="words", neighbours=0):
+    """Scores [n] and spans [n, 2] of a passage's tokens -> the spans that are kept, in order.
+
+    At most ceil(n / ratio) tokens, and just as many with unit="tokens". The best units come first,
+    each by its best token, of equal ones the first; with each come its neighbours, the nearest
+    first. What has more tokens than are left is passed over; where no word has so few, as in text
+    without spaces, single tokens are kept. Units that follow one another are one span, with the
+    spaces between them.
+    """
+    if not ratio >= 1 or neighbours < 0:
+        raise ValueError(f"expected {ratio=} >= 1 and {neighbours=} >= 0")
+    budget = math.ceil(len(scores) / ratio)
+    tokens, places = units_of(passage, spans, unit)
+    if min((end - first for first, end in tokens), default=0) > budget:
+        tokens, places = units_of(passage, spans, "tokens")
+    best = np.array([scores[first:end].max() for first, end in tokens])
+    near = sorted(range(-neighbours, neighbours + 1), key=abs)  # 0, -1, 1, -2, 2
+    left, kept = budget, set()
+    for i in np.argsort(-best, kind="stable").tolist():
+        for j in (i + k for k in near):
+            size = tokens[j][1] - tokens[j][0] if 0 <= j < len(tokens) else math.inf
+            if j not in kept and size <= left:
+                kept.add(j)
+                left -= size
+            if i not in kept:
+                break  # no neighbours of what did not fit
+    between = [[places[i][1], places[i + 1][0]] for i in kept if i + 1 in kept]
+    return join_spans([places[i] for i in kept] + between)
+
+
+def text_of(passage, spans):
+    """The kept spans as one text: a space stands for what is left out, if none is there already."""
+    text = ""
+    for start, end in spans:
+        piece = passage[start:end]
+        text += " " * bool(text and not text[-1].isspace() and not piece[0].isspace()) + piece
+    return text
+
+
+def compress_text(
+    embedder, query, passage, ratio, unit="words", neighbours=0, window=0, overlap=0
+):  # fmt: skip
+    """-> (kept text, kept spans [[start, end], ..]): the 1/ratio of a passage's tokens that matter
+    most for a query, in order; see `keep`, and `score_tokens` for windows."""
+    scores, of_tokens = score_tokens(embedder, [query], passage, window, overlap)
+    kept = keep(scores[0], of_tokens, passage, ratio, unit, neighbours)
+    return text_of(passage, kept), kept
+
+
+def share_of(inside, spans):
+    """Of the characters in spans, the share that is in the spans `inside`."""
+    both = sum(max(0, min(b, d) - max(a, c)) for a, b in inside for c, d in spans)
+    return both / max(1, sum(d - c for c, d in spans))
+
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #111; --faint: #4c4c4c; --page: #fff;
+  --heat: 255 150 0; --gold: #0a58ca }
+@media (prefers-color-scheme: dark) { :root { --text: #fff; --faint: #b5b5b5; --page: #141414;
+  --heat: 170 80 0; --gold: #7db4ff } }
+body { background: var(--page); color: var(--text); max-width: 46rem; margin: 2rem auto;
+  padding: 0 1rem; font: 1rem/1.7 Georgia, serif }
+h1 { font-size: 1.4rem; line-height: 1.3 }
+.facts, .legend { color: var(--faint); font: .85rem/1.5 system-ui, sans-serif }
+.passage { white-space: pre-wrap; overflow-wrap: anywhere; color: var(--faint) }
+.k { color: var(--text); font-weight: bold }
+.g { text-decoration: underline 2px var(--gold); text-underline-offset: .2em }
+"""
+
+
+def page(query, passage, scores, of_tokens, kept, gold=()):
+    """The passage as a heat map of its tokens' scores: one page of HTML that needs no other file.
+
+    The ground of a token is the stronger, the higher its score: 10 steps from the median to the
+    best. Kept characters are bold, the others grey; gold spans are underlined.
+    """
+    heat = np.full(len(passage) + 1, -1)  # [characters], the step of each
+    low, high = np.median(scores), scores.max()
+    steps = (9 * (scores - low) / max(high - low, 1e-9)).clip(0, 9).round().astype(int)
+    for (start, end), step in zip(of_tokens.tolist(), steps, strict=True):
+        heat[start:end] = np.maximum(heat[start:end], step)  # a character may have several
+    in_kept, in_gold = (covered(spans, len(heat)) for spans in (kept, gold))
+    state = np.stack((heat, in_kept, in_gold))  # [3, characters]
+    cuts = (np.flatnonzero((state[:, 1:] != state[:, :-1]).any(0)) + 1).tolist()
+    parts = []
+    for start, end in zip([0, *cuts], [*cuts, len(passage)], strict=True):
+        step, bold, underlined = state[:, start].tolist()
+        names = [f"h{step}"] * (step > 0) + ["k"] * bold + ["g"] * underlined
+        text = escape(passage[start:end])
+        parts.append(f'<span class="{" ".join(names)}">{text}</span>' if names else text)
+    before = np.append(0, in_kept.cumsum())  # kept characters in front of each
+    n_kept = int((before[of_tokens[:, 1]] > before[of_tokens[:, 0]]).sum())
+    facts = f"{n_kept:,} of {len(scores):,} tokens kept"
+    facts += f"; of the gold {share_of(kept, gold):.0%}" if gold else ""
+    ground = "".join(f".h{i} {{ background: rgb(var(--heat) / {i / 14:.2f}) }}" for i in range(10))
+    legend = "<span class=k>bold: kept</span>, <span class=h9>ground: score</span>"
+    legend += ", <span class=g>underlined: gold</span>" if gold else ""
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(query)}</title>
+<style>{_STYLE}{ground}</style></head>
+<body><h1>{escape(query)}</h1>
+<p class="facts">{facts}</p><p class="legend">{legend}</p>
+<div class="passage">{"".join(parts)}</div>
+</body></html>
+"""
+
+
+def read_passage(path, line):
+    """(passage, query or None, gold spans) of a text, or of a line of a .jsonl."""
+    if not path.endswith(".jsonl"):
+        with open(path, encoding="utf-8", newline="") as f:
+            return f.read(), None, []
+    for number, record in read_jsonl(path):
+        if number == line:
+            passage = require(record, "passage", str, path, line)
+            return passage, record.get("query"), record.get("spans", [])
+    raise SystemExit(f"{path} has no line {line}")
