@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 # ---- config: the script's defaults, then config files, then --key=value ----
 
-KINDS = {k.__name__: k for k in (int, float, bool, str, tuple, list)} | {"None": type(None)}
+KINDS = {k.__name__: k for k in (int, float, bool, str, tuple)} | {"None": type(None)}
 RENAMED = {  # keys of earlier versions, where the script has the new one and not the old
     "data_dir": "data", "batch_size": "batch_tokens", "device_batch_size": "device_batch_tokens",
     "chunk_tokens": "device_batch_tokens", "batch_tokens": "device_batch_tokens",
@@ -46,16 +46,15 @@ class _Namespace(dict):
 
 
 def _accept(key, value, kinds):
-    """The value in a type the key takes. Converted are an int to float, a tuple to a list and back,
-    and one string to a tuple of strings."""
+    """The value in a type the key takes. Converted are an int to float, a list to a tuple, and one
+    string to a tuple of strings."""
     if type(value) in kinds:  # exact: True is no int here
         return value
     if type(value) is str and "tuple[str]" in kinds:
         return (value,)
-    if type(value) is int and float in kinds:
-        return float(value)
-    if type(value) in (tuple, list) and kinds & {tuple, list}:
-        return tuple(value) if tuple in kinds else list(value)
+    for kind, wanted in ((int, float), (list, tuple)):
+        if type(value) is kind and wanted in kinds:
+            return wanted(value)
     names = " or ".join(name for name, kind in KINDS.items() if kind in kinds)
     raise ValueError(f"{key} takes {names}, not {value!r}")
 
@@ -105,8 +104,8 @@ def _run_config(path, space, kinds, parents=()):
 def configure(script_globals):
     """Read `python script.py [config.py ...] [--key=value ...]` into the script's globals.
 
-    Keys are the names that the script's top level assigns an int, float, bool, str, tuple, list or
-    None, but for a leading _. A key takes its default's type, or what its annotation says
+    Keys are the names that the script's top level assigns an int, float, bool, str, tuple or None,
+    but for a leading _. A key takes its default's type, or what its annotation says
     (`x: float | None = None`). Command-line values hold while the files run, so what a file derives
     from them follows. Returns the resolved {key: value}. SystemExit on an unknown key or a wrong
     value. --help prints the docstring and the commented defaults."""
@@ -227,6 +226,8 @@ def start(config):
     if s.deterministic:
         set_deterministic()
     torch.manual_seed(s.seed)  # the same fresh weights on every rank
+    if s.config.get("batch_size", 0) % s.world_size:
+        raise SystemExit(f"batch_size={s.batch_size} must be a multiple of {s.world_size} ranks")
     s.compute_dtype = dtype_of(s.dtype, s.device)
     half = s.compute_dtype != torch.float32
     s.autocast = lambda: torch.autocast(s.device.type, s.compute_dtype, enabled=half)
@@ -323,6 +324,16 @@ def catch_stop():
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     return lambda: bool(seen)
+
+
+def finish(s, step, batches):
+    """The end of a run: stops reading ahead, says how a run that was stopped goes on, and leaves
+    the process group."""
+    batches.close()
+    if step < s.stop_step and not s.dry_run:
+        print0(f"stopped after step {step}; this goes on:", resume_command())
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def resume_command():

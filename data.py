@@ -1,7 +1,6 @@
 """
 JSONL files: of any records, and of pairs, whose lines are read when they are asked for. What is
-wrong in a line is said with file, line and field. Spans are in spans.py, labels in labels.py, token
-files in tokens.py.
+wrong in a line is said with file, line and field.
 """
 
 import gzip
@@ -23,21 +22,16 @@ def parse_line(text: bytes, path: str, line: int) -> dict:
     except ValueError as error:  # bad JSON or bad UTF-8
         raise ValueError(f"{path} line {line}: not JSON: {error}") from None
     if not isinstance(record, dict):
-        kind = type(record).__name__
-        raise ValueError(f"{path} line {line}: a {kind}, expected an object: {{...}}")
+        raise ValueError(f"{path} line {line}: a {type(record).__name__}, expected an object")
     return record
 
 
 def read_jsonl(path: str):
-    """Yield (line number from 1, dict) for each line of a file, which may be a .gz; blank lines are
-    passed over."""
+    """Yield (line number from 1, dict) for each line that is not blank of a file, maybe a .gz."""
     with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
         for line, text in enumerate(f, 1):
             if text.strip():
                 yield line, parse_line(text, path, line)
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def require(record: dict, field: str, kind, path: str, line: int):
@@ -46,16 +40,14 @@ def require(record: dict, field: str, kind, path: str, line: int):
     is_list = isinstance(kind, list)
     one = kind[0] if is_list else kind
     expected = f"list of {one.__name__}" if is_list else one.__name__
-    if field not in record:
-        raise ValueError(f"{path} line {line}: field '{field}' is missing (expected {expected})")
-    value = record[field]
+    value = record.get(field)
     values = value if is_list else [value]
     types = (int, float) if one is float else (one,)
     # type(x), not isinstance: True is no int here
     if not isinstance(values, list) or any(type(x) not in types for x in values):
-        shown = repr(value)[:60]
-        raise ValueError(f"{path} line {line}: field '{field}' is {shown} (expected {expected})")
-    if one is str and any(_SURROGATE.search(x) for x in values):
+        found = repr(value)[:60] if field in record else "missing"
+        raise ValueError(f"{path} line {line}: field '{field}' is {found} (expected {expected})")
+    if one is str and any(re.search("[\ud800-\udfff]", x) for x in values):
         raise ValueError(f"{path} line {line}: field '{field}' has half a character (a surrogate)")
     return value
 
@@ -124,16 +116,13 @@ def read_pair(file: PairFile, i: int) -> dict:
         query, pos, neg = get("query", str), get("pos", [str]), get("neg", [str], [])
     if not pos:
         raise ValueError(f"{file.path} line {line}: field 'pos' is empty, expected a text or more")
-    scores = {}
+    pair = {"query": query, "pos": pos, "neg": neg, "prompt": get("prompt", str, "") or None}
     for field, texts in (("pos_scores", pos), ("neg_scores", neg)):
-        scores[field] = get(field, [float], []) or None
-        if scores[field] and len(scores[field]) != len(texts):
-            raise ValueError(
-                f"{file.path} line {line}: field '{field}' has {len(scores[field])} numbers for "
-                f"{len(texts)} texts"
-            )
-    prompt = get("prompt", str, "") or None
-    return {"query": query, "pos": pos, "neg": neg, "prompt": prompt} | scores
+        pair[field] = scores = get(field, [float], []) or None
+        if scores and len(scores) != len(texts):
+            counts = f"{len(scores)} numbers for {len(texts)} texts"
+            raise ValueError(f"{file.path} line {line}: field '{field}' has {counts}")
+    return pair
 
 
 def is_held_out(query: str, share: float) -> bool:

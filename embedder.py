@@ -6,7 +6,6 @@ Texts to embeddings: one path for training, evaluation and use.
 
     pack, pool      lists of ids -> one packed row; hidden states of a packed row -> vectors
     Embedder        a model with its tokenizer, template, pooling and prompts: encode, save, load
-    score_tokens    each token of a passage, by how much it matters for a query
 
 The ids are made in tokenizer.py. `save` writes a folder that sentence-transformers opens, see
 formats/sentence_transformers.py; where that cannot give equal embeddings, `save` says why.
@@ -32,7 +31,7 @@ from formats import sentence_transformers as st
 from formats.huggingface import resolve_folder, save_pretrained
 from formats.peft import adapter_chain, attention_of
 from lora import load_merged, merged_state
-from tokenizer import TEMPLATES, check_tokenizer, load_tokenizer, tokenize, tokenize_passage
+from tokenizer import TEMPLATES, check_tokenizer, load_tokenizer, tokenize
 
 # ---- packed rows ----
 
@@ -58,8 +57,7 @@ def pack(encoded, device):
 
     lengths = [len(ids) for ids, _ in encoded]
     starts = np.cumsum([0, *lengths[:-1]])  # [B], where each text begins in the row
-    first = starts + [start for _, (start, _) in encoded]
-    end = starts + [end for _, (_, end) in encoded]
+    first, end = starts + np.array([span for _, span in encoded]).T  # [B] each
     text = np.repeat(np.arange(len(encoded)), lengths)  # [T]
     row = np.arange(len(text))
     place = np.where((row >= first[text]) & (row < end[text]), row - first[text] + 1, 0)
@@ -76,10 +74,11 @@ def pack(encoded, device):
 
 def pool(hidden, pooled, pooling):
     """hidden [T, C], pooled: the Pool of this row -> [B, C], in fp32 (fp64 if hidden is).
-    pooling: "mean", "weighted_mean" (weights 1, 2, 3, .. over the pooled tokens), "last" or "cls",
-    which is the first.
-    """
+    pooling: "mean", "weighted_mean" (weights 1, 2, 3, .. over the pooled tokens), "last", "cls",
+    which is the first, or "tokens", which are all that are pooled: [P, C]."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
+    if pooling == "tokens":
+        return hidden[pooled.rows].to(wide)
     if pooling in ("cls", "last"):
         rows = pooled.first if pooling == "cls" else pooled.last
         return hidden[rows].to(wide) * (pooled.count > 0).to(wide)[:, None]
@@ -106,12 +105,7 @@ def splade(model, hidden, pooled):
     texts = groups(pooled.lengths, limit)
     rows = pooled.rows.split([sum(pooled.lengths[i] for i in group) for group in texts])
     counts = pooled.count.split([len(group) for group in texts])
-    parts = []
-    for r, n in zip(rows, counts, strict=True):
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(largest, hidden[r], n, use_reentrant=False))
-        else:
-            parts.append(largest(hidden[r], n))
+    parts = [checkpoint(largest, hidden[r], n, use_reentrant=False) for r, n in zip(rows, counts)]
     weights = torch.cat(parts)
     return weights.to(torch.promote_types(weights.dtype, torch.float32)).relu().log1p()
 
@@ -126,6 +120,13 @@ def groups(lengths, limit):
         parts[-1].append(i)
         total += n
     return parts
+
+
+def chunks_of(encoded, limit):
+    """Indices of texts, longest first, in lists of at most `limit` tokens together."""
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
+    parts = groups([len(encoded[i][0]) for i in order], limit)
+    return [[order[i] for i in part] for part in parts]
 
 
 # ---- the embedder ----
@@ -190,13 +191,9 @@ class Embedder(nn.Module):
         if self.pooling == "splade":
             return splade(self.model, hidden, pooled)
         with torch.autocast(hidden.device.type, enabled=False):
-            if self.pooling == "tokens":
-                x = hidden[pooled.rows]  # [P, C]
-                x = x.to(torch.promote_types(x.dtype, torch.float32))
-                if self.projection is not None:
-                    x = F.linear(x, self.projection.weight.to(x.dtype))
-            else:
-                x = pool(hidden, pooled, self.pooling)
+            x = pool(hidden, pooled, self.pooling)  # [B, C], or [P, C]
+            if self.projection is not None:
+                x = F.linear(x, self.projection.weight.to(x.dtype))
             x = F.normalize(x, dim=-1) if self.normalize else x
         return (x, pooled.lengths) if self.pooling == "tokens" else x
 
@@ -247,24 +244,22 @@ class Embedder(nn.Module):
         bar = tqdm(total=n, desc="encode", unit=" texts", disable=not progress or rank > 0)
         with self.evaluating(), bar:
             for begin, encoded in prefetch(parts(), 1):
-                order = np.argsort([-len(ids) for ids, _ in encoded], kind="stable")
-                encoded = [encoded[i] for i in order]  # the longest first
+                chunks = chunks_of(encoded, limit)
                 vectors, counts = [torch.empty(0, self.dim, device=device)], []
-                for group in groups([len(ids) for ids, _ in encoded], limit):
-                    x = self.embed([encoded[i] for i in group])
+                for chunk in chunks:
+                    x = self.embed([encoded[i] for i in chunk])
                     vectors.append(x[0] if many else x)
                     counts += x[1] if many else []
-                    bar.update(len(group) * world)
+                    bar.update(len(chunk) * world)
                 vectors = torch.cat(vectors).cpu()  # once a part: the device need not wait
-                places = np.argsort(order)  # of each text among the vectors
+                places = np.argsort([i for chunk in chunks for i in chunk])  # of the texts' vectors
                 if many:
                     vectors = vectors.split(counts)
                     share = [vectors[i].numpy() for i in places]
                 else:
                     share = vectors.numpy()[places]
-                shares = [share]
+                shares = [share] * world
                 if world > 1:
-                    shares = [None] * world
                     dist.all_gather_object(shares, share)
                 if result is not None:
                     for r, share in enumerate(shares):
@@ -297,10 +292,8 @@ class Embedder(nn.Module):
         model's names, and "projection.weight" where there is one.
         """
         if sentence_transformers and (problem := self.st_problem()):
-            raise ValueError(
-                f"{folder}: sentence-transformers would give other embeddings: {problem}. "
-                "sentence_transformers=False saves the model for nanoembed alone"
-            )
+            raise ValueError(f"{folder}: sentence-transformers would give other embeddings: "
+                             f"{problem}. Or save it with sentence_transformers=False")  # fmt: skip
         state = dict(self.model.state_dict() if state_dict is None else state_dict)
         projection = state.pop("projection.weight", getattr(self.projection, "weight", None))
         if any(".lora_" in name for name in state):
@@ -349,91 +342,14 @@ class Embedder(nn.Module):
             attention = usual
         model = load_merged(base, folders[1:], attention, dtype=dtype).eval()
         model.set_backend(attention_backend, device, dtype)
-        with_tokenizer = [f for f in folders if os.path.exists(os.path.join(f, "tokenizer.json"))]
-        tokenizer = load_tokenizer(with_tokenizer[-1] if with_tokenizer else base)
+        sources = [f for f in folders if os.path.exists(os.path.join(f, "tokenizer.json"))]
+        tokenizer = load_tokenizer([base, *sources][-1])
         if "pooling" not in settings:
             print0(f"{name} does not say how it pools: mean over all tokens")
         settings.setdefault("max_length", min(512, model.config.max_seq_len))
         embedder = cls(model, tokenizer, **settings, dtype=dtype).to(device).eval()
         if foreign and not embedder.pool_instruction and (problem := embedder.st_problem()):
             print0(f"{name}: not in all as sentence-transformers has it: {problem}")
-        c = model.config
-        print0(f"{name}: {c.family}, {'causal' if c.causal else 'bidirectional'}, "
-               f"{embedder.pooling} -> {embedder.dim} numbers, up to {embedder.max_length} tokens; "
-               f"{dtype} on {device}, attention {model.backend}")  # fmt: skip
+        print0(f"{name}: {model.describe()}, {dtype} on {device}; {embedder.pooling} -> "
+               f"{embedder.dim} numbers, up to {embedder.max_length} tokens")  # fmt: skip
         return embedder
-
-
-# ---- scores of tokens ----
-# How much each token of a passage matters for a query: the cosine of the query's embedding and the
-# token's hidden state (train_token_retrieval.py trains this). A passage longer than memory goes in
-# windows: slices of the whole's ids, so that no token and no character moves.
-
-
-def windows_of(n, window, overlap, causal):
-    """n tokens in windows of `window` -> [(start, stop, first, last), ..], ends exclusive.
-
-    Tokens start..stop are encoded together; the hidden states of first..last are taken from there.
-    Neighbours share `overlap` tokens, the last two perhaps more. A shared token is taken from the
-    window where it sees most: if causal the earlier one, else the one whose border is further away.
-    """
-    if window and not 0 <= overlap < window:
-        raise ValueError(f"windows of {window} tokens cannot share {overlap}")
-    if not window or n <= window:
-        return [(0, n, 0, n)]
-    starts = [*range(0, n - window, window - overlap), n - window]  # the last one is full, too
-    windows, first = [], 0
-    for start, following in zip(starts, [*starts[1:], None], strict=True):
-        stop = start + window
-        last = n if following is None else stop if causal else (following + stop) // 2
-        windows.append((start, stop, first, last))
-        first = last
-    return windows
-
-
-def cosines(queries, hidden, block=8192):
-    """queries [Q, C] of length 1, hidden [n, C] of any type -> [Q, n] fp32 (fp64 if hidden is):
-
-        s_j = q . t_j / |t_j|
-
-    The normalised tokens exist for a block at a time; the backward pass makes them again.
-    """
-
-    def of_block(queries, block):
-        return queries @ F.normalize(block.to(queries.dtype), dim=-1).t()
-
-    with torch.autocast(hidden.device.type, enabled=False):
-        blocks = hidden.split(block)
-        if torch.is_grad_enabled():
-            parts = [checkpoint(of_block, queries, x, use_reentrant=False) for x in blocks]
-        else:
-            parts = [of_block(queries, x) for x in blocks]
-    return torch.cat(parts, dim=1)
-
-
-def score_tokens(embedder, queries, passage, window=0, overlap=0, progress=False):
-    """-> (scores float32 [Q, n], spans int64 [n, 2]): for each query the cosine of its embedding
-    and of every token of the passage; and each token's characters [start, end) in the raw passage.
-
-    queries get the instruction prompts["query"], the passage prompts["document"]; it is never cut.
-    window: the number of tokens that are encoded at a time, 0 for the whole; neighbours share
-    `overlap`. Ids and spans are the whole's. Scores differ a little, because a token sees no
-    further than its window.
-    """
-    model, device, prompts = embedder.model, embedder.device, embedder.prompts
-    if embedder.pooling in ("splade", "tokens"):
-        raise ValueError(f"score_tokens compares with one vector, not with {embedder.pooling!r}")
-    instruction = prompts.get("document", "")
-    ids, rows, spans = tokenize_passage(embedder.tokenizer, passage, instruction, embedder.template)
-    scores = []
-    with embedder.evaluating():
-        vectors = embedder.embed(embedder.tokenize(queries, prompts.get("query", "")))
-        vectors = F.normalize(vectors, dim=-1)  # [Q, C]
-        windows = windows_of(len(ids), window, overlap, model.config.causal)
-        windows = tqdm(windows, "score", unit=" windows", disable=not progress)
-        for start, stop, first, last in windows:
-            tokens = torch.tensor(ids[start:stop], device=device)
-            hidden = model(tokens, make_seqs([stop - start], device))  # [window, C]
-            inside = torch.from_numpy(rows[(rows >= first) & (rows < last)] - start).to(device)
-            scores.append(cosines(vectors, hidden[inside]).cpu())
-    return torch.cat(scores, dim=1).numpy(), spans

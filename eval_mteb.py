@@ -56,9 +56,10 @@ from mteb.results import TaskResult
 from mteb.types import PromptType
 
 import common
-from data import read_jsonl, require
+from bm25 import BM25
+from data import open_pairs, read_jsonl, read_pair, require
 from embedder import Embedder
-from metrics import BM25
+from formats import write_json
 from tokenizer import Template
 
 # ---- defaults ----
@@ -114,7 +115,7 @@ def parts(task):
 KINDS = {  # the file that makes a folder a task: its type, mteb's class, main score, fields
     "corpus": ("Retrieval", abstasks.AbsTaskRetrieval, "ndcg_at_10", {"_id": str, "text": str}),
     "reranking": ("Reranking", abstasks.AbsTaskRetrieval, "map_at_1000",
-                  {"query": str, "positive": [str]}),
+                  {"query": str, "positive": [str], "negative": [str]}),
     "sts": ("STS", abstasks.AbsTaskSTS, "cosine_spearman",
             {"sentence1": str, "sentence2": str, "score": float}),
     "pairs": ("PairClassification", abstasks.AbsTaskPairClassification, "max_ap",
@@ -124,24 +125,19 @@ KINDS = {  # the file that makes a folder a task: its type, mteb's class, main s
     "clustering": ("Clustering", abstasks.AbsTaskClustering, "v_measure",
                    {"text": str, "label": str}),
 }  # fmt: skip
-COLUMNS = {  # where mteb's class expects other names, or (clustering) takes 4 % of the texts
-    "pairs": {"label_column_name": "label"},
-    "clustering": {"label_column_name": "label", "input_column_name": "text",
-                   "max_fraction_of_documents_to_embed": None},
-}  # fmt: skip
 
 
 def local_tasks(path, split="test"):
     """The tasks of a folder, or of its subfolders, or of a .jsonl file of training pairs."""
     path = Path(path).absolute()
-    if path.is_file():
-        return [local_task("corpus", path, split)]
     folders = [path, *sorted(path.glob("*/"))]
     found = [(kind, f) for f in folders for kind in KINDS if file_of(f, kind).exists()]
-    if not found or len({f for _, f in found}) < len(found):
+    if path.is_file():
+        found = [("corpus", path)]
+    elif not found or len({f for _, f in found}) < len(found):
         wanted = f"with one file of {', '.join(KINDS)}.jsonl or .tsv each"
         raise SystemExit(f"{path}: a task's folder, or folders, {wanted}; found {found}")
-    return [local_task(kind, folder, split) for kind, folder in found]
+    return [local_task(kind, place, split) for kind, place in found]
 
 
 def local_task(kind, path, split):
@@ -157,7 +153,11 @@ def local_task(kind, path, split):
         main_score=main_score, dataset={"path": str(path), "revision": "local"},
         eval_splits=[split], eval_langs=["eng-Latn"],
     )  # fmt: skip
-    body = {"metadata": metadata, "load_data": load_data} | COLUMNS.get(kind, {})
+    body = {
+        "metadata": metadata, "load_data": load_data, "label_column_name": "label",
+        # of clustering, which else takes 4 % of the texts
+        "input_column_name": "text", "max_fraction_of_documents_to_embed": None,
+    }  # fmt: skip
     return type(path.stem, (base,), body)()
 
 
@@ -189,26 +189,33 @@ def read_columns(kind, path, split, fields):
     """The columns of each split; labels as numbers."""
     files = {"train": "train", split: split} if kind == "train" else {split: kind}
     rows = {key: read_rows(file_of(path, stem), fields) for key, stem in files.items()}
-    data = {key: {f: [row[f] for row in rows[key]] for f in fields} for key in rows}
-    if fields.get("label") is str:
-        number = sorted({label for columns in data.values() for label in columns["label"]}).index
-        for columns in data.values():
-            columns["label"] = [number(label) for label in columns["label"]]
-    elif kind == "pairs" and set(data[split]["label"]) != {0, 1}:
+    labels = sorted({row["label"] for part in rows.values() for row in part if "label" in fields})
+    if kind == "pairs" and labels != [0, 1]:
         raise ValueError(f"{file_of(path, kind)}: labels are 0 and 1, and both must occur")
-    return DatasetDict({key: Dataset.from_dict(columns) for key, columns in data.items()})
+    data = {}
+    for key, part in rows.items():
+        columns = {field: [row[field] for row in part] for field in fields}
+        if labels:
+            columns["label"] = [labels.index(label) for label in columns["label"]]
+        data[key] = Dataset.from_dict(columns)
+    return DatasetDict(data)
 
 
 def read_search(kind, path, split, fields):
     """Corpus, queries, which passages are relevant to which query, and the candidates if given."""
     candidates = None  # {query id: [passage id, ..]}
     if kind == "reranking":
-        corpus, queries, relevant = read_candidates(file_of(path, kind), "positive", "negative")
+        rows = read_rows(file_of(path, kind), fields)
+        corpus, queries, relevant = number_texts([row[field] for field in fields] for row in rows)
         candidates = {query: list(grades) for query, grades in relevant.items()}
     elif path.is_dir():
         corpus, queries, relevant = read_beir(path, split, fields)
     else:
-        corpus, queries, relevant = read_candidates(path, "pos", "neg")
+        file = open_pairs(str(path))
+        pairs = [read_pair(file, i) for i in range(len(file))]
+        corpus, queries, relevant = number_texts(
+            ((p["prompt"] or "") + p["query"], p["pos"], p["neg"]) for p in pairs
+        )
     data = {"corpus": Dataset.from_list(corpus), "queries": Dataset.from_list(queries)}
     return {split: data | {"relevant_docs": relevant, "top_ranked": candidates}}
 
@@ -221,24 +228,22 @@ def read_beir(path, split, fields):
     ids = {"query-id": {q["id"] for q in queries}, "corpus-id": {d["id"] for d in corpus}}
     qrels, relevant = path / "qrels" / f"{split}.tsv", {}
     for row in read_rows(qrels, {"query-id": str, "corpus-id": str, "score": int}):
-        for field in ids:
-            if row[field] not in ids[field]:
+        for field, known in ids.items():
+            if row[field] not in known:
                 raise ValueError(f"{qrels}: there is no text for {field} {row[field]!r}")
         relevant.setdefault(row["query-id"], {})[row["corpus-id"]] = row["score"]
     return corpus, queries, relevant
 
 
-def read_candidates(path, good, bad):
-    """The same of lines of a query with its passages, in the fields good and bad: equal texts are
-    one."""
+def number_texts(lines):
+    """The same of (query, right passages, wrong passages) lines; equal texts are one."""
     queries, corpus, relevant = {}, {}, {}  # queries, corpus: {text: id}
-    for line, row in enumerate(read_rows(path, {"query": str, good: [str]}), 1):
-        query = (row.get("prompt") or "") + row["query"]
+    for query, right, wrong in lines:
         grades = relevant.setdefault(queries.setdefault(query, f"q{len(queries)}"), {})
         # of equal scores the larger id is ranked first: a positive gains nothing by a tie
-        for text in row[good]:
+        for text in right:
             grades[corpus.setdefault(text, f"a{len(corpus)}")] = 1
-        for text in require({bad: []} | row, bad, [str], str(path), line):
+        for text in wrong:
             grades.setdefault(corpus.setdefault(text, f"b{len(corpus)}"), 0)
     corpus, queries = ([{"id": i, "text": t} for t, i in x.items()] for x in (corpus, queries))
     return corpus, queries, relevant
@@ -250,20 +255,17 @@ def read_candidates(path, good, bad):
 def task_prompts(tasks, instructions, template, saved):
     """-> {task: {"query": prompt, "document": prompt}}. saved: the model's prompts, under "query"
     and "document", or the name or type of a task. SystemExit where a file lacks a task."""
-    file = {}
+    file, prompts, missing = {}, {}, []
     if instructions not in ("model", "mteb"):
-        with open(instructions, encoding="utf-8") as f:
-            file = json.load(f)
-    prompts, missing = {}, []
+        file = json.loads(Path(instructions).read_text("utf-8"))
     for whole, part in [(t, part) for t in tasks for part in parts(t)]:
         name, kind = part.metadata.name, part.metadata.type
         if instructions == "model":
-            given = {"query": saved.get(name, saved.get(kind, saved.get("query", "")))}
+            given = saved.get(name, saved.get(kind, saved.get("query", "")))
         elif instructions == "mteb":
             given = part.metadata.prompt or part.abstask_prompt
         elif (given := file.get(name, file.get(whole.metadata.name))) is None:
             missing.append(name)
-            continue
         given = given if isinstance(given, dict) else {"query": given}
         prompts[name] = {"query": "", "document": saved.get("document", "")} | given
         if instructions != "model" and (text := prompts[name]["query"]):
@@ -300,8 +302,8 @@ class Encoder(AbsEncoder):
 
 
 class BM25Search:
-    """metrics.BM25 as mteb calls a model that does retrieval and reranking only. Titles stand
-    before the texts; there are no prompts."""
+    """bm25.BM25 as mteb calls a model that does retrieval and reranking only. Titles stand before
+    the texts; there are no prompts."""
 
     name = hashed = "bm25"
     search_only, saved = True, {}
@@ -310,19 +312,20 @@ class BM25Search:
     def index(self, corpus, **_):
         self.ids, texts = list(corpus["id"]), corpus["text"]
         if "title" in corpus.column_names:
-            pairs = zip(corpus["title"], texts, strict=True)
-            texts = (f"{title or ''} {text}" for title, text in pairs)
+            texts = (f"{title or ''} {text}" for title, text in zip(corpus["title"], texts))
         self.bm25 = BM25(texts)
 
     def search(self, queries, *, top_k, top_ranked=None, **_):
-        row_of, results = {name: row for row, name in enumerate(self.ids)}, {}
-        for query, text in zip(queries["id"], queries["text"], strict=True):
+        results = {}
+        for query, text in zip(queries["id"], queries["text"]):
             scores = self.bm25.scores(text)  # [N]
-            rows = np.argsort(-scores, kind="stable")[:top_k]
-            rows = rows[scores[rows] > 0]
-            if top_ranked is not None:
-                rows = [row_of[name] for name in top_ranked[query]]
-            results[query] = {self.ids[row]: float(scores[row]) for row in rows}
+            if top_ranked is None:
+                rows = np.argsort(-scores, kind="stable")[:top_k]
+                found = {self.ids[row]: float(scores[row]) for row in rows if scores[row] > 0}
+            else:
+                found = dict(zip(self.ids, scores.tolist()))
+                found = {name: found[name] for name in top_ranked[query]}
+            results[query] = found
         return results
 
 
@@ -351,37 +354,33 @@ def load_encoder(name, s, device):
     if name.startswith("st:"):
         from sentence_transformers import SentenceTransformer
 
-        module = SentenceTransformer(name.removeprefix("st:"), device=str(device))
-        if s.max_length:
-            module.max_seq_length = s.max_length
-        scores, dim = module.similarity_fn_name, module.get_embedding_dimension()
-        settings = module, module.max_seq_length, sorted(module.tokenizer.get_vocab().items())
+        e = SentenceTransformer(name.removeprefix("st:"), device=str(device))
+        e.max_seq_length = s.max_length or e.max_seq_length
+        scores, dim = s.similarity or e.similarity_fn_name, e.get_embedding_dimension()
+        settings = e, e.max_seq_length, sorted(e.tokenizer.get_vocab().items())
 
         def embed(texts, prompt):
-            return module.encode(texts, prompt=prompt, show_progress_bar=bar)
+            return e.encode(texts, prompt=prompt, show_progress_bar=bar)
 
     else:
         template = None
         if s.prefix is not None or s.suffix is not None:
             template = Template(*((x or "").replace("\\n", "\n") for x in (s.prefix, s.suffix)))
         adapters = s.adapters if name == s.model else ()
-        module = e = Embedder.load(
+        e = Embedder.load(
             name, adapters, device, s.dtype, s.attention, pooling=s.pooling, template=template,
             max_length=s.max_length,
         )  # fmt: skip
         name, dim = "+".join([name, *adapters]), e.dim
-        scores = "cosine" if e.normalize else "dot"
+        scores = s.similarity or ("cosine" if e.normalize else "dot")
+        scores = "MaxSim" if e.pooling == "tokens" else scores
         settings = (e.model.config, e.pooling, e.template, e.normalize, e.max_length, e.dtype,
                     e.pool_instruction, e.tokenizer.backend_tokenizer.to_str())  # fmt: skip
 
         def embed(texts, prompt):
             return e.encode(texts, prompt, s.device_batch_tokens, progress=bar)
 
-    scores = s.similarity or scores
-    if getattr(module, "pooling", None) == "tokens":
-        scores = "MaxSim"
-    hashed = fingerprint(module, settings, scores)
-    return Encoder(name, embed, scores, module.prompts, dim, hashed)
+    return Encoder(name, embed, scores, e.prompts, dim, fingerprint(e, settings, scores))
 
 
 # ---- evaluation ----
@@ -393,11 +392,11 @@ def evaluate(encoder, tasks, folder, reuse=False):
     mteb's own file of all scores goes to `folder`; with `reuse` it is read if it is there already.
     Its name, not mteb's cache, which goes by the model's name, says what it belongs to.
     """
-    rows, rank = [], dist.get_rank() if dist.is_initialized() else 0
+    rows, rank = [], common.get_rank()
     for task in tasks:
         meta, members, start = task.metadata, parts(task), time.time()
-        searches = [isinstance(t, abstasks.AbsTaskRetrieval) for t in members]
-        if encoder.search_only and not all(searches):
+        searched = all(isinstance(part, abstasks.AbsTaskRetrieval) for part in members)
+        if encoder.search_only and not searched:
             continue
         prompts = {t.metadata.name: encoder.prompts[t.metadata.name] for t in members}
         data = [(t.metadata.name, t.metadata.dataset, t.eval_splits, t.hf_subsets) for t in members]
@@ -455,13 +454,13 @@ def table(rows):
     cells = [["task", "type", "metric", *models]]
     for key, scores in lines.items():
         cells.append([*key, *("" if np.isnan(x) else f"{x:.2f}" for x in scores)])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * w if i < 3 else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
-    put = [str.ljust] * 3 + [str.rjust] * len(models)
-    return "\n".join(
-        f"| {' | '.join(f(c, w) for f, c, w in zip(put, line, widths, strict=True))} |"
-        for line in cells
-    )
+    columns = []
+    for i, (head, *column) in enumerate(zip(*cells)):
+        width = max(map(len, [head, *column]))
+        rule = "-" * width if i < 3 else "-" * (width - 1) + ":"
+        put = str.ljust if i < 3 else str.rjust
+        columns.append([put(cell, width) for cell in (head, rule, *column)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns))
 
 
 if __name__ == "__main__":
@@ -482,10 +481,8 @@ if __name__ == "__main__":
     rows = []
     for name in names:
         # new tasks for each model: clustering draws on its task's random state
-        if s.local:
-            chosen = local_tasks(s.local, s.split)
-        else:
-            chosen = named_tasks(s.tasks, s.benchmark, s.languages)
+        named = (s.tasks, s.benchmark, s.languages)
+        chosen = local_tasks(s.local, s.split) if s.local else named_tasks(*named)
         encoder = load_encoder(name, s, device)
         encoder.prompts = task_prompts(chosen, s.instructions, s.query_template, encoder.saved)
         rows += evaluate(encoder, chosen, f"{s.out_dir}/scores", reuse=not s.local)
@@ -494,9 +491,9 @@ if __name__ == "__main__":
     if rank == 0:
         text = table(rows) + "\n"
         print(f"\n{text}")
-        Path(s.out_dir, "results.md").write_text(text, encoding="utf-8")
         results = {"mteb": mteb.__version__, "config": vars(s), "rows": rows}
-        Path(s.out_dir, "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        write_json(results, s.out_dir, "results.json")
+        Path(s.out_dir, "results.md").write_text(text, "utf-8")
         print(f"saved: {s.out_dir}/results.md, results.json, scores/")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -7,14 +7,6 @@ import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather
 
 from common import all_reduce_max
-from embedder import groups
-
-
-def chunks_of(encoded, max_tokens):
-    """Indices of texts, longest first, in lists of at most max_tokens tokens together."""
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
-    parts = groups([len(encoded[i][0]) for i in order], max_tokens)
-    return [[order[i] for i in part] for part in parts]
 
 
 def pad_chunks(encoded, chunks):

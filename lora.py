@@ -7,8 +7,7 @@ LoRA: low-rank adapters on a frozen model (Hu et al. 2021, arXiv 2106.09685).
     load_adapter(model, "out/simcse")                                 # merged adapter, adapter
 
 An adapter belongs to one base: the same weights (earlier adapters merged), and the same attention.
-A PEFT folder does not say whether the model was bidirectional: who loads it has to know, unless a
-nanoembed_adapter.json beside it says so, as save_adapter writes it. Files: formats/peft.py.
+PEFT's own files do not say whether the model was bidirectional. Files: formats/peft.py.
 """
 
 import math
@@ -38,9 +37,9 @@ class LoRALinear(nn.Module):
         self.base, self.rank, self.alpha, self.rslora = base, rank, alpha, rslora
         self.dropout = dropout
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
-        fp32 = dict(dtype=torch.float32, device=base.weight.device)
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **fp32))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **fp32))
+        with base.weight.device:
+            self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
+            self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as peft does
 
     def forward(self, x):  # [L, in] -> [L, out]
@@ -48,23 +47,12 @@ class LoRALinear(nn.Module):
             x = x.to(self.base.weight.dtype)  # a trained fp32 embedding in front of bf16 layers
         y = self.base(x)
         a = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # [L, r]
-        # scaled while it is narrow
-        return y + F.linear(a * self.scale, self.lora_B.to(x.dtype))
-
-    def add_to(self, w, a, b):
-        """W + scale B A, added in fp32, in the type of W."""
-        return (w.float() + self.scale * (b @ a)).to(w.dtype)
+        return y + F.linear(a * self.scale, self.lora_B.to(x.dtype))  # scaled while it is narrow
 
 
 def lora_layers(model):
     """{our module name: LoRALinear}"""
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
-
-
-def _linear_layers(model):
-    # lm_head is none of them: the model reads its matrix and never calls it
-    modules = model.named_modules()
-    return {n: m for n, m in modules if isinstance(m, nn.Linear) and n != "lm_head"}
 
 
 def trained_names(model):
@@ -89,11 +77,10 @@ def inject(model, rank, alpha, dropout, targets, rslora=False, train_also=""):
         raise ValueError("inject: the model has an adapter already, merge it first")
     if rank < 1:
         raise ValueError(f"inject: rank {rank}, expected 1 or more")
-    linear = {n: m for n, m in _linear_layers(model).items() if n.startswith("blocks.")}
+    modules = model.blocks.named_modules(prefix="blocks")
+    linear = {name: m for name, m in modules if isinstance(m, nn.Linear)}
     leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
-    wanted = _listed("targets", targets, ["all"] + leaves)
-    if not wanted:
-        raise ValueError(f"targets={targets!r}: expected all, or some of {leaves}")
+    wanted = _listed("targets", targets, ["all", *leaves])
     parameters = dict(model.named_parameters())  # a tied head's matrix is in it once, as embed
     groups, of_module = {}, {"embed": "embed", "lm_head": "head", "head.dense": "head"}
     for name in parameters:
@@ -101,20 +88,20 @@ def inject(model, rank, alpha, dropout, targets, rslora=False, train_also=""):
         norm = isinstance(model.get_submodule(module), Norm)
         groups.setdefault("norm" if norm else of_module.get(module), []).append(name)
     del groups[None]
-    train_also = _listed("train_also", train_also, list(groups))
+    also = _listed("train_also", train_also, list(groups)) if train_also else ()
 
     model.requires_grad_(False)
     for name, module in linear.items():
         if "all" in wanted or name.rpartition(".")[2] in wanted:
             model.set_submodule(name, LoRALinear(module, rank, alpha, dropout, rslora))
-    model.trained_along = [name for group in train_also for name in groups[group]]
+    model.trained_along = [name for group in also for name in groups[group]]
     for name in model.trained_along:
         parameters[name].data = parameters[name].data.float()
         parameters[name].requires_grad_(True)
 
 
 def _listed(key, text, names):
-    items = [item.strip() for item in text.split(",") if item.strip()]
+    items = [item.strip() for item in text.split(",")]
     for item in items:
         if item not in names:
             raise ValueError(f"{key}={text!r}: no {item!r} in this model, expected some of {names}")
@@ -126,17 +113,15 @@ def _listed(key, text, names):
 
 @torch.no_grad()
 def merge(model):
-    """Adds the adapter into the weights, in place: plain Linear layers, every parameter trains
-    again, as after `from_pretrained`. Gives back what `unmerge` needs. (The old weights themselves:
-    W + D - D is not W in floating point.)"""
+    """Adds the adapter into the weights, in place; then every parameter trains. Gives back what
+    `unmerge` needs, the old weights among it: W + D - D is not W in floating point."""
     layers, trained = lora_layers(model), trained_names(model)
     if not layers:
         raise ValueError("merge: the model has no adapter")
+    weights = merged_state(model, model.state_dict())
     for name, lora in layers.items():
-        base = lora.base
-        plain = nn.Linear(base.in_features, base.out_features, device="meta")
-        plain.weight = nn.Parameter(lora.add_to(base.weight, lora.lora_A, lora.lora_B))
-        plain.bias = base.bias
+        plain = nn.Linear(lora.base.in_features, lora.base.out_features, device="meta")
+        plain.weight, plain.bias = nn.Parameter(weights[f"{name}.weight"]), lora.base.bias
         model.set_submodule(name, plain)
     model.requires_grad_(True)
     return layers, trained
@@ -154,10 +139,9 @@ def unmerge(model, merged):
 def merged_state(model, state, base=None, adapters=()):
     """Full tensors by the model's names, with LoRA added into the weights: what is saved.
 
-    base: the folder or hub id of the model, and the adapters that were merged into it. The frozen
-    weights are read from there again, for the model may have them in bf16, and the sums are rounded
-    once, to the type that the base's files have: what comes out is what `load_merged` and peft make
-    of the saved adapter. A state without LoRA is given back as it is.
+    base, adapters: what the model was made of. The frozen weights are read from there again, for
+    the model may have them in bf16, and the sums are rounded once, to the type of the base's files:
+    the result is what `load_merged` and peft make of the saved adapter.
     """
     layers = lora_layers(model)
     if not layers:
@@ -174,8 +158,8 @@ def merged_state(model, state, base=None, adapters=()):
         return merged.to(stored_dtype(resolve_folder(base))).state_dict()
     weights = {n.replace(".base.", "."): t for n, t in state.items() if ".lora_" not in n}
     for name, layer in layers.items():
-        a, b = state[f"{name}.lora_A"], state[f"{name}.lora_B"]
-        weights[f"{name}.weight"] = layer.add_to(weights[f"{name}.weight"], a, b)
+        w, a, b = (state[f"{name}.{part}"] for part in ("base.weight", "lora_A", "lora_B"))
+        weights[f"{name}.weight"] = (w.float() + layer.scale * (b @ a)).to(w.dtype)
     return weights
 
 
@@ -186,11 +170,9 @@ def save_adapter(model, folder, base_name, state_dict=None, merged=()):
     """Writes adapter_config.json and adapter_model.safetensors, which `peft` loads.
 
     Everything that trained is in there, and the embedding and head if the vocabulary grew (a user
-    of peft resizes the base first). base_name: the folder or hub id `owner/name[@revision]` that
-    the adapter belongs to. state_dict: full tensors gathered elsewhere (FSDP). merged: adapters
-    that were merged into the base before. These and the model's attention stand in
-    nanoembed_adapter.json, for adapter_chain and attention_of.
-    Raises ValueError for a model without LoRA and for trained tensors that have no place there.
+    of peft resizes the base first). base_name: the adapter's base, a folder or hub id
+    `owner/name[@revision]`; merged: adapters that were merged into it before. state_dict: full
+    tensors gathered elsewhere (FSDP). Raises ValueError for a model without LoRA.
     """
     layers = lora_layers(model)
     if not layers:
@@ -204,28 +186,29 @@ def load_adapter(model, folder, trainable=False):
     """Puts the adapter of a PEFT folder (or hub id) on the model: ours, peft's or LLM2Vec's.
 
     trainable: what trained before trains on, in fp32; otherwise everything is frozen. An embedding
-    with more rows than the model's resizes it. Where the adapter gives a tied embedding and head
-    different values, as peft may, the model unties.
+    with more rows than the model's resizes it, a head that differs from its embedding unties it.
     Raises ValueError for a kind of adapter that is not supported (DoRA, trained biases, ...), and
     for missing, unexpected or misshapen tensors, by name.
     """
     if lora_layers(model):
         raise ValueError("load_adapter: the model has an adapter already, merge it first")
-    folder, c, linear = resolve_folder(folder), model.config, _linear_layers(model)
+    folder, c, embed = resolve_folder(folder), model.config, model.embed.weight
     wanted, present = peft.attention_of(folder), "causal" if c.causal else "bidirectional"
     if wanted not in (None, present):
-        raise ValueError(f"{folder} belongs to a {wanted} model, this one is {present}: load the "
-                         f"base with attention={wanted!r}")  # fmt: skip
+        problem = f"belongs to a {wanted} model, this one is {present}"
+        raise ValueError(f"{folder} {problem}: load the base with attention={wanted!r}")
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    device = model.embed.weight.device
-    tensors, layers, along = peft.read_adapter(folder, c, names, linear, device)
+    # lm_head is no layer for LoRA: the model reads its matrix and never calls it
+    modules = model.named_modules()
+    linear = {n: m for n, m in modules if isinstance(m, nn.Linear) and n != "lm_head"}
+    tensors, layers, along = peft.read_adapter(folder, c, names, linear)
 
-    embed = tensors.get("embed.weight", model.embed.weight)
+    embed = tensors.get("embed.weight", embed)
     if len(embed) > c.vocab_size:
         model.resize_vocab(len(embed))
     if c.tied and c.head != "none":
         head = tensors.get("lm_head.weight", model.embed.weight)
-        if torch.equal(head, embed.to(head.dtype)):
+        if torch.equal(head, embed.to(head)):
             tensors.pop("lm_head.weight", None)
         else:
             c.tied = False
@@ -237,9 +220,10 @@ def load_adapter(model, folder, trainable=False):
     for name, tensor in tensors.items():
         p, trains = parameters[name], trainable and (name in along or ".lora_" in name)
         if tensor.shape != p.shape:
-            sizes = f"{name} is {tuple(tensor.shape)}, the model's is {tuple(p.shape)}"
-            raise ValueError(f"{folder}: {sizes}")
-        p.data = tensor.to(torch.float32 if trains else torch.promote_types(tensor.dtype, p.dtype))
+            found, expected = tuple(tensor.shape), tuple(p.shape)
+            raise ValueError(f"{folder}: {name} is {found}, the model's is {expected}")
+        dtype = torch.float32 if trains else torch.promote_types(tensor.dtype, p.dtype)
+        p.data = tensor.to(p.device, dtype)
         p.requires_grad_(trains)
     model.trained_along = [name for name in parameters if name in along]
 
@@ -269,10 +253,9 @@ def _adapter_folder(checkpoint):
 
 
 def load_for_training(s, last=None, attention=None, rope_theta=None):
-    """-> (model, base, adapters): the model without its LoRA, which `add_lora` puts on, and the
-    names of what it was made of, for save_adapter and merged_state.
+    """-> (model, base, adapters): the model without its LoRA, which `add_lora` puts on, and what it
+    was made of, for save_adapter and merged_state: out_dirs pinned to the checkpoint read now.
 
-    Local names are pinned to one checkpoint: an out_dir may have a newer one when this run saves.
     last: the checkpoint to go on from. Under LoRA the base and the adapters are those that its
     adapter was trained on, otherwise it has all the weights.
     """
@@ -297,7 +280,5 @@ def add_lora(model, s, last):
     if s.lora_rank and last:
         load_adapter(model, _adapter_folder(last), trainable=True)
     elif s.lora_rank:
-        inject(
-            model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets,
-            train_also=s.train_also,
-        )  # fmt: skip
+        settings = s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets
+        inject(model, *settings, train_also=s.train_also)

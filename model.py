@@ -205,27 +205,23 @@ class Transformer(nn.Module):
         """{kind of layer: (cos, sin)}, each [T, D/2] fp32."""
         c = self.config
         if seqs.max_seqlen > c.max_seq_len and not self.warned:
-            self.warned = True
-            warnings.warn(
-                f"a text of {seqs.max_seqlen:,} tokens: the model was trained for "
-                f"{c.max_seq_len:,} positions", stacklevel=2,
-            )  # fmt: skip
-        out = {}
+            self.warned, trained = True, f"the model was trained for {c.max_seq_len:,} positions"
+            warnings.warn(f"a text of {seqs.max_seqlen:,} tokens: {trained}", stacklevel=2)
+        out, positions = {}, seqs.positions
         for kind in dict.fromkeys(c.layer_kinds):
-            device = seqs.positions.device
-            freq, scale = rope_frequencies(c.rope[kind], c.head_dim, c.max_seq_len, device)
-            angle = seqs.positions[:, None] * freq  # [T, D/2]
+            freq, scale = rope_frequencies(
+                c.rope[kind], c.head_dim, c.max_seq_len, positions.device
+            )
+            angle = positions[:, None] * freq  # [T, D/2]
             out[kind] = angle.cos() * scale, angle.sin() * scale
         return out
 
     def set_dropout(self, attn=None, out=None):
         """For this run; the config, and with it a saved folder, keeps the model's own.
         None: as it is."""
-        for block in self.blocks:
-            if attn is not None:
-                block.attn.attn_dropout = attn
-            if out is not None:
-                block.attn.out_dropout = out
+        for layer in (block.attn for block in self.blocks):
+            layer.attn_dropout = layer.attn_dropout if attn is None else attn
+            layer.out_dropout = layer.out_dropout if out is None else out
 
     def set_backend(self, wanted, device, dtype):
         """See choose_backend. Dropout counts where the model is to be trained: call `eval` before

@@ -5,9 +5,28 @@ The pairs of a contrastive batch: which are drawn, who is whose among their text
 import numpy as np
 import torch
 
-from data import read_pair
-from order import lines_of_step, pair_rng
+import optim
+from common import print0
+from data import open_pairs, read_pair
+from order import choose_files, lines_of_step, pair_rng
 from tokenizer import tokenize
+
+
+def open_files(s):
+    """-> the files of s.data, and which of them each step reads. Sets the lengths of the run."""
+    files = [open_pairs(path) for path in s.data]
+    for key in ("query_instruction", "passage_instruction"):
+        if len(getattr(s, key)) not in (1, len(files)):
+            raise SystemExit(f"{key}: {len(getattr(s, key))} texts for {len(files)} data files")
+    n_lines = sum(len(file) for file in files)
+    optim.set_lengths(s, n_lines, s.batch_size)
+    for file in files:
+        print0(f"{file.path}: {len(file):,} lines")
+    print0(
+        f"{s.stop_step:,} steps of {s.batch_size:,} pairs = "
+        f"{s.stop_step * s.batch_size / n_lines:.2f} epochs; warmup {s.warmup:,} steps"
+    )
+    return files, choose_files(files, s.max_steps, s.sampling_alpha, s.seed)
 
 
 def pairs_of_step(files, step, choices, s):

@@ -17,10 +17,10 @@ import torch
 
 from attention import Seqs, make_seqs
 from common import all_reduce_max
-from embedder import groups, windows_of
-from metrics import covered
+from embedder import groups
 from order import permuted
-from spans import gold_tokens, read_spans, squeezed
+from spans import covered, gold_tokens, read_spans, speller
+from token_scores import windows_of
 from tokenizer import tokenize, tokenize_passage
 
 
@@ -85,23 +85,19 @@ def encode_passage(records, tokenizer, s, max_length=None):
     template's. A query that so loses all of its spans is left out."""
     text = records[0]["passage"]
     ids, rows, spans = tokenize_passage(tokenizer, text, s.passage_instruction, s.template)
-    passage_ids = np.array(ids)[rows]  # [n]
-
-    def spell(tokens):
-        return tokenizer.decode(passage_ids[tokens])
-
-    faithful = squeezed(spell(slice(None))) == squeezed(text)
-    gold = [gold_tokens(record, spans, spell if faithful else None) for record in records]
-    n = len(rows)
+    spell = speller(tokenizer, np.array(ids)[rows], text)
+    gold = [gold_tokens(record, spans, spell) for record in records]
+    n = len(rows)  # tokens of the passage that stay
     if max_length and len(ids) > max_length:
-        tail = ids[rows[-1] + 1 :]
+        tail = ids[rows[-1] + 1 :]  # the template's suffix, an EOS or SEP
         room = max_length - len(tail)
         if room <= rows[0]:
             raise ValueError(f"passage_max_length={max_length} leaves no room for the passage")
         n, ids = int((rows < room).sum()), ids[:room] + tail
+    # gold tokens behind the cut are lost, with them spans that have no other, and so their queries
     gold = [[part[part < n] for part in parts] for parts in gold]
     lost_spans = sum(len(part) == 0 for parts in gold for part in parts)
-    gold = [np.unique(np.concatenate(parts)) for parts in gold]
+    gold = [np.unique(np.concatenate(parts)) for parts in gold]  # of each line
     lost = np.array([sum(len(g) == 0 for g in gold), lost_spans])
     records = [record for record, g in zip(records, gold, strict=True) if len(g)]  # [Q]
 
@@ -135,7 +131,7 @@ def pack_passages(passages, device_batch_tokens):
     sizes, batch = [sum(map(len, p.texts)) for p in passages], []
     for group in groups(sizes, device_batch_tokens):
         texts, packed, total = [], [], 0
-        for p in (passages[i] for i in group):
+        for p in (passages[i] for i in group):  # their rows move behind those of the ones before
             packed.append(replace(p, tokens=p.tokens + total, ends=p.ends + total))
             texts += p.texts
             total = sum(map(len, texts))
@@ -164,11 +160,11 @@ def train_batches(file, runs, first_step, tokenizer, s):
     for step in range(first_step, s.stop_step):
         records = [read_spans(file, i) for i in lines_of_batch(step, runs, s)]
         grouped = itertools.groupby(records, lambda record: record["passage"])
-        grouped = [list(group) for _, group in grouped]
+        grouped = [list(group) for _, group in grouped]  # the lines of each passage
         share = share_out([group[0]["passage"] for group in grouped], s.world_size)[s.rank]
         passages = [encode_passage(grouped[i], tokenizer, s, s.passage_max_length) for i in share]
         lost = sum((p.lost for p in passages), np.zeros(2))
-        passages = [p for p in passages if p.records]
+        passages = [p for p in passages if p.records]  # some have lost all their queries
         n_queries = sum(len(p.records) for p in passages)
         n_tokens = sum(len(ids) for p in passages for ids in p.texts)
         yield pack_passages(passages, s.device_batch_tokens), (n_queries, *lost, n_tokens)

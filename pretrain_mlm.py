@@ -19,7 +19,6 @@ import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import checkpoint
 import common
@@ -239,7 +238,6 @@ if __name__ == "__main__":
         n_labels, stopping = common.all_reduce_sum([n_labels, stop_requested()])
         if stopping:
             save()
-            print0("stopped; this goes on:", common.resume_command())
             break
 
         total = common.zeros(2, s.device)  # loss and hits of this rank
@@ -279,13 +277,10 @@ if __name__ == "__main__":
             found = token_rows.evaluate(wrapped, val, eval_rows, corrupt, s)
             found["ppl"] = math.exp(min(found["loss"], 100))
             log(step, {f"eval_{name}": x for name, x in found.items()})
-            improved = found["loss"] < best["loss"]
-            if improved:
+            if improved := found["loss"] < best["loss"]:
                 best = {"loss": found["loss"], "folder": f"{s.checkpoint_prefix}{step}"}
         if step % s.save_interval == 0 or last_step or (improved and s.keep_best):
             save()
 
     # ---- clean-up ----
-    batches.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    common.finish(s, step, batches)

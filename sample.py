@@ -28,9 +28,10 @@ from tqdm import tqdm
 import common
 from attention import make_seqs
 from data import open_pairs, read_pair
-from embedder import Embedder, score_tokens
+from embedder import Embedder
 from formats.peft import adapter_chain
 from lora import load_merged
+from token_scores import score_tokens
 from tokenizer import check_tokenizer, load_tokenizer
 from tools.compress import keep, page, read_passage, share_of, text_of
 
@@ -75,9 +76,11 @@ dtype = "fp32"  # bf16 halves the memory; its logits have 3 digits. auto: bf16 w
 # ---- the model ----
 
 
-def load(name, device, dtype, attention_backend="auto"):
+def load(name, dtype="fp32", attention_backend="auto"):
     """(model, tokenizer, its folder) of a folder, an out_dir, a hub id, or an adapter, which is
-    merged. dtype: of torch. SystemExit where the model has no language modelling head."""
+    merged. SystemExit where the model has no language modelling head."""
+    device = common.setup_distributed()[3]
+    dtype = common.dtype_of(dtype, device)
     base, *adapters = adapter_chain(name)
     folder = adapters[-1] if adapters else base
     net = load_merged(base, adapters, dtype=dtype).eval()
@@ -88,12 +91,6 @@ def load(name, device, dtype, attention_backend="auto"):
     net.set_backend(attention_backend, device, dtype)
     print(f"{folder}: {net.describe()}, {dtype} on {device}")
     return net.to(device), tokenizer, folder
-
-
-def load_for_use(s):
-    """`load` with the script's settings."""
-    device = common.setup_distributed()[3]
-    return load(s.model, device, common.dtype_of(s.dtype, device), s.attention_backend)
 
 
 def read_text(text):
@@ -121,10 +118,7 @@ def read_notes(folder):
 def check_fills(net, tokenizer, notes):
     """SystemExit where the model cannot fill masks, with what it can do instead."""
     if net.config.causal:
-        raise SystemExit(
-            f"this {net.config.family} is causal: it does not see what follows a mask; "
-            "use --prompt to let it write on"
-        )
+        raise SystemExit("a causal model does not see what follows a mask: try --prompt")
     if tokenizer.mask_token is None and not notes:
         raise SystemExit("this tokenizer has no mask token, so the model was not trained to fill")
 
@@ -144,8 +138,8 @@ def fill(net, tokenizer, texts, n, notes=None):
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
     mask, mask_id, before = tokenizer.mask_token, tokenizer.mask_token_id, -notes.get("at", 0)
-    # A word carries the space in front of it, and so does the mask that stands for a word.
-    # WordPiece does not care; byte-level BPE would see a lone space, as it never did in training.
+    # A word carries the space in front of it, and so does the mask that stands for a word: else
+    # byte-level BPE would see a lone space, as it never did in training. WordPiece does not care.
     marked = [t.replace("[MASK]", mask).replace(" " + mask, mask) for t in texts]
     ids = [tokenizer(t)["input_ids"] for t in marked]
     places = [[k for k, i in enumerate(text_ids) if i == mask_id] for text_ids in ids]
@@ -179,16 +173,14 @@ def print_fill(tokenizer, text, ids, places, p, best):
         fills = zip(p[k].tolist(), best[k].tolist(), strict=True)
         fills = "  ".join(f"{x:6.1%} {shown(tokenizer, i):<12}" for x, i in fills).rstrip()
         print(f"  {f'mask {k + 1}' if len(places) > 1 else 'mask'}: {fills}")
-    filled, specials = list(ids), set(tokenizer.all_special_ids)
-    for place, i in zip(places, best[:, 0].tolist(), strict=True):
-        filled[place] = i
+    fills, specials = dict(zip(places, best[:, 0].tolist(), strict=True)), tokenizer.all_special_ids
     # without [CLS] and such, but with those the model fills in
-    kept = [i for k, i in enumerate(filled) if k in places or i not in specials]
-    print(f"  best: {tokenizer.decode(kept)}")
+    filled = [fills.get(k, i) for k, i in enumerate(ids) if k in fills or i not in specials]
+    print(f"  best: {tokenizer.decode(filled)}")
 
 
 def use_fill(s):
-    net, tokenizer, folder = load_for_use(s)
+    net, tokenizer, folder = load(s.model, s.dtype, s.attention_backend)
     notes = read_notes(folder)
     check_fills(net, tokenizer, notes)
     texts = read_lines(s.file) if s.file is not None else [read_text(s.text)]
@@ -224,7 +216,7 @@ def draw(logits, temperature, top_k, top_p, generators):
     logits = logits.double().cpu()  # few numbers, so fp64 costs nothing
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    probs = keep_top_p(keep_top_k(logits / temperature, top_k), top_p).softmax(-1)
+    probs = keep_top_p(keep_top_k(logits / temperature, top_k), top_p).softmax(-1)  # [S, V]
     pairs = zip(probs, generators, strict=True)
     return [torch.multinomial(row, 1, generator=g).item() for row, g in pairs]
 
@@ -237,15 +229,14 @@ def generate(
     """-> num_samples lists of new ids. A sample ends with an id of eos_ids, which is in its list,
     or after max_new_tokens.
 
-    There is no KV cache: every step runs the whole text again. n new tokens after a prompt of p
-    cost n * (p + n/2) tokens of forward instead of p + n, about 200 times as much for n = 400:
-    fine for a look at a model, not for serving one. The samples are the texts of one packed row,
-    which one that has ended leaves. anchor [C]: stands in for the prompt's first token.
+    There is no KV cache: every step runs the whole text again, n new tokens after a prompt of p
+    cost n * (p + n/2) tokens of forward instead of p + n. The samples are the texts of one packed
+    row, which one that has ended leaves. anchor [C]: stands in for the prompt's first token.
     """
     if min(temperature, top_k) < 0 or not 0 < top_p <= 1 or min(num_samples, max_new_tokens) < 1:
         raise SystemExit(
-            f"expected {temperature=} >= 0, {top_k=} >= 0, 0 < {top_p=} <= 1, {num_samples=} >= 1 "
-            f"and {max_new_tokens=} >= 1"
+            f"expected {temperature=} and {top_k=} of 0 or more, {top_p=} above 0 and up to 1, "
+            f"{num_samples=} and {max_new_tokens=} of 1 or more"
         )
     device = net.embed.weight.device
     generators = [torch.Generator().manual_seed(seed + i) for i in range(num_samples)]
@@ -270,18 +261,15 @@ def encode_prompt(net, tokenizer, prompt):
     """(ids, ids that end a text). Without the EOS or [SEP] that the tokenizer puts behind a text:
     the model shall write on. SystemExit where the model or the prompt is not for that."""
     if not net.config.causal:
-        raise SystemExit(
-            f"this {net.config.family} is bidirectional: it was not trained to predict the next "
-            f"token; use --text with a {tokenizer.mask_token or 'mask'} to let it fill"
-        )
+        mask = tokenizer.mask_token or "mask"
+        raise SystemExit(f"a bidirectional model does not write on: try --text with a {mask}")
     eos = net.config.hf.get("eos_token_id")  # Llama 3 has a list of them
     eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     ids = tokenizer(prompt)["input_ids"]
     ids = ids[:-1] if ids and ids[-1] in eos_ids else ids
     if not ids:
         raise SystemExit("an empty prompt, and the tokenizer puts no token in front: write a word")
-    if len(ids) >= net.config.max_seq_len:
-        n = net.config.max_seq_len
+    if len(ids) >= (n := net.config.max_seq_len):
         raise SystemExit(f"the prompt has {len(ids)} tokens, the model {n} positions: no room")
     return ids, eos_ids
 
@@ -293,7 +281,7 @@ def print_sample(tokenizer, title, ids, new, eos_ids):
 
 
 def use_prompt(s):
-    net, tokenizer, _ = load_for_use(s)
+    net, tokenizer, _ = load(s.model, s.dtype, s.attention_backend)
     ids, eos_ids = encode_prompt(net, tokenizer, read_text(s.prompt))
     room = min(s.max_new_tokens, net.config.max_seq_len - len(ids))
     if room < s.max_new_tokens:
@@ -319,8 +307,7 @@ def write_back(embedder, text, side, max_new_tokens):
     if side not in ("query", "document"):
         raise SystemExit(f"reconstruct_side={side!r}: expected query or document")
     if not net.config.causal or net.config.head == "none" or embedder.pooling != "last":
-        raise SystemExit("--reconstruct wants a causal model that has kept its head, as saved by "
-                         "train_reconstruct.py")  # fmt: skip
+        raise SystemExit("--reconstruct wants a causal model that has kept its head")
     [(ids, _)] = embedder.tokenize([text], prompts.get(side, ""))
     device = net.embed.weight.device
     hidden = net(torch.tensor(ids, device=device), make_seqs([len(ids)], device))  # [T, C]
@@ -392,8 +379,7 @@ def use_compress(s):
     if s.html is not None:
         with open(s.html, "w", encoding="utf-8", newline="") as f:
             f.write(page(query, passage, scores, spans, kept, gold))
-    print(f"\n{query}\n\n{text_of(passage, kept)}\n")
-    print(f"spans: {kept}")
+    print(f"\n{query}\n\n{text_of(passage, kept)}\n\nspans: {kept}")
     if gold:
         print(f"of the gold's characters {share_of(kept, gold):.0%} are kept")
 
@@ -411,6 +397,4 @@ if __name__ == "__main__":
             "give --model=... and one of --text=, --file=, --prompt=, --rank=, --reconstruct= or "
             "--compress="
         )
-
-    # ---- use ----
     uses[0](s)

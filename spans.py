@@ -57,9 +57,27 @@ def find_runs(file, most, max_lines=0):
     return np.array(runs, dtype=np.int64)
 
 
+def covered(spans, n):
+    """Which of n characters lie in one of the spans [k, 2] -> bool [n]"""
+    steps, spans = np.zeros(n + 1, dtype=np.int64), np.reshape(spans, (-1, 2)).astype(np.int64)
+    np.add.at(steps, spans[:, 0], 1)
+    np.add.at(steps, spans[:, 1], -1)
+    return steps[:n].cumsum() > 0
+
+
 def squeezed(text):
     """A text without its spaces and in lower case, as tokenizers may give it back."""
     return "".join(text.split()).lower()
+
+
+def speller(tokenizer, ids, passage):
+    """-> indices of a passage's tokens -> what their ids [n] decode to; None where the tokenizer
+    changes the passage, so that this says nothing. For gold_tokens."""
+
+    def spell(tokens):
+        return tokenizer.decode(ids[tokens])
+
+    return spell if squeezed(spell(slice(None))) == squeezed(passage) else None
 
 
 def gold_tokens(record, token_spans, spell=None):

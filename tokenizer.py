@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from formats import read_json
+
 
 @dataclass(frozen=True)
 class Template:
@@ -50,7 +52,7 @@ def tokenize(tokenizer, texts, instruction, template, max_length, pool_instructi
     joined = [h + t + template.suffix for h, t in zip(heads, texts, strict=True)]
     encodings = whole_backend(tokenizer).encode_batch(joined)
     encoded = []
-    for head, text, encoding in zip(heads, texts, encodings, strict=True):
+    for head, text, encoding in zip(heads, texts, encodings):
         ids, start = encoding.ids, 0
         skip_head = head and not pool_instruction
         if skip_head or len(ids) > max_length:
@@ -93,7 +95,7 @@ def tokenize_words(tokenizer, sentences, max_length):
     """
     encodings = whole_backend(tokenizer).encode_batch([" ".join(words) for words in sentences])
     encoded = []
-    for words, encoding in zip(sentences, encodings, strict=True):
+    for words, encoding in zip(sentences, encodings):
         sizes = [len(word) + (i > 0) for i, word in enumerate(words)]
         word_of = np.repeat(np.arange(len(words)), sizes)  # of each character
         starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
@@ -120,10 +122,8 @@ def _cut(ids, first, tail, max_length):
     if room >= tail:
         return ids
     if room <= first:
-        raise ValueError(
-            f"max_length {max_length} leaves no room for the text: {first} tokens stand in front "
-            f"of it, {len(ids) - tail} behind"
-        )
+        around = f"{first} tokens stand in front of it, {len(ids) - tail} behind"
+        raise ValueError(f"max_length {max_length} leaves no room for the text: {around}")
     return ids[:room] + ids[tail:]
 
 
@@ -142,7 +142,7 @@ def load_tokenizer(path_or_name: str, revision: str | None = None):
     """A Hugging Face fast tokenizer, from a folder or the hub. In a folder of `Embedder.save` the
     template's suffix stands in the tokenizer's post-processor, for sentence-transformers. Here the
     post-processor is as it was before, because our callers add the suffix themselves."""
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
     is_path = path_or_name.startswith((".", "/", "~")) or path_or_name.count("/") > 1
@@ -151,11 +151,9 @@ def load_tokenizer(path_or_name: str, revision: str | None = None):
     tokenizer = AutoTokenizer.from_pretrained(path_or_name, revision=revision or "main")
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {path_or_name} is a slow one; offsets need a tokenizer.json")
-    settings = os.path.join(path_or_name, "nanoembed.json")
-    if os.path.exists(settings):
-        with open(settings, encoding="utf-8") as f:
-            post_processor = json.load(f).get("post_processor")
-        blank = json.loads(Tokenizer(models.BPE()).to_str()) | {"post_processor": post_processor}
+    if settings := read_json(path_or_name, "nanoembed.json"):
+        blank = {"model": {"type": "BPE", "vocab": {}, "merges": []}}
+        blank["post_processor"] = settings["post_processor"]
         blank = Tokenizer.from_str(json.dumps(blank))
         tokenizer.backend_tokenizer.post_processor = blank.post_processor
     return tokenizer
@@ -170,7 +168,5 @@ def check_tokenizer(tokenizer, model_vocab_size: int):
     """Raises ValueError where a tokenizer has ids beyond the model's vocabulary."""
     needed = vocab_size_of(tokenizer)
     if needed > model_vocab_size:
-        raise ValueError(
-            f"the tokenizer gives ids up to {needed - 1}, the model's vocab_size is "
-            f"{model_vocab_size}: take the model's own tokenizer, or a vocab_size >= {needed}"
-        )
+        problem = f"ids up to {needed - 1}, the model's vocab_size is {model_vocab_size}"
+        raise ValueError(f"the tokenizer gives {problem}: take the model's own tokenizer")

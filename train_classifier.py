@@ -311,8 +311,8 @@ class Classifier(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             # where transformers has its prediction head: on every token, on the pooled vector
             if s.task == "words":
-                wide = torch.promote_types(hidden.dtype, torch.float32)
-                x = mean_of_words(head(hidden[units.rows].to(wide)), units)  # [P, C] -> [L, C]
+                x = head(hidden[units.rows].to(linear.weight.dtype))  # [P, C], fp32
+                x = mean_of_words(x, units)  # [L, C]
             else:
                 x = head(pool(hidden, units, s.pooling))  # [B, C]
             logits = linear(F.dropout(x, s.dropout, self.training))  # [L, K]
@@ -344,7 +344,8 @@ def evaluate(classifier, examples, tokenizer, s):
     classifier.train()
     if s.world_size > 1:
         dist.all_reduce(logits, dist.ReduceOp.MAX)
-    (loss,), n, logits = common.all_reduce_sum([loss]), len(logits), logits.cpu().numpy()
+    (loss,) = common.all_reduce_sum([loss])
+    n, logits = len(logits), logits.cpu().numpy()
     if s.task == "texts":
         return {"n": n, "loss": loss / n} | score_texts(examples, logits, s.loss_kind)
     best = np.where(np.isinf(logits[:, 0]), -1, logits.argmax(1))  # -1: a word without a token
@@ -367,7 +368,7 @@ if __name__ == "__main__":
     examples, eval_examples = read_examples(s.data, s), []
     if s.eval_data and s.eval_interval:
         eval_examples = read_examples(s.eval_data, s, s.eval_lines)
-    s.labels = []  # of a number: none
+    s.labels = []  # a number has none
     if s.loss_kind == "softmax":
         s.labels = list(s.label_names) or label_set(examples)
         number_labels(examples, s.labels, s.data)
@@ -385,10 +386,9 @@ if __name__ == "__main__":
     # ---- model (+ LoRA) ----
     last = checkpoint.find(s)
     model, base, adapters = lora.load_for_training(s, last, s.attention)
-    sources = [resolve_folder(name) for name in (base, *adapters)]
-    with_tokenizer = [f for f in sources if os.path.exists(os.path.join(f, "tokenizer.json"))]
-    # the last adapter's: it may have a new token
-    tokenizer = load_tokenizer(last or (with_tokenizer or sources)[-1])
+    sources = [resolve_folder(name) for name in (base, *adapters)]  # an adapter may add a token
+    sources[1:] = [f for f in sources[1:] if os.path.exists(os.path.join(f, "tokenizer.json"))]
+    tokenizer = load_tokenizer(last or sources[-1])
     check_tokenizer(tokenizer, model.config.vocab_size)
     if s.task == "texts" and s.separator is None:
         s.separator = tokenizer.sep_token or "\n"

@@ -12,16 +12,13 @@ LLM2Vec (arXiv 2404.05961), SimCSE (arXiv 2104.08821), NeoBERT (arXiv 2502.19587
 """
 
 import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import checkpoint
 import common
@@ -29,11 +26,11 @@ import lora
 import optim
 from common import prefetch, print0
 from data import open_pairs, read_pair
-from embedder import Embedder, pack
-from grad_cache import chunks_of, embed_all, gather_rows, pad_chunks, padded
+from embedder import Embedder, chunks_of, pack
+from formats.sentence_transformers import read_settings
+from grad_cache import embed_all, gather_rows, pad_chunks, padded
 from metrics import ranked
-from order import choose_files
-from pairs import encode, encode_pairs, layout, pairs_of_step, show_pairs
+from pairs import encode, encode_pairs, layout, open_files, pairs_of_step, show_pairs
 from tokenizer import Template, load_tokenizer
 
 # ---- defaults ----
@@ -365,49 +362,25 @@ def evaluate(embedder, pairs, s):
     return {name: value / len(pairs) for name, value in sums.items()}
 
 
-def load_projection(folder, n_embd, dim):
-    """Multi-vector's projection: new, or as the folder has it. SystemExit for another width."""
-    projection = torch.nn.Linear(n_embd, dim, bias=False)
-    path = os.path.join(folder, "1_Dense", "model.safetensors")
-    if os.path.exists(path):
-        weight = load_file(path)["linear.weight"]
-        if weight.size(0) != dim:
-            raise SystemExit(f"projection_dim={dim}: {path} projects to {weight.size(0)}")
-        projection.weight.data = weight
-    return projection
-
-
 if __name__ == "__main__":
     # ---- configure, ranks and seed ----
     s = common.start(common.configure(globals()))
     if s.group_size < 1:
         raise SystemExit(f"group_size={s.group_size}: expected 1 or more, the positive is one")
-    if s.batch_size % s.world_size:
-        raise SystemExit(f"batch_size={s.batch_size} must be a multiple of {s.world_size} ranks")
     if s.pooling == "tokens" and s.projection_dim and (s.lora_rank or s.fsdp):
         raise SystemExit("the projection of pooling='tokens' trains without LoRA and without FSDP")
     s.template = Template(s.prefix, s.suffix)
 
     # ---- data ----
-    files = [open_pairs(path) for path in s.data]
+    files, choices = open_files(s)
     eval_file = open_pairs(s.eval_data) if s.eval_data and s.eval_interval else []
     eval_lines = min(s.eval_lines or len(eval_file), len(eval_file))
     eval_pairs = [read_pair(eval_file, i) for i in range(eval_lines)]
-    for key in ("query_instruction", "passage_instruction"):
-        if len(getattr(s, key)) not in (1, len(files)):
-            raise SystemExit(f"{key}: {len(getattr(s, key))} texts for {len(files)} data files")
-    n_lines = sum(len(file) for file in files)
-    optim.set_lengths(s, n_lines, s.batch_size)
-    choices = choose_files(files, s.max_steps, s.sampling_alpha, s.seed)
-    ranks = s.world_size if s.negatives_cross_device else 1
-    n_candidates = s.batch_size // s.world_size * ranks * s.group_size
-    for file in files:
-        print0(f"{file.path}: {len(file):,} lines")
+    n_queries = s.batch_size // s.world_size  # of a rank
+    n_candidates = (s.batch_size if s.negatives_cross_device else n_queries) * s.group_size
     print0(
-        f"a step: {s.batch_size // s.world_size} queries x {s.world_size} ranks = {s.batch_size} "
-        f"queries, each among N = {n_candidates:,} candidates (fewer where lines have fewer "
-        f"negatives)\n{s.stop_step:,} steps = {s.stop_step * s.batch_size / n_lines:.2f} epochs; "
-        f"warmup {s.warmup:,} steps; evaluation on {eval_lines:,} lines"
+        f"a step: {n_queries} queries x {s.world_size} ranks, each among N = {n_candidates:,} "
+        f"candidates (fewer where lines have fewer negatives); evaluation on {eval_lines:,} lines"
     )
 
     # ---- model (+ LoRA) ----
@@ -420,7 +393,11 @@ if __name__ == "__main__":
     common.place(model, s)
     projection = None
     if s.pooling == "tokens" and s.projection_dim:
-        projection = load_projection(last or base, model.config.n_embd, s.projection_dim)
+        fresh = torch.nn.Linear(model.config.n_embd, s.projection_dim, bias=False)
+        projection = read_settings(last or base).get("projection", fresh)
+        if projection.out_features != s.projection_dim:
+            raise SystemExit(f"projection_dim={s.projection_dim}: {base} projects to "
+                             f"{projection.out_features}")  # fmt: skip
     prompts = {"query": s.query_instruction[0], "document": s.passage_instruction[0]}
     embedder = Embedder(
         model, tokenizer, s.pooling, s.template, prompts, s.normalize, s.passage_max_length,
@@ -481,7 +458,6 @@ if __name__ == "__main__":
         stopping, n_tokens = common.all_reduce_sum([stop_requested(), n_tokens])
         if stopping:
             save()
-            print0("stopped; this goes on:", common.resume_command())
             break
 
         if s.fsdp:
@@ -511,13 +487,10 @@ if __name__ == "__main__":
         if eval_pairs and (step % s.eval_interval == 0 or last_step):
             found = evaluate(embedder, eval_pairs, s)
             log(step, {f"eval_{name}": x for name, x in found.items()})
-            improved = found["loss"] < best["loss"]
-            if improved:
+            if improved := found["loss"] < best["loss"]:
                 best = {"loss": found["loss"], "folder": f"step{step}"}
         if step % s.save_interval == 0 or last_step or (improved and s.keep_best):
             save()
 
     # ---- clean-up ----
-    batches.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    common.finish(s, step, batches)

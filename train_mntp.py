@@ -23,7 +23,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import checkpoint
 import common
@@ -243,7 +242,6 @@ if __name__ == "__main__":
         n_labels, stopping = common.all_reduce_sum([n_labels, stop_requested()])
         if stopping:
             save()
-            print0("stopped; this goes on:", common.resume_command())
             break
 
         total = common.zeros(2, s.device)  # loss and hits of this rank
@@ -275,13 +273,11 @@ if __name__ == "__main__":
         last_step, improved = step == s.stop_step, False
         rates.add(start, tok_s=s.batch_tokens)
         if step % s.log_interval == 0 or last_step:
-            line = {"loss": loss, "acc": hits, "gnorm": gnorm, "lr": lr}
-            log(step, line | rates.read())
+            log(step, {"loss": loss, "acc": hits, "gnorm": gnorm, "lr": lr} | rates.read())
         if val and (step % s.eval_interval == 0 or last_step):
             found = token_rows.evaluate(wrapped, val, eval_rows, mask_next, s)
             log(step, {f"eval_{name}": x for name, x in found.items()})
-            improved = found["loss"] < best["loss"]
-            if improved:
+            if improved := found["loss"] < best["loss"]:
                 best = {"loss": found["loss"], "folder": f"step{step}"}
         if step % s.save_interval == 0 or last_step or (improved and s.keep_best):
             save()
@@ -296,6 +292,4 @@ if __name__ == "__main__":
         print0(f"saved {checkpoint.commit_checkpoint(folder)}")
 
     # ---- clean-up ----
-    batches.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    common.finish(s, step, batches)

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import checkpoint
@@ -34,8 +33,8 @@ from attention import Seqs
 from common import prefetch, print0
 from data import open_pairs, read_pair
 from embedder import Embedder, pack
-from order import choose_files
-from pairs import encode_pairs, pairs_of_step
+from formats.huggingface import resolve_folder
+from pairs import encode_pairs, open_files, pairs_of_step
 from tokenizer import Template, load_tokenizer
 
 # ---- defaults ----
@@ -265,31 +264,19 @@ if __name__ == "__main__":
     s.group_size, s.no_duplicates, s.pool_instruction = 1, False, s.write_template
 
     # ---- data ----
-    files = [open_pairs(path) for path in s.data]
+    files, choices = open_files(s)
+    n_micro = common.count_micro_batches(s, "size")
+    print0(f"a step: {s.device_batch_size} pairs x {n_micro} micro-batches x {s.world_size} ranks")
     eval_file = open_pairs(s.eval_data) if s.eval_data and s.eval_interval else None
     if eval_file and min(len(eval_file), s.eval_lines or len(eval_file)) < 2:
         raise SystemExit(f"{s.eval_data}, eval_lines={s.eval_lines}: shuffled anchors need two "
                          "lines or more")  # fmt: skip
-    for key in ("query_instruction", "passage_instruction"):
-        if len(getattr(s, key)) not in (1, len(files)):
-            raise SystemExit(f"{key}: {len(getattr(s, key))} texts for {len(files)} data files")
-    n_micro = common.count_micro_batches(s, "size")
-    n_lines = sum(len(file) for file in files)
-    optim.set_lengths(s, n_lines, s.batch_size)
-    choices = choose_files(files, s.max_steps, s.sampling_alpha, s.seed)
-    for file in files:
-        print0(f"{file.path}: {len(file):,} lines")
-    print0(
-        f"a step: {s.device_batch_size} pairs x {n_micro} micro-batches x {s.world_size} ranks "
-        f"= {s.batch_size:,} pairs\n{s.stop_step:,} steps = "
-        f"{s.stop_step * s.batch_size / n_lines:.2f} epochs; warmup {s.warmup:,} steps"
-    )
 
     # ---- model (+ LoRA) ----
     last = checkpoint.find(s)
     model, base, adapters = lora.load_for_training(s, last, "causal")
-    tokenizer, c = load_tokenizer(base), model.config
-    if c.family in ("modernbert", "neobert"):
+    tokenizer, c = load_tokenizer(resolve_folder(base)), model.config
+    if c.hf.get("model_type") in ("modernbert", "neobert"):  # what it was before it was read
         raise SystemExit(f"{base} is an encoder: expected a causal model, which can write")
     if c.head == "none":
         raise SystemExit(f"{base} has no language modelling head, so it writes nothing")
@@ -329,8 +316,7 @@ if __name__ == "__main__":
     def save():
         weights = checkpoint.full_state_dict(module, "model.")
         with checkpoint.saving(s, step, best, optimizers) as folder:
-            if folder:
-                # the tokenizer as it was, for stage II adds the suffix itself; the head is kept
+            if folder:  # the tokenizer as it was: stage II adds the suffix itself; and the head
                 merged = lora.merged_state(model, weights, base, adapters)
                 embedder.save(folder, False, merged)
             if folder and s.lora_rank:
@@ -363,7 +349,6 @@ if __name__ == "__main__":
         *counts, n_tokens, stopping = common.all_reduce_sum([*counts, stop_requested()])
         if stopping:
             save()
-            print0("stopped; this goes on:", common.resume_command())
             break
 
         # the means over the targets of all ranks and micro-batches; DDP and FSDP divide by W
@@ -409,13 +394,10 @@ if __name__ == "__main__":
                                   for kind in ("shuffled", "none"))  # fmt: skip
                 print0(f"  {name}: the right anchor saves {shuffled:.3f} nats a token over a "
                        f"shuffled one, {none:.3f} over none")  # fmt: skip
-            improved = found["loss"] < best["loss"]
-            if improved:
+            if improved := found["loss"] < best["loss"]:
                 best = {"loss": found["loss"], "folder": f"step{step}"}
         if step % s.save_interval == 0 or last_step or (improved and s.keep_best):
             save()
 
     # ---- clean-up ----
-    batches.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    common.finish(s, step, batches)

@@ -18,7 +18,6 @@ import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import checkpoint
@@ -27,11 +26,12 @@ import lora
 import optim
 from common import prefetch, print0
 from data import open_pairs
-from embedder import Embedder, cosines, windows_of
+from embedder import Embedder
 from formats.huggingface import config_from_hf, resolve_folder
 from metrics import names_of, token_metrics
 from passages import eval_batches, lines_of_batch, pack_texts, pad_batch, show_lines, train_batches
 from spans import find_runs
+from token_scores import cosines, windows_of
 from tokenizer import Template, load_tokenizer
 
 # ---- defaults ----
@@ -295,7 +295,6 @@ if __name__ == "__main__":
         stopping, n_queries, *lost_now, n_tokens = counts
         if stopping:
             save()
-            print0("stopped; this goes on:", common.resume_command())
             break
 
         total = train_step(wrapped, pad_batch(micro_batches, s), n_queries, step, s)
@@ -324,8 +323,7 @@ if __name__ == "__main__":
         if eval_file and (step % s.eval_interval == 0 or last_step):
             found = evaluate(wrapped, eval_file, eval_runs, tokenizer, s)
             log(step, {f"eval_{name}": x for name, x in found.items()})
-            improved = found["loss"] < best["loss"]
-            if improved:
+            if improved := found["loss"] < best["loss"]:
                 best = {"loss": found["loss"], "folder": f"step{step}"}
         if step % s.save_interval == 0 or last_step or (improved and s.keep_best):
             save()
@@ -335,6 +333,4 @@ if __name__ == "__main__":
     )
 
     # ---- clean-up ----
-    batches.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    common.finish(s, step, batches)

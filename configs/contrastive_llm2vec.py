@@ -48,8 +48,8 @@ schedule = "linear"
 
 # Memory a GPU, estimated: 7-8B weights in bf16 15 GB; 42M LoRA weights, gradients and Adam in fp32
 # 0.7 GB; chunks of 16,384 tokens with checkpointing 4 GB for what stays and 3 GB for one block. An
-# 80 GB GPU has room without FSDP, and without checkpointing at device_batch_tokens = 4096; two 24 GB
-# GPUs need fsdp = "full" and device_batch_tokens = 4096. 1.3B: 3 + 0.3 + 2 GB.
+# 80 GB GPU has room without FSDP, and without checkpointing at device_batch_tokens = 4096; two
+# 24 GB GPUs need fsdp = "full" and device_batch_tokens = 4096. 1.3B: 3 + 0.3 + 2 GB.
 gradient_checkpointing = True
 device_batch_tokens = 16384
 eval_interval = 100

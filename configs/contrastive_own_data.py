@@ -32,7 +32,8 @@ lora_alpha = 32.0
 lora_dropout = 0.05
 
 # A query is compared with the passages of all queries of the step: the larger the batch, the harder
-# the choice. The gradient cache lets it be large on a small card; memory depends on device_batch_tokens.
+# the choice. The gradient cache lets it be large on a small card: memory depends on
+# device_batch_tokens alone.
 # 128 queries/step, each among 128 x 4 = 512 passages; 10,000 lines = 78 steps an epoch
 batch_size = 128
 group_size = 4  # a positive and 3 of its negatives; lines without negatives are fine

@@ -6,13 +6,13 @@ table with orders of the tokens that learn nothing.
         --eval_data=data/pydocs/spans_test.jsonl
     torchrun --standalone --nproc_per_node=8 -m evals.token_retrieval --model=out/x --eval_data=...
 
-The scores are those of use, embedder.score_tokens; passages are not cut. Lines are as in
+The scores are those of use, token_scores.score_tokens; passages are not cut. Lines are as in
 train_token_retrieval.py, the numbers are those of metrics.token_metrics, means over the queries.
 out_dir gets results.json and results.md.
 """
 
-import json
-import os
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,11 +20,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import common
+from bm25 import BM25, K1, words_of
 from data import open_pairs
-from embedder import Embedder, score_tokens
+from embedder import Embedder
+from formats import write_json
 from formats.huggingface import pinned
-from metrics import baseline_scores, names_of, token_metrics
-from spans import find_runs, gold_tokens, read_spans, squeezed
+from metrics import names_of, token_metrics
+from spans import covered, find_runs, gold_tokens, read_spans, speller
+from token_scores import score_tokens
 from tokenizer import tokenize_passage
 
 # ---- defaults ----
@@ -43,16 +46,28 @@ attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them tha
 dtype = "auto"  # bf16, fp32, or what the device is good at
 
 
-def spelling(embedder, passage):
-    """What gold_tokens needs: indices of the passage's tokens -> what their ids decode to; None
-    where the tokenizer does not give the passage back."""
-    instruction, tokenizer = embedder.prompts.get("document", ""), embedder.tokenizer
-    ids, rows, _ = tokenize_passage(tokenizer, passage, instruction, embedder.template)
+def baseline_scores(record, spans, rng):
+    """{name: scores [n]} of orders that learn nothing:
 
-    def spell(tokens):
-        return tokenizer.decode([ids[row] for row in rows[tokens]])
+    random; first: from the passage's start; overlap: the tokens of words that the query has, too;
+    bm25: a token has its sentence's BM25 score for the query's different words, the texts being
+    the passage's sentences. Words and sentences that tie come in random order.
+    """
+    passage, asked = record["passage"], sorted(set(words_of(record["query"])))
+    words = list(re.finditer(r"\w+", passage))
+    starts = [word.start() for word in words]
+    word_of = np.searchsorted(starts, spans[:, 1], side="left") - 1  # -1: before the first word
+    shared = [word.span() for word in words if word[0].lower() in asked]
+    shared = covered(shared, len(passage))[spans[:, 1] - 1]  # [n]
+    overlap = shared + 1e-6 * rng.random(len(words) + 1)[word_of]
 
-    return spell if squeezed(spell(slice(None))) == squeezed(passage) else None
+    cuts = [m.end() for m in re.finditer(r"[.!?]\s+|\n+", passage)]
+    sentences = [passage[start:end] for start, end in zip([0, *cuts], [*cuts, None])]
+    scores = (K1 + 1) * BM25(sentences).scores(" ".join(asked))
+    scores += 1e-6 * rng.random(len(sentences))
+    bm25 = scores[np.searchsorted(cuts, spans[:, 0], side="right")]  # [n]
+    order = np.arange(len(spans))
+    return {"random": rng.random(len(spans)), "first": -order, "overlap": overlap, "bm25": bm25}
 
 
 def evaluate(embedder, file, runs, s):
@@ -60,15 +75,16 @@ def evaluate(embedder, file, runs, s):
     model its "loss" and "acc" (a gold token is first), too. Every rank takes its share of runs."""
     names = ["loss", "acc", *names_of(s.ratios)]
     orders = ["random", "first", "overlap", "bm25", "model"]
-    totals = {(order, name): np.zeros(2) for order in orders for name in names}  # sum, count
+    totals = np.zeros((len(orders), len(names), 2))  # sum, count
     for first, n in tqdm(runs[s.rank :: s.world_size].tolist(), "evaluate", disable=s.rank > 0):
         records = [read_spans(file, i) for i in range(first, first + n)]
         queries, passage = [record["query"] for record in records], records[0]["passage"]
-        scores, spans = score_tokens(
-            embedder, queries, passage, s.passage_window, s.window_overlap
-        )  # [Q, n], [n, 2]
-        spell = spelling(embedder, passage)
-        for record, row in zip(records, scores, strict=True):
+        # [Q, n], [n, 2]
+        scores, spans = score_tokens(embedder, queries, passage, s.passage_window, s.window_overlap)
+        instruction, tokenizer = embedder.prompts.get("document", ""), embedder.tokenizer
+        ids, rows, _ = tokenize_passage(tokenizer, passage, instruction, embedder.template)
+        spell = speller(tokenizer, np.array(ids)[rows], passage)
+        for record, row in zip(records, scores):
             gold = np.unique(np.concatenate(gold_tokens(record, spans, spell)))
             rng = np.random.default_rng((s.seed, record["line"]))
             for order, x in (baseline_scores(record, spans, rng) | {"model": row}).items():
@@ -78,13 +94,12 @@ def evaluate(embedder, file, runs, s):
                     loss = np.logaddexp.reduce(logits) - logits[gold].mean()
                     found |= {"loss": loss, "acc": x.argmax() in gold}
                 for name, value in found.items():
-                    totals[order, name] += value, 1
-    sums = np.reshape(common.all_reduce_sum(np.concatenate(list(totals.values()))), (-1, 2))
-    out = {order: {} for order in orders}
-    for (order, name), (total, count) in zip(totals, sums, strict=True):
-        if count:  # only the model has a loss, and lines may have no answer
-            out[order][name] = total / count
-    return out
+                    totals[orders.index(order), names.index(name)] += value, 1
+    totals = np.reshape(common.all_reduce_sum(totals.flat), totals.shape)
+    return {  # only the model has a loss, and lines may have no answer
+        order: {name: total / count for name, (total, count) in zip(names, row) if count}
+        for order, row in zip(orders, totals)
+    }
 
 
 def write_results(found, folder, facts):
@@ -93,11 +108,9 @@ def write_results(found, folder, facts):
     rows = [["", *names], ["---"] * (1 + len(names))]
     rows += [[order, *(f"{x[name]:.3f}" for name in names)] for order, x in found.items()]
     table = "".join("| " + " | ".join(row) + " |\n" for row in rows)
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "results.json"), "w", encoding="utf-8") as f:
-        json.dump(facts | {"results": found}, f, indent=1)
-    with open(os.path.join(folder, "results.md"), "w", encoding="utf-8") as f:
-        f.write(", ".join(f"{key} {value}" for key, value in facts.items()) + "\n\n" + table)
+    write_json(facts | {"results": found}, folder, "results.json")
+    facts = ", ".join(f"{key} {value}" for key, value in facts.items())
+    Path(folder, "results.md").write_text(f"{facts}\n\n{table}", "utf-8")
     print(table)
 
 
@@ -107,17 +120,16 @@ if __name__ == "__main__":
     if not s.model or not s.eval_data:
         raise SystemExit("give --model=... and --eval_data=...")
     if any(type(r) is not int or r < 1 for r in (*s.ratios, s.queries_per_passage)):
-        raise SystemExit(
-            f"ratios={s.ratios}, queries_per_passage={s.queries_per_passage}: expected whole "
-            "numbers from 1; 16 keeps 1/16 of the tokens"
-        )
+        given = f"ratios={s.ratios}, queries_per_passage={s.queries_per_passage}"
+        raise SystemExit(f"{given}: expected whole numbers from 1; 16 keeps 1/16 of the tokens")
     s.rank, s.world_size, _, device = common.setup_distributed()
 
     # ---- data, model ----
     file = open_pairs(s.eval_data)
     runs = find_runs(file, s.queries_per_passage, s.eval_lines)
-    backend = s.attention_backend
-    embedder = Embedder.load(s.model, device=device, dtype=s.dtype, attention_backend=backend)
+    embedder = Embedder.load(
+        s.model, device=device, dtype=s.dtype, attention_backend=s.attention_backend
+    )
 
     # ---- evaluate ----
     found = evaluate(embedder, file, runs, s)

@@ -333,14 +333,15 @@ def from_pretrained(
         raise ValueError(f"attention={attention!r}: expected causal or bidirectional")
     c = replace(source, causal=source.causal if attention is None else attention == "causal")
     if window is not None:
-        if window and "local" not in c.layer_kinds:
-            raise ValueError(f"{folder}: window={window}, but none of its layers is local")
         c.window = window
-        c.layer_kinds = c.layer_kinds if window else ["global"] * c.n_layer
+        if not window:
+            c.layer_kinds = ["global"] * c.n_layer
+        elif "local" not in c.layer_kinds:
+            raise ValueError(f"{folder}: window={window}, but none of its layers is local")
     c.max_seq_len = max_seq_len or c.max_seq_len
+    given = {"theta": rope_theta, "scaling": rope_scaling}
     for rope in c.rope.values():
-        rope["theta"] = rope_theta or rope["theta"]
-        rope["scaling"] = rope_scaling or rope["scaling"]
+        rope.update({key: value for key, value in given.items() if value})
 
     # The folder's tensors have to show which head it has.
     files, dtype = _read_tensors(folder), dtype or stored_dtype(folder)
@@ -375,15 +376,14 @@ def from_pretrained(
 
     with torch.device("meta"):
         model = Transformer(c)
-    wanted = {k: p.shape for k, p in model.named_parameters()}
+    wanted = {k: tuple(p.shape) for k, p in model.named_parameters()}
     for key in wanted.keys() | state.keys():
         module, _, leaf = key.rpartition(".")
         theirs = f"{hf_module(module, c.family)}.{leaf}"
         if key not in state:
             raise ValueError(f"{folder}: tensor {theirs!r} is missing")
-        if key not in wanted or state[key].shape != wanted[key]:
-            found = tuple(state[key].shape)
-            expected = tuple(wanted[key]) if key in wanted else "no such tensor"
+        found, expected = tuple(state[key].shape), wanted.get(key, "no such tensor")
+        if found != expected:
             raise ValueError(f"{folder}: tensor {theirs!r} is {found}, expected {expected}")
     model.load_state_dict(state, strict=False, assign=True)  # all names are checked above
     model.tie()

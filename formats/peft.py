@@ -7,35 +7,29 @@ peft's name of a tensor is "base_model.model." + Hugging Face's module + ".lora_
 A model without a head is Hugging Face's inner class (LlamaModel), whose names have no "model.".
 """
 
-import json
 import os
 import re
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from formats import read_json, write_json
 from formats.huggingface import hf_module, interleave_qkv, our_module, pinned, resolve_folder
 
 PREFIX = "base_model.model."
 
 # What adapter_config.json may say: what we read, then what makes no difference to the numbers.
 KNOWN = (
-    "peft_type r lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern target_modules "
+    "r lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern target_modules "
     "exclude_modules modules_to_save layers_to_transform layers_pattern ensure_weight_tying "
     "base_model_name_or_path revision task_type auto_mapping peft_version inference_mode "
     "runtime_config megatron_core loftq_config eva_config qalora_group_size"
 ).split()
 # Any other key asks for something that we do not do, unless it is null, false, empty or this.
-HARMLESS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva")}
-
-
-def _read_json(folder, name):
-    """{} where there is no such file."""
-    path = os.path.join(resolve_folder(folder), name)
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
+HARMLESS = {
+    "peft_type": ("LORA",), "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+}  # fmt: skip
 
 
 # ---- what an adapter builds on ----
@@ -44,13 +38,15 @@ def _read_json(folder, name):
 def pinned_chain(name):
     """[base, adapters merged into it, the adapter itself] where `name` is an adapter, else [name].
     A local out_dir becomes the checkpoint that it stands for now, a hub id stays an id."""
-    config = _read_json(name, "adapter_config.json")
+    folder = resolve_folder(name)
+    config = read_json(folder, "adapter_config.json")
     if not config:
         return [pinned(name)]
     base, revision = config["base_model_name_or_path"], config.get("revision")
-    at = f"@{revision}" if revision and not os.path.isdir(base) else ""
-    merged = _read_json(name, "nanoembed_adapter.json").get("merged_adapters", ())
-    return [*pinned_chain(base + at), *map(pinned, merged), pinned(name)]
+    if revision and not os.path.isdir(base):
+        base = f"{base}@{revision}"
+    merged = read_json(folder, "nanoembed_adapter.json").get("merged_adapters", ())
+    return [*pinned_chain(base), *map(pinned, merged), pinned(name)]
 
 
 def adapter_chain(name):
@@ -61,7 +57,7 @@ def adapter_chain(name):
 def attention_of(name):
     """What the adapter's model was, "causal" or "bidirectional", for `from_pretrained`; None where
     nothing beside the adapter says it."""
-    causal = _read_json(name, "nanoembed_adapter.json").get("is_causal")
+    causal = read_json(resolve_folder(name), "nanoembed_adapter.json").get("is_causal")
     return {None: None, True: "causal", False: "bidirectional"}[causal]
 
 
@@ -80,11 +76,9 @@ def write_adapter(folder, c, layers, state, along, base_name, merged):
         module, _, leaf = name.rpartition(".")
         if not (".lora_" in name or module in whole or grown and module in ("embed", "lm_head")):
             continue
-        try:
-            theirs = hf_module(module, c.family)
-        except KeyError:
-            raise ValueError(f"save_adapter: {module!r} trained, {c.family} has no such") from None
-        names[module] = theirs.removeprefix("model.") if c.head == "none" else theirs
+        names[module] = hf_module(module, c.family)
+        if c.head == "none":
+            names[module] = names[module].removeprefix("model.")
         if c.family == "neobert" and name.endswith("qkv_proj.lora_B"):
             tensor = interleave_qkv(tensor, c, back=True)
         key = f"{PREFIX}{names[module]}.{leaf}" + (".weight" if module in layers else "")
@@ -109,44 +103,41 @@ def write_adapter(folder, c, layers, state, along, base_name, merged):
     )  # fmt: skip
     # peft saves modules whole; which of their parameters train on, we keep for ourselves
     ours = dict(is_causal=c.causal, merged_adapters=list(merged), trained_along=sorted(along))
-    os.makedirs(folder, exist_ok=True)
+    write_json(config, folder, "adapter_config.json")
+    write_json(ours, folder, "nanoembed_adapter.json")
     save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), {"format": "pt"})
-    for name, content in (("adapter_config.json", config), ("nanoembed_adapter.json", ours)):
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
-            json.dump(content, f, indent=2)
 
 
 # ---- read ----
 
 
-def read_adapter(folder, c, parameters, linear, device):
+def read_adapter(folder, c, parameters, linear):
     """-> tensors by our names, {our module name: arguments of LoRALinear}, and which parameters
     trained along. parameters: the model's names; linear: those of modules that can have LoRA.
     Raises ValueError for what load_adapter names."""
-    config = _read_json(folder, "adapter_config.json")
+    config = read_json(folder, "adapter_config.json")
     for key, value in config.items():
         if value and key not in KNOWN and value not in HARMLESS.get(key, ()):
             raise ValueError(f"{folder}: adapter_config.json has {key} = {value!r}: not supported")
-    if config["peft_type"] != "LORA":
-        raise ValueError(f"{folder}: peft_type {config['peft_type']!r}, expected LORA")
-    path = os.path.join(folder, "adapter_model.safetensors")
-    if os.path.exists(path):
-        state = load_file(path, str(device))
-    else:  # older adapters
-        state = torch.load(path[:-11] + "bin", map_location=device, weights_only=True)
+    path = os.path.join(folder, "adapter_model.")
+    if os.path.exists(path + "bin"):  # older adapters
+        state = torch.load(path + "bin", map_location="cpu", weights_only=True)
+    else:
+        state = load_file(path + "safetensors")
 
     tensors, layers = {}, {}
     for key, tensor in state.items():
         path = key.removeprefix(PREFIX).removesuffix(".weight" if ".lora_" in key else "")
         module, _, leaf = path.rpartition(".")
-        name = our_module(module, c.family)
-        if leaf in ("lora_A", "lora_B") and name in linear:
-            layers[name] = None
-        elif f"{name}.{leaf}" not in parameters:
+        module = our_module(module, c.family)
+        name = f"{module}.{leaf}"
+        if leaf in ("lora_A", "lora_B") and module in linear:
+            layers[module] = None
+        elif name not in parameters:
             raise ValueError(f"{folder}: unexpected tensor {key!r} for this {c.family} model")
-        if c.family == "neobert" and f"{name}.{leaf}".endswith("qkv_proj.lora_B"):
+        if c.family == "neobert" and name.endswith("qkv_proj.lora_B"):
             tensor = interleave_qkv(tensor, c, back=False)
-        tensors[f"{name}.{leaf}"] = tensor
+        tensors[name] = tensor
 
     # Complete? `whole` are the parameters of modules_to_save. What is neither LoRA nor whole is an
     # embedding that grew and did not train.
@@ -171,7 +162,7 @@ def read_adapter(folder, c, parameters, linear, device):
             rank=len(tensors[f"{module}.lora_A"]), alpha=next(hits, config["lora_alpha"]),
             dropout=config.get("lora_dropout", 0.0), rslora=config.get("use_rslora", False),
         )  # fmt: skip
-    return tensors, layers, _read_json(folder, "nanoembed_adapter.json").get("trained_along", whole)
+    return tensors, layers, read_json(folder, "nanoembed_adapter.json").get("trained_along", whole)
 
 
 def targeted(config, name):

@@ -21,6 +21,7 @@ from tokenizers import processors
 from torch import nn
 
 from common import print0
+from formats import read_json, write_json
 from formats.huggingface import config_to_hf
 from tokenizer import Template, load_tokenizer
 
@@ -58,31 +59,26 @@ def st_problem(embedder):
     if pooling in ("splade", "tokens", "weighted_mean") and not embedder.pool_instruction:
         return f"there, pooling {pooling!r} counts the instruction's tokens, too"
     with tempfile.TemporaryDirectory() as folder:
-        _write_json(config_to_hf(embedder.model.config), folder, "config.json")
+        write_json(config_to_hf(embedder.model.config), folder, "config.json")
         write_tokenizer(embedder, folder)
         theirs = load_tokenizer(folder)
-
-    def their_ids(texts):
-        return theirs(texts, truncation=True, max_length=embedder.max_length)["input_ids"]
 
     probes = [*PROBES, "".join(theirs.all_special_tokens), "too long " * embedder.max_length]
     for name, instruction in embedder.prompts.items():
         prompt, length = embedder.template.prefix + instruction, 0
         if prompt and not embedder.pool_instruction:  # this is how it measures a prompt
-            (ids,) = their_ids([prompt])
+            ids = theirs(prompt, truncation=True)["input_ids"]
             length = len(ids) - (ids[-1] in theirs.all_special_ids)
         encoded = embedder.tokenize(probes, instruction)
-        expected = their_ids([prompt + text for text in probes])
-        for text, (ids, (start, _)), their in zip(probes, encoded, expected, strict=True):
+        expected = theirs([prompt + text for text in probes], truncation=True)["input_ids"]
+        for text, (ids, (start, _)), their in zip(probes, encoded, expected):
             shown = f"prompt {name!r} ({prompt!r}), text {text[:20]!r}"
             if ids != (their or [0]):
                 return f"{shown}: its tokens would be {their[:30]}, ours are {ids[:30]}"
-            if not embedder.pool_instruction and start != length:
-                return (
-                    f"{shown}: it would leave {length} tokens out of the pool, we {start}. No "
-                    "instruction may end in a space that the text's first token takes in, and "
-                    "no more than one token, a special one, may follow the text"
-                )
+            if start != length:
+                return (f"{shown}: it would leave {length} tokens out of the pool, we {start}. No "
+                        "instruction may end in a space that the text's first token takes in, and "
+                        "no more than one token, a special one, may follow the text")  # fmt: skip
     return None
 
 
@@ -98,17 +94,16 @@ def write_tokenizer(embedder, folder):
     if template.suffix:
         plain = tokenizer.backend_tokenizer.encode(template.prefix + "a")
         added = plain.special_tokens_mask  # 1 for the BOS, EOS, .. that the tokenizer adds
-        ids = embedder.tokenize(["a"])[0][0]
+        ((ids, _),) = embedder.tokenize(["a"])
         parts = {"front": plain.ids[: added.index(0)]}
         parts["back"] = ids[len(plain.ids) - added[::-1].index(0) :]  # suffix, then EOS or SEP
-        single = ["front", "$A", "back"] if parts["front"] else ["$A", "back"]
+        special_tokens = [
+            {"id": name, "ids": part, "tokens": tokenizer.convert_ids_to_tokens(part)}
+            for name, part in parts.items()
+        ]
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=single, pair=[*single, "$B"],
-            special_tokens=[
-                {"id": name, "ids": part, "tokens": tokenizer.convert_ids_to_tokens(part)}
-                for name, part in parts.items() if part
-            ],
-        )  # fmt: skip
+            "front $A back", "front $A back $B", special_tokens
+        )
     tokenizer.save_pretrained(folder)
 
 
@@ -116,7 +111,7 @@ def write_modules(embedder, folder):
     """modules.json, the folder of each module, and the prompts."""
     kind, similarity = "SentenceTransformer", "cosine" if embedder.normalize else "dot"
     top = {"max_seq_length": embedder.max_length, "do_lower_case": False}
-    modules, target = [("models.Transformer", None)], {}  # target: what Dense and Normalize change
+    modules, target = [("models.Transformer", top)], {}  # target: what Dense and Normalize change
     if embedder.pooling == "splade":
         kind, top["transformer_task"] = "SparseEncoder", "fill-mask"
         config = {"pooling_strategy": "max", "activation_function": "relu"}
@@ -136,20 +131,18 @@ def write_modules(embedder, folder):
     if embedder.normalize:
         modules.append(("base.modules.Normalize" if target else "models.Normalize", target))
     listed = []
-    for i, (name, config) in enumerate(modules):
+    for i, (name, config) in enumerate(modules):  # the model, 0, lies in the folder itself
         path = f"{i}_{name.rpartition('.')[2]}" if i else ""
         name = f"sentence_transformers.{name}"
         listed.append({"idx": i, "name": str(i), "path": path, "type": name})
-        if i:  # the model lies in the folder itself
-            _write_json(config, folder, path, "config.json")
-    _write_json(listed, folder, "modules.json")
-    _write_json(top, folder, "sentence_bert_config.json")
+        write_json(config, folder, path, "config.json" if i else "sentence_bert_config.json")
+    write_json(listed, folder, "modules.json")
     prefix = embedder.template.prefix
     config = {"model_type": kind, "similarity_fn_name": similarity}
     config["prompts"] = {name: prefix + text for name, text in embedder.prompts.items()}
     if prefix and "document" in embedder.prompts:  # texts without a prompt get the template, too
         config["default_prompt_name"] = "document"
-    _write_json(config, folder, "config_sentence_transformers.json")
+    write_json(config, folder, "config_sentence_transformers.json")
 
 
 def write_settings(embedder, folder, projection=None):
@@ -159,7 +152,7 @@ def write_settings(embedder, folder, projection=None):
     settings["template"] = asdict(embedder.template)
     backend = json.loads(embedder.tokenizer.backend_tokenizer.to_str())
     settings["post_processor"] = backend["post_processor"]  # load_tokenizer puts it back
-    _write_json(settings, folder, "nanoembed.json")
+    write_json(settings, folder, "nanoembed.json")
     if projection is not None:
         path = Path(folder, PROJECTION)
         path.parent.mkdir(exist_ok=True)
@@ -173,23 +166,23 @@ def read_settings(folder):
     """What a folder says about embedding, as arguments of Embedder: from our own file, LLM2Vec's or
     sentence-transformers'; {} for a plain model. There may be more: path (the model's, within the
     folder), attention (LLM2Vec's), and foreign=True where sentence-transformers wrote it."""
-    if settings := _read_json(folder, "nanoembed.json"):
+    if settings := read_json(folder, "nanoembed.json"):
         settings.pop("post_processor")
         settings["template"] = Template(**settings["template"])
         path = Path(folder, PROJECTION)
-        return settings | ({"projection": _read_projection(path)} if path.exists() else {})
-    if llm2vec := _read_json(folder, "llm2vec_config.json"):
+        return settings | ({"projection": read_projection(path)} if path.exists() else {})
+    if llm2vec := read_json(folder, "llm2vec_config.json"):
         mode = llm2vec["pooling_mode"]
         return dict(
             pooling={"eos_token": "last", "bos_token": "cls"}.get(mode, mode),
             max_length=llm2vec["max_length"], pool_instruction=not llm2vec["skip_instruction"],
             attention="bidirectional",  # none of its files says so
         )  # fmt: skip
-    if not (modules := _read_json(folder, "modules.json")):
+    if not (modules := read_json(folder, "modules.json")):
         return {}
 
     settings = {"normalize": False, "foreign": True}
-    top = _read_json(folder, "config_sentence_transformers.json")
+    top = read_json(folder, "config_sentence_transformers.json")
     if top.get("prompts"):
         settings["prompts"] = {name: text or "" for name, text in top["prompts"].items()}
     if default := top.get("default_prompt_name"):
@@ -197,13 +190,13 @@ def read_settings(folder):
                "encode adds what you give it")  # fmt: skip
     for module in modules:
         kind, path = module["type"].rpartition(".")[2], module["path"]
-        config, bad = _read_json(folder, path, "config.json"), None
+        config, bad = read_json(folder, path, "config.json"), None
         if kind in ("Transformer", "MLMTransformer"):
             settings["path"] = path
-            config = _read_json(folder, path, "sentence_bert_config.json")
+            config = read_json(folder, path, "sentence_bert_config.json")
             keys = ("do_lower_case", "query_expansion", "query_length", "document_length")
             bad = [key for key in keys if config.get(key)]
-            tokenizer = _read_json(folder, path, "tokenizer_config.json")
+            tokenizer = read_json(folder, path, "tokenizer_config.json")
             bad += ["truncation_side"] * (tokenizer.get("truncation_side") == "left")
             length = config.get("max_seq_length") or tokenizer.get("model_max_length", 1e30)
             if length < 1e9:  # transformers writes 1e30 where there is no limit
@@ -228,7 +221,7 @@ def read_settings(folder):
         elif kind == "Dense":
             plain = config.get("module_input_name") == "token_embeddings" and not config["bias"]
             if plain and config["activation_function"].endswith(".Identity"):
-                settings["projection"] = _read_projection(Path(folder, path, "model.safetensors"))
+                settings["projection"] = read_projection(Path(folder, path, "model.safetensors"))
             else:
                 bad = config
         elif kind == "Normalize":
@@ -240,20 +233,8 @@ def read_settings(folder):
     return settings
 
 
-def _read_projection(path):
+def read_projection(path):
     weight = load_file(path)["linear.weight"].float()
-    projection = nn.Linear(weight.size(1), weight.size(0), bias=False)
+    projection = nn.Linear(*weight.T.shape, bias=False)
     projection.weight.data = weight
     return projection
-
-
-def _read_json(*path):
-    """{} where there is no such file."""
-    path = Path(*path)
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
-
-
-def _write_json(value, *path):
-    path = Path(*path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2), "utf-8")

@@ -8,7 +8,7 @@ Byte-level BPE tokenizers as tiktoken encodings, for tokenizing in bulk.
 import json
 import re
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 # Texts that tell two byte-level tokenizers apart: all kinds of space, digits, contractions, code,
 # scripts, joined emoji, spelled special tokens, long runs, every character of the basic plane.
@@ -45,7 +45,7 @@ def fast_encode(tokenizer, verbose: bool = True):
     if encoding is not None:
         # head and tail are what the tokenizer adds around any text.
         bare, full = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (False, True))
-        at = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+        at = full.index(bare[0])
         head, tail = full[:at], full[at + len(bare) :]
         # Texts that spell an added token are left to the tokenizer, which has rules of its own for
         # them (strip, single word). So are texts with long runs of space: tiktoken's regular
@@ -56,7 +56,7 @@ def fast_encode(tokenizer, verbose: bool = True):
 
         def fast(texts):
             odd = [i for i, text in enumerate(texts) if is_odd(text)]
-            ids = dict(zip(odd, plain([texts[i] for i in odd]), strict=True))
+            ids = dict(zip(odd, plain([texts[i] for i in odd])))
             for i, text in enumerate(texts):
                 if i not in ids:
                     if normalizer and not text.isascii():
@@ -108,9 +108,9 @@ def tiktoken_for(tokenizer):
     bpe["ignore_merges"] = False  # Llama 3 first looks a whole word up, as tiktoken always does
     merge = Tokenizer.from_str(json.dumps(spec)).model.tokenize
     # GPT-2's spelling of bytes: printable Latin-1 is itself, the others are moved to 256 and on
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    others = [b for b in range(256) if chr(b) not in letters]
+    byte_of = {c: ord(c) if ord(c) < 256 else others[ord(c) - 256] for c in letters}
     if made != sorted(made) or not byte_of.keys() <= vocab.keys():
         return None
     if any(len(merge(token)) != 1 for token in vocab):

@@ -20,9 +20,10 @@ import pytest
 import tokenizers as tk
 
 from conftest import ROOT
-from embedder import Embedder, score_tokens
+from embedder import Embedder
 from formats.huggingface import from_pretrained
 from harness import write_jsonl
+from token_scores import score_tokens
 from tokenizer import load_tokenizer
 from tools.compress import compress_text, keep, page, share_of, text_of, units_of
 

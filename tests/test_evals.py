@@ -17,9 +17,10 @@ import harness
 import metrics
 from attention import make_seqs
 from data import open_pairs
-from embedder import Embedder, windows_of
+from embedder import Embedder
 from formats.huggingface import from_pretrained
 from spans import read_spans
+from token_scores import windows_of
 from tokenizer import Template, load_tokenizer, tokenize_passage
 
 SCRIPT = "evals/token_retrieval.py"

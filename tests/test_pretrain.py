@@ -274,7 +274,8 @@ def test_other_objective_lora_and_muon(tiny, unbroken, tmp_path):
     run(tiny, tmp_path / "half", *keys, "--stop_step=4")
     newer = shutil.copytree(decoder, tmp_path / "clm" / "step5")
     weights = load_file(newer / "model.safetensors")
-    save_file({k: w + 0.1 for k, w in weights.items()}, newer / "model.safetensors", {"format": "pt"})
+    moved = {k: w + 0.1 for k, w in weights.items()}
+    save_file(moved, newer / "model.safetensors", {"format": "pt"})
     assert run(tiny, tmp_path / "half", *keys, "--resume=True") == whole
     assert saved(tmp_path / "half", 8, name := "adapter_model.safetensors") == saved(
         tmp_path / "lora", 8, name

@@ -26,8 +26,6 @@ from tokenizer import load_tokenizer
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-CPU = torch.device("cpu")
-
 
 def loaded(folder):
     return from_pretrained(folder).eval(), load_tokenizer(folder)
@@ -196,7 +194,7 @@ def test_fill_errors(folders):
     with pytest.raises(SystemExit, match="no mask token"):
         sample.check_fills(net, tokenizer, {})
     with pytest.raises(SystemExit, match="no language modelling head"):
-        sample.load(folders["modernbert-headless"], CPU, torch.float32)
+        sample.load(folders["modernbert-headless"])
 
 
 # ---- which model ----
@@ -221,7 +219,7 @@ def test_an_adapter_is_read_with_its_base(folders, tmp_path):
             torch.nn.init.normal_(p, 0, 0.1)
     lora.save_adapter(net, str(tmp_path / "step5"), folders["modernbert"])
     tokenizer.save_pretrained(tmp_path / "step5")
-    both, _, folder = sample.load(str(tmp_path), CPU, torch.float32)
+    both, _, folder = sample.load(str(tmp_path))
     assert folder == str(tmp_path / "step5")
     tokens = torch.arange(20)
     with torch.no_grad():

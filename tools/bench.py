@@ -221,10 +221,10 @@ def reconstruct_ours(job, n=8):
     optimizer, batches = adamw(model), []
     for b in job["batches"]:
         queries, documents = ([(ids, (0, len(ids))) for ids in side] for side in b["pairs"])
-        counts = train_reconstruct.n_targets(queries + documents)
-        weights = torch.tensor(WEIGHTS, device=device) / torch.tensor(counts, device=device)
         parts = [queries[i : i + n] + documents[i : i + n] for i in range(0, len(queries), n)]
-        packed = [train_reconstruct.pack_pairs(part, len(part) // 2, device) for part in parts]
+        packed = [train_reconstruct.pack_pairs(x, len(x) // 2).to(device) for x in parts]
+        counts = torch.tensor([part.n_targets for part in packed], device=device).sum(0)
+        weights = torch.tensor(WEIGHTS, device=device) / counts
         batches.append((packed, weights))
     yield
     for packed, weights in batches:

@@ -305,9 +305,8 @@ def check(name, device):
         return
     c, n = net.config, sum(p.numel() for p in net.parameters())
     kind = "causal" if c.causal else "bidirectional"
-    yield "the weights are read", True, (
-        f"{c.family}, {kind}, {c.n_layer} layers, {n / 1e6:.1f}M weights; none missing or left over"
-    )
+    about = f"{c.family}, {kind}, {c.n_layer} layers, {n / 1e6:.1f}M weights"
+    yield "the weights are read", True, f"{about}; none missing or left over"
     tokens, lengths = random_texts(c, device)
     case = Case(net, folder, tokens, lengths, states(net, tokens, lengths))
     what = "hidden states" if c.head == "none" else "logits"

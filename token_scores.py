@@ -1,0 +1,82 @@
+"""
+How much each token of a passage matters for a query: the cosine of the query's embedding and of the
+token's hidden state, which train_token_retrieval.py trains. A passage longer than memory goes in
+windows: slices of the whole's ids, so that no token and no character moves.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from attention import make_seqs
+from tokenizer import tokenize_passage
+
+
+def windows_of(n, window, overlap, causal):
+    """n tokens in windows of `window` -> [(start, stop, first, last), ..], ends exclusive.
+
+    Tokens start..stop are encoded together; the hidden states of first..last are taken from there.
+    Neighbours share `overlap` tokens, the last two perhaps more. A shared token is taken from the
+    window where it sees most: if causal the earlier one, else the one whose border is further away.
+    """
+    if window and not 0 <= overlap < window:
+        raise ValueError(f"windows of {window} tokens cannot share {overlap}")
+    if not window or n <= window:
+        return [(0, n, 0, n)]
+    starts = [*range(0, n - window, window - overlap), n - window]  # the last one is full, too
+    windows, first = [], 0
+    for start, following in zip(starts, [*starts[1:], None], strict=True):
+        stop = start + window
+        last = n if following is None else stop if causal else (following + stop) // 2
+        windows.append((start, stop, first, last))
+        first = last
+    return windows
+
+
+def cosines(queries, hidden, block=8192):
+    """queries [Q, C] of length 1, hidden [n, C] of any type -> [Q, n] fp32 (fp64 if hidden is):
+
+        s_j = q . t_j / |t_j|
+
+    The normalised tokens exist for a block at a time; the backward pass makes them again.
+    """
+
+    def of_block(queries, block):
+        return queries @ F.normalize(block.to(queries.dtype), dim=-1).t()
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        blocks = hidden.split(block)
+        if torch.is_grad_enabled():
+            parts = [checkpoint(of_block, queries, x, use_reentrant=False) for x in blocks]
+        else:
+            parts = [of_block(queries, x) for x in blocks]
+    return torch.cat(parts, dim=1)
+
+
+def score_tokens(embedder, queries, passage, window=0, overlap=0, progress=False):
+    """-> (scores float32 [Q, n], spans int64 [n, 2]): for each query the cosine of its embedding
+    and of every token of the passage; and each token's characters [start, end) in the raw passage.
+
+    queries get the instruction prompts["query"], the passage prompts["document"]; it is never cut.
+    window: the number of tokens that are encoded at a time, 0 for the whole; neighbours share
+    `overlap`. Ids and spans are the whole's. Scores differ a little, because a token sees no
+    further than its window.
+    """
+    model, device, prompts = embedder.model, embedder.device, embedder.prompts
+    if embedder.pooling in ("splade", "tokens"):
+        raise ValueError(f"score_tokens compares with one vector, not with {embedder.pooling!r}")
+    instruction = prompts.get("document", "")
+    ids, rows, spans = tokenize_passage(embedder.tokenizer, passage, instruction, embedder.template)
+    scores = []
+    with embedder.evaluating():
+        vectors = embedder.embed(embedder.tokenize(queries, prompts.get("query", "")))
+        vectors = F.normalize(vectors, dim=-1)  # [Q, C]
+        windows = windows_of(len(ids), window, overlap, model.config.causal)
+        windows = tqdm(windows, "score", unit=" windows", disable=not progress)
+        for start, stop, first, last in windows:
+            tokens = torch.tensor(ids[start:stop], device=device)
+            hidden = model(tokens, make_seqs([stop - start], device))  # [window, C]
+            inside = torch.from_numpy(rows[(rows >= first) & (rows < last)] - start).to(device)
+            scores.append(cosines(vectors, hidden[inside]).cpu())
+    return torch.cat(scores, dim=1).numpy(), spans
