@@ -1,8 +1,6 @@
 """
-Attention over packed rows, its backends, and rotary positions.
-
-A packed row is one flat row of tokens, all texts end to end; `Seqs` says where each text begins.
-Two switches, `causal` and `window = (left, right)`, give every mask of the field.
+Attention over packed rows, its backends, and rotary positions. A packed row is one flat row of
+tokens, all texts end to end; `Seqs` says where each text begins.
 
 Shapes: B texts, T tokens of the packed row, H heads, D head_dim.
 """
@@ -35,48 +33,41 @@ class Seqs:
 
     cu_seqlens: torch.Tensor  # [B+1] int32, 0 and the end of each text
     lengths: list[int]  # the same as B numbers on the host, so that nothing has to ask the device
-    positions: torch.Tensor  # [T] int64, 0.. within each text
-    max_seqlen: int
+    positions: torch.Tensor  # [T] int64, from 0 in each text
+
+    @property
+    def max_seqlen(self):
+        return max(self.lengths)
 
     def to(self, device):
-        cu, positions = self.cu_seqlens.to(device), self.positions.to(device)
-        return Seqs(cu, self.lengths, positions, self.max_seqlen)
+        cu, positions = (x.to(device, non_blocking=True) for x in (self.cu_seqlens, self.positions))
+        return Seqs(cu, self.lengths, positions)
 
 
 def make_seqs(lengths: list[int], device="cpu"):
-    """Where B texts of these lengths (in tokens) lie in a packed row of T tokens.
-
-    Built on the CPU and moved once. cu_seqlens [B+1] int32; positions [T] int64, from 0 in each
-    text. ValueError for an empty text.
-    """
+    """Where B texts of these lengths (in tokens) lie in a packed row. ValueError for an empty text.
+    Built on the CPU and moved once."""
     if not lengths or min(lengths) < 1:
         raise ValueError(f"a packed row holds texts of at least 1 token, got lengths {lengths}")
     ends = np.cumsum([0, *lengths])  # [B+1]
     positions = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)  # [T]
-    return Seqs(
-        cu_seqlens=torch.from_numpy(ends.astype(np.int32)).to(device, non_blocking=True),
-        lengths=list(lengths),
-        positions=torch.from_numpy(positions).to(device, non_blocking=True),
-        max_seqlen=max(lengths),
-    )
+    cu_seqlens = torch.from_numpy(ends.astype(np.int32))
+    return Seqs(cu_seqlens, list(lengths), torch.from_numpy(positions)).to(device)
 
 
 # ---- attention ----
-# q [T, H, D], k and v [T, H_kv, D] -> [T, H, D], each text by itself. Three backends, one meaning:
-# a query at position i sees keys i - left .. i + right (-1: no limit), and none after i if causal.
-
+# Three backends, one meaning of `causal` and `window = (left, right)`, which give every mask of the
+# field: a query at position i sees keys i - left .. i + right of its text (-1: no limit), and none
+# after i if causal.
 
 BACKENDS = ("flash_attn", "varlen", "sdpa")  # the best first
 
 
 def choose_backend(wanted, device, dtype, dropout_p=0.0, gqa=False):
-    """The attention backend that will run: "flash_attn", "varlen" (torch's own) or "sdpa".
-
-    `wanted` is one of these or "auto", the first that can. `dtype` is what q, k and v will have
-    (the autocast type in training), `dropout_p` the dropout of attention probabilities, `gqa`
-    whether k and v have fewer heads. Raises ValueError where the wanted backend cannot run or
-    cannot do the dropout: never a silent fallback.
-    """
+    """The attention backend that will run: `wanted`, one of BACKENDS, or for "auto" the first that
+    can. dtype: of q, k and v (the autocast type in training); dropout_p: of attention
+    probabilities; gqa: whether k and v have fewer heads. ValueError where the wanted backend cannot
+    run or cannot do the dropout: never a silent fallback."""
     unable = {}  # backend: why it cannot run
     if flash_attn_varlen_func is None:
         unable["flash_attn"] = "the package flash-attn is not installed"
@@ -103,17 +94,16 @@ def choose_backend(wanted, device, dtype, dropout_p=0.0, gqa=False):
 @torch.compiler.disable  # compiled blocks stop here: lengths change with every batch
 def attention(q, k, v, seqs, causal, window, dropout_p=0.0, backend="sdpa"):
     """softmax(q k^T / sqrt(D)) v within each text. q [T, H, D], k, v [T, H_kv, D] -> [T, H, D]."""
-    cu, longest = seqs.cu_seqlens, seqs.max_seqlen
+    n, cu = seqs.max_seqlen, seqs.cu_seqlens
     if backend == "flash_attn":
-        exact = torch.are_deterministic_algorithms_enabled()
         return flash_attn_varlen_func(
-            q, k, v, cu, cu, longest, longest, dropout_p, causal=causal, window_size=window,
-            deterministic=exact,
+            q, k, v, cu, cu, n, n, dropout_p, causal=causal, window_size=window,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
     if backend == "varlen":
         grouped = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
         # here a window of (-1, 0) is the causal mask
-        return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=window, **grouped)
+        return varlen_attn(q, k, v, cu, cu, n, n, window_size=window, **grouped)
     return sdpa_packed(q, k, v, seqs.lengths, causal, window, dropout_p)
 
 
@@ -124,18 +114,18 @@ def sdpa_packed(q, k, v, lengths, causal, window, dropout_p):
     `cat` rather than slices: their backward is one copy, that of a slice is a zeroed [T, H, D].
     """
     runs = [(n, len(list(same))) for n, same in groupby(lengths)]  # length, neighbours that have it
-    sizes = [n * b for n, b in runs]
+    parts = zip(*(x.split([n * b for n, b in runs]) for x in (q, k, v)))
     out = []
-    for (n, b), *qkv in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-        q1, k1, v1 = (x.view(b, n, -1, x.size(-1)).transpose(1, 2) for x in qkv)  # [b, H, n, D]
-        o = sdpa_window(q1, k1, v1, causal, window, dropout_p)
-        out.append(o.transpose(1, 2).reshape(b * n, -1, o.size(-1)))  # [b*n, H, D]
+    for (n, b), qkv in zip(runs, parts):
+        qkv = (x.unflatten(0, (b, n)).transpose(1, 2) for x in qkv)  # [b, H, n, D]
+        o = sdpa_window(*qkv, causal, window, dropout_p)
+        out.append(o.transpose(1, 2).flatten(0, 1))  # [b*n, H, D]
     return torch.cat(out)
 
 
 def sdpa_window(q, k, v, causal, window, dropout_p):
-    """q [b, H, n, D] over its own window. Long texts go in blocks of queries over the keys near
-    them, so that memory and time grow with n * window, not with n * n."""
+    """q [b, H, n, D]. Long texts go in blocks of queries over the keys near them, so that memory
+    and time grow with n * window, not with n * n."""
     n, gqa = q.size(2), q.size(1) != k.size(1)
     left, right = (n if w < 0 else w for w in window)
     attend = partial(F.scaled_dot_product_attention, dropout_p=dropout_p, enable_gqa=gqa)
@@ -164,12 +154,10 @@ def window_mask(n_query, n_key, offset, left, right, device):
 
 
 def rope_frequencies(rope, head_dim, max_seq_len, device):
-    """(frequencies [D/2] fp32, factor on cos and sin) for one kind of layer.
-
-    `rope` = {"theta": float, "scaling": None or Hugging Face's dictionary with "rope_type"}:
-    linear (positions divided by `factor`), llama3 (low frequencies only, Llama 3.1) or yarn
-    (Peng et al. 2023, arXiv 2309.00071, sec. 3.2 and 3.4).
-    """
+    """(frequencies [D/2] fp32, factor on cos and sin) for one kind of layer. `rope` = {"theta":
+    float, "scaling": None or Hugging Face's dictionary with "rope_type"}: linear (positions divided
+    by `factor`), llama3 (low frequencies only, Llama 3.1) or yarn (Peng et al. 2023, arXiv
+    2309.00071, sec. 3.2 and 3.4)."""
     even = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
     freq = 1.0 / rope["theta"] ** (even / head_dim)
     s = rope["scaling"]
@@ -187,11 +175,10 @@ def rope_frequencies(rope, head_dim, max_seq_len, device):
         return freq / factor * (1 - keep) + freq * keep, 1.0
     if kind == "yarn":
         # a ramp over the dimensions, from beta_fast turns in the trained length to beta_slow
-        def dimension(turns):
-            wavelength = trained / (turns * 2 * math.pi)
-            return head_dim / 2 * math.log(wavelength) / math.log(rope["theta"])
-
-        low, high = dimension(s.get("beta_fast") or 32), dimension(s.get("beta_slow") or 1)
+        low, high = (
+            head_dim / 2 * math.log(trained / (turns * 2 * math.pi)) / math.log(rope["theta"])
+            for turns in (s.get("beta_fast") or 32, s.get("beta_slow") or 1)
+        )
         if s.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
@@ -208,8 +195,8 @@ def rotate(x, cos, sin, pairs):
     pairs = "half": dimension i turns with i + D/2 (Llama, ModernBERT), "adjacent": 2i with 2i + 1.
     """
     cos, sin = cos[:, None], sin[:, None]  # [T, 1, D/2], fp32: so are the products
-    if pairs == "half":
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
+    half = pairs == "half"
+    a, b = x.chunk(2, dim=-1) if half else x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = a * cos - b * sin, b * cos + a * sin
+    out = torch.cat(turned, dim=-1) if half else torch.stack(turned, dim=-1).flatten(-2)
+    return out.to(x.dtype)

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,10 +30,10 @@ from common import get_rank, print0
 def find(s, prefix="step"):
     """-> the newest whole checkpoint in s.out_dir if s.resume, else None. SystemExit where there is
     one that a new run would overwrite."""
-    last = latest_checkpoint(s.out_dir, prefix)
-    if last and not (s.resume or s.dry_run):
+    last = None if s.dry_run else latest_checkpoint(s.out_dir, prefix)
+    if last and not s.resume:
         raise SystemExit(f"{last} exists: --resume=True goes on, or choose another out_dir")
-    return last if s.resume and not s.dry_run else None
+    return last
 
 
 def load_state(last, optimizers):
@@ -40,8 +41,7 @@ def load_state(last, optimizers):
     the lowest evaluation loss so far, and the checkpoint that has it."""
     if not last:
         return 0, {"loss": math.inf, "folder": ""}
-    path = os.path.join(last, "training_state.pt")
-    # mmap: the ranks of a host share the pages
+    path = os.path.join(last, "training_state.pt")  # mmap: the ranks of a host share the pages
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     load_optimizer_state(optimizers, state["optimizers"])
     print0(f"resumed {last}, after step {state['step']}")
@@ -59,7 +59,7 @@ def saving(s, step, best, optimizers, prefix="step", keep_models=False):
         state = {"step": step, "best": best, "optimizers": states}
         torch.save(state, os.path.join(tmp, "training_state.pt"))
     print0(f"saved {commit_checkpoint(tmp)}")
-    kept = best["folder"] if s.keep_best else None
+    kept = best["folder"] if s.keep_best else ""
     prune_checkpoints(s.out_dir, prefix, s.keep_last, keep_models, kept)
 
 
@@ -97,11 +97,12 @@ def _write_sizes(folder, sizes):
 
 def _publish(tmp):
     """.tmp-step120 -> step120. Killed between the two calls it is found whole under .tmp- later."""
-    final = os.path.join(os.path.dirname(tmp), os.path.basename(tmp).removeprefix(".tmp-"))
+    out_dir, name = os.path.split(tmp)
+    final = os.path.join(out_dir, name.removeprefix(".tmp-"))
     if get_rank() == 0:
         shutil.rmtree(final, ignore_errors=True)
         os.rename(tmp, final)
-        link = os.path.join(os.path.dirname(tmp), "final")  # a stable name for what was saved last
+        link = os.path.join(out_dir, "final")  # a stable name for what was saved last
         os.symlink(os.path.basename(final), link + ".new")
         os.replace(link + ".new", link)
     return final
@@ -125,16 +126,15 @@ def begin_checkpoint(out_dir, name):
 
 
 def commit_checkpoint(tmp):
-    """Sync the files in begin_checkpoint's folder, list them in complete.json and give the folder
-    its name. Killed at any moment, the new checkpoint is whole or it is not there. -> its path"""
+    """Syncs the files in begin_checkpoint's folder, lists them in complete.json and gives it its
+    name. -> its path"""
     _barrier()  # every rank has written what it had to
     if get_rank() == 0:
         sizes = {}
-        for root, _, names in os.walk(tmp):
-            for path in (os.path.join(root, name) for name in names):
-                with open(path, "rb+") as f:
-                    os.fsync(f.fileno())
-                sizes[os.path.relpath(path, tmp).replace(os.sep, "/")] = os.path.getsize(path)
+        for path in (path for path in Path(tmp).rglob("*") if path.is_file()):
+            with path.open("rb+") as f:
+                os.fsync(f.fileno())
+            sizes[path.relative_to(tmp).as_posix()] = path.stat().st_size
         _write_sizes(tmp, sizes)
     final = _publish(tmp)
     _barrier()
@@ -154,17 +154,16 @@ def latest_checkpoint(out_dir, prefix):
             if "training_state.pt" in sizes:
                 found = [path]
                 break
-            fault = fault or "a model only, without training_state.pt"
-            print(f"checkpoint {path} skipped: {fault}", flush=True)
+            print0(f"checkpoint {path} skipped: {fault or 'a model only, no training_state.pt'}")
     if dist.is_initialized():
         dist.broadcast_object_list(found, src=0)
     return found[0]
 
 
-def prune_checkpoints(out_dir, prefix, keep_last, keep_models, best=None):
-    """Keep the newest `keep_last` checkpoints (0 = all); of older ones keep nothing, or with
-    keep_models the model without training_state.pt. `best` (a path or name) is left as it is. Also
-    removes what a killed save left, so call it after a commit."""
+def prune_checkpoints(out_dir, prefix, keep_last, keep_models, best=""):
+    """Keeps the newest `keep_last` checkpoints (0: all), and `best` (a path or name); of the others
+    nothing, or with keep_models the model without training_state.pt. Also removes what a killed
+    save left, so call it after a commit."""
     if get_rank() == 0:
         for path in _numbered(out_dir, f".tmp-{prefix}"):
             shutil.rmtree(path)
@@ -173,8 +172,8 @@ def prune_checkpoints(out_dir, prefix, keep_last, keep_models, best=None):
             sizes, _ = _inspect(path)
             if kept < keep_last:
                 kept += "training_state.pt" in sizes
-            elif os.path.basename(path) == os.path.basename(best or ""):
-                continue
+            elif os.path.basename(path) == os.path.basename(best):
+                pass
             elif not keep_models:
                 shutil.rmtree(path)
             elif sizes.pop("training_state.pt", None) is not None:
@@ -199,11 +198,10 @@ def full_state_dict(module, prefix=""):
     """-> {name: CPU tensor} of a plain, compiled or fully_shard module, on rank 0; {} elsewhere.
     Collective. On the CPU they are the live tensors, not copies. prefix: a part of the module whose
     names go without it ("model."); other names stay."""
-    state = {
-        name.replace("_orig_mod.", "").removeprefix(prefix): _full(tensor)
-        for name, tensor in module.state_dict().items()
-    }
-    return state if get_rank() == 0 else {}
+    state = {name: _full(tensor) for name, tensor in module.state_dict().items()}
+    if get_rank() != 0:
+        return {}
+    return {k.replace("_orig_mod.", "").removeprefix(prefix): x for k, x in state.items()}
 
 
 def optimizer_state(optimizers):
@@ -227,20 +225,17 @@ def optimizer_state(optimizers):
 def load_optimizer_state(optimizers, states):
     """Load optimizer_state's list, on every rank. The hyperparameters stay the script's own, so a
     key changed for the resumed run acts. ValueError if the parameter groups are other ones."""
-    for optimizer, saved in zip(optimizers, states, strict=True):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        counts = [len(group["params"]) for group in optimizer.param_groups]
-        found = [len(group["params"]) for group in saved["param_groups"]]
+    for optimizer, saved in zip(optimizers, states, strict=True):  # Muon's run has two
+        now, then = optimizer.param_groups, saved["param_groups"]
+        counts, found = ([len(group["params"]) for group in groups] for groups in (now, then))
         if found != counts:
             raise ValueError(f"{type(optimizer).__name__}: tensors per group {found}, not {counts}")
-        groups = [
-            {**now, "params": then["params"]}
-            for now, then in zip(optimizer.param_groups, saved["param_groups"], strict=True)
-        ]
+        params = [p for group in now for p in group["params"]]
         state = {
             i: {name: _shard_like(value, params[i]) for name, value in values.items()}
             for i, values in saved["state"].items()
         }
+        groups = [{**a, "params": b["params"]} for a, b in zip(now, then)]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

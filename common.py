@@ -223,8 +223,9 @@ def start(config):
             f"train_also={s.train_also!r} goes with LoRA; lora_rank=0 trains every weight"
         )
     s.rank, s.world_size, s.local_rank, s.device = setup_distributed()
-    if s.deterministic:
-        set_deterministic()
+    if s.deterministic:  # the same bits in every run on one machine, CUDA too; slower
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before any CUDA work
+        torch.use_deterministic_algorithms(True)
     torch.manual_seed(s.seed)  # the same fresh weights on every rank
     if s.config.get("batch_size", 0) % s.world_size:
         raise SystemExit(f"batch_size={s.batch_size} must be a multiple of {s.world_size} ranks")
@@ -273,23 +274,20 @@ def zeros(n, device):
     return torch.zeros(n, dtype=wide, device=device)
 
 
-def all_reduce_sum(values):
+def all_reduce_sum(values, op=dist.ReduceOp.SUM):
     """[n] numbers -> [n] floats, their sums over all ranks, in float64 and one all_reduce."""
+    values = [float(value) for value in values]
     if not dist.is_initialized():
-        return [float(v) for v in values]
+        return values
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    sums = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return sums.tolist()
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values, op)
+    return values.tolist()
 
 
-def all_reduce_max(value):
+def all_reduce_max(number):
     """The largest of a whole number over all ranks."""
-    if not dist.is_initialized():
-        return value
-    most = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return int(most)
+    return int(all_reduce_sum([number], dist.ReduceOp.MAX)[0])
 
 
 def seed_step(seed, step, rank, chunk=0):
@@ -303,12 +301,6 @@ def seed_step(seed, step, rank, chunk=0):
         x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
         x ^= x >> 31
     torch.manual_seed(x)
-
-
-def set_deterministic():
-    """The same bits in every run on one machine, CUDA too; slower. Call before any CUDA work."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
 
 
 def catch_stop():

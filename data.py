@@ -12,11 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# ---- JSONL ----
 
-
-def parse_line(text: bytes, path: str, line: int) -> dict:
-    """The object of one line. ValueError where it holds none."""
+def parse_line(text, path, line):
+    """The object of one line, as a dict. ValueError where it holds none."""
     try:
         record = json.loads(text)
     except ValueError as error:  # bad JSON or bad UTF-8
@@ -26,7 +24,7 @@ def parse_line(text: bytes, path: str, line: int) -> dict:
     return record
 
 
-def read_jsonl(path: str):
+def read_jsonl(path):
     """Yield (line number from 1, dict) for each line that is not blank of a file, maybe a .gz."""
     with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
         for line, text in enumerate(f, 1):
@@ -34,7 +32,7 @@ def read_jsonl(path: str):
                 yield line, parse_line(text, path, line)
 
 
-def require(record: dict, field: str, kind, path: str, line: int):
+def require(record, field, kind, path, line):
     """record[field], checked. `kind` is str, int, float (takes ints), bool, list, or [str] and such
     for a list of them. ValueError names file, line and field, and what was expected."""
     is_list = isinstance(kind, list)
@@ -52,9 +50,6 @@ def require(record: dict, field: str, kind, path: str, line: int):
     return value
 
 
-# ---- files of pairs ----
-
-
 @dataclass
 class PairFile:
     """A JSONL file of pairs whose lines are read when they are asked for: len(file), read_pair."""
@@ -68,8 +63,8 @@ class PairFile:
         return len(self.numbers)
 
 
-def open_pairs(path: str) -> PairFile:
-    """Index a JSONL file: 16 bytes of memory a line. ValueError for a file without lines."""
+def open_pairs(path):
+    """-> PairFile, which takes 16 bytes of memory a line. ValueError for a file without lines."""
     starts, numbers, end = [], [], 0
     with open(path, "rb") as f:
         for line, text in enumerate(f, 1):
@@ -83,22 +78,20 @@ def open_pairs(path: str) -> PairFile:
     return PairFile(path, text, np.array([*starts, end]), np.array(numbers))
 
 
-def read_line(file: PairFile, i: int) -> tuple[dict, int]:
+def read_line(file, i):
     """(the object of the i-th line, its line number). ValueError where it holds none."""
     start, end = file.starts[i : i + 2]  # blank lines that follow it do no harm
     line = int(file.numbers[i])
     return parse_line(file.text[start:end], file.path, line), line
 
 
-def read_pair(file: PairFile, i: int) -> dict:
+def read_pair(file, i):
     """{"query": str, "pos": [str, ..], "neg": [str, ..], "pos_scores", "neg_scores": [float, ..] or
     None, "prompt": str or None} of the i-th line, from any of the three forms:
 
         {"query", "pos": [..], "neg": [..], "pos_scores": [..], "neg_scores": [..], "prompt"}
         {"query" or "anchor", "positive", "negative"}    one of each, the negative may be missing
         {"text"}                                         SimCSE: its own positive
-
-    ValueError names file, line and field.
     """
     record, line = read_line(file, i)
 
@@ -125,7 +118,7 @@ def read_pair(file: PairFile, i: int) -> dict:
     return pair
 
 
-def is_held_out(query: str, share: float) -> bool:
+def is_held_out(query, share):
     """Decided by a hash of the query: one that comes twice is on one side both times."""
     digest = hashlib.sha256(query.encode("utf-8", "replace")).hexdigest()
     return int(digest[:8], 16) < share * 2**32

@@ -7,119 +7,27 @@ Texts to embeddings: one path for training, evaluation and use.
     pack, pool      lists of ids -> one packed row; hidden states of a packed row -> vectors
     Embedder        a model with its tokenizer, template, pooling and prompts: encode, save, load
 
-The ids are made in tokenizer.py. `save` writes a folder that sentence-transformers opens, see
-formats/sentence_transformers.py; where that cannot give equal embeddings, `save` says why.
-
+`save` writes a folder that sentence-transformers opens, or says why embeddings there would differ.
 Shapes: B texts, T tokens of the packed row, P pooled tokens, C n_embd, V vocabulary, N all texts.
 """
 
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from attention import make_seqs
 from common import dtype_of, prefetch, print0
 from formats import sentence_transformers as st
 from formats.huggingface import resolve_folder, save_pretrained
 from formats.peft import adapter_chain, attention_of
-from lora import load_merged, merged_state
+from lora import load_merged, lora_layers, merged_state, save_adapter
+from pooling import groups, pack, pool, splade
 from tokenizer import TEMPLATES, check_tokenizer, load_tokenizer, tokenize
-
-# ---- packed rows ----
-
-
-@dataclass
-class Pool:
-    """Which tokens of a packed row make which vector."""
-
-    text: torch.Tensor  # [T] int64, the text of each token
-    place: torch.Tensor  # [T] int64, 1.. within what is pooled of that text, 0 for what is not
-    rows: torch.Tensor  # [P] int64, the pooled tokens
-    first: torch.Tensor  # [B] int64, the first pooled token of each text
-    last: torch.Tensor  # [B] int64, the last one
-    count: torch.Tensor  # [B] int64, pooled tokens of each text; 0 gives the zero vector
-    lengths: list[int]  # the same on the host
-
-
-def pack(encoded, device):
-    """What `tokenize` returned -> (tokens [T] int64, seqs, pool): built on the CPU, moved once."""
-
-    def moved(array):
-        return torch.from_numpy(array).to(device, non_blocking=True)
-
-    lengths = [len(ids) for ids, _ in encoded]
-    starts = np.cumsum([0, *lengths[:-1]])  # [B], where each text begins in the row
-    first, end = starts + np.array([span for _, span in encoded]).T  # [B] each
-    text = np.repeat(np.arange(len(encoded)), lengths)  # [T]
-    row = np.arange(len(text))
-    place = np.where((row >= first[text]) & (row < end[text]), row - first[text] + 1, 0)
-    count = end - first
-    pool = Pool(
-        text=moved(text), place=moved(place), rows=moved(np.flatnonzero(place)),
-        # a text of which nothing is pooled gives any of its tokens, which then counts 0
-        first=moved(np.minimum(first, starts + lengths - 1)), last=moved(np.maximum(end - 1, 0)),
-        count=moved(count), lengths=count.tolist(),
-    )  # fmt: skip
-    tokens = moved(np.concatenate([ids for ids, _ in encoded]).astype(np.int64))
-    return tokens, make_seqs(lengths, device), pool
-
-
-def pool(hidden, pooled, pooling):
-    """hidden [T, C], pooled: the Pool of this row -> [B, C], in fp32 (fp64 if hidden is).
-    pooling: "mean", "weighted_mean" (weights 1, 2, 3, .. over the pooled tokens), "last", "cls",
-    which is the first, or "tokens", which are all that are pooled: [P, C]."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    if pooling == "tokens":
-        return hidden[pooled.rows].to(wide)
-    if pooling in ("cls", "last"):
-        rows = pooled.first if pooling == "cls" else pooled.last
-        return hidden[rows].to(wide) * (pooled.count > 0).to(wide)[:, None]
-    weights = pooled.place.clamp(max=1) if pooling == "mean" else pooled.place
-    weights, n = weights.to(wide), len(pooled.lengths)  # [T], B
-    sums = hidden.new_zeros(n, hidden.size(1), dtype=wide)
-    sums = sums.index_add(0, pooled.text, hidden.to(wide) * weights[:, None])  # [B, C]
-    total = weights.new_zeros(n).index_add(0, pooled.text, weights)  # [B]
-    return sums / total.clamp(min=1)[:, None]
-
-
-def splade(model, hidden, pooled):
-    """hidden [T, C] -> [B, V] fp32: max over a text's tokens of log(1 + relu(logit)).
-
-    SPLADE v2 (Formal et al. 2021, arXiv 2109.10086, eq. 6). log(1 + relu) only grows, so the max
-    is taken first. The logits exist for a few texts at a time; the backward pass makes them again.
-    """
-
-    def largest(x, counts):  # x [P, C] of whole texts, counts [b] -> [b, V]
-        logits = model.logits(x)
-        return torch.segment_reduce(logits, "max", lengths=counts, unsafe=True, initial=0)
-
-    limit = 2 ** (25 if hidden.device.type == "cpu" else 28) // model.config.vocab_size
-    texts = groups(pooled.lengths, limit)
-    rows = pooled.rows.split([sum(pooled.lengths[i] for i in group) for group in texts])
-    counts = pooled.count.split([len(group) for group in texts])
-    parts = [checkpoint(largest, hidden[r], n, use_reentrant=False) for r, n in zip(rows, counts)]
-    weights = torch.cat(parts)
-    return weights.to(torch.promote_types(weights.dtype, torch.float32)).relu().log1p()
-
-
-def groups(lengths, limit):
-    """Neighbouring indices in lists of at most `limit` tokens together, at least one in each."""
-    parts, total = [], limit
-    for i, n in enumerate(lengths):
-        if total + n > limit:
-            parts.append([])
-            total = 0
-        parts[-1].append(i)
-        total += n
-    return parts
 
 
 def chunks_of(encoded, limit):
@@ -145,7 +53,7 @@ class Embedder(nn.Module):
     sentence-transformers; `encode` takes the instruction itself. normalize: to length 1, except
     with splade. dtype: what `encode` computes in (autocast), fp32 or bf16.
 
-    It is a module so that all that has parameters runs in one forward call: DDP(embedder)(*packed).
+    All that has parameters runs in one forward call: DDP(embedder)(*packed).
     """
 
     def __init__(
@@ -158,7 +66,7 @@ class Embedder(nn.Module):
             raise ValueError(f"pooling {pooling!r}: expected one of {', '.join(POOLINGS)}")
         if pooling == "splade" and model.config.head == "none":
             raise ValueError("pooling 'splade' needs a language modelling head, the model has none")
-        if projection is not None and (pooling != "tokens" or projection.bias is not None):
+        if projection and (pooling != "tokens" or projection.bias is not None):
             raise ValueError("a projection goes with pooling 'tokens', and has no bias")
         check_tokenizer(tokenizer, model.config.vocab_size)
         self.model, self.tokenizer, self.projection = model, tokenizer, projection
@@ -170,7 +78,7 @@ class Embedder(nn.Module):
 
     @property
     def dim(self):
-        if self.projection is not None:
+        if self.projection:
             return self.projection.out_features
         c = self.model.config
         return c.vocab_size if self.pooling == "splade" else c.n_embd
@@ -181,8 +89,8 @@ class Embedder(nn.Module):
 
     def tokenize(self, texts, instruction=""):
         """`tokenize` with this embedder's template, length and pooled range."""
-        return tokenize(self.tokenizer, texts, instruction, self.template, self.max_length,
-                        self.pool_instruction)  # fmt: skip
+        settings = self.template, self.max_length, self.pool_instruction
+        return tokenize(self.tokenizer, texts, instruction, *settings)
 
     def forward(self, tokens, seqs, pooled):
         """What `pack` returned -> fp32 [B, dim], with gradients; for "tokens" (vectors [P, dim],
@@ -192,7 +100,7 @@ class Embedder(nn.Module):
             return splade(self.model, hidden, pooled)
         with torch.autocast(hidden.device.type, enabled=False):
             x = pool(hidden, pooled, self.pooling)  # [B, C], or [P, C]
-            if self.projection is not None:
+            if self.projection:
                 x = F.linear(x, self.projection.weight.to(x.dtype))
             x = F.normalize(x, dim=-1) if self.normalize else x
         return (x, pooled.lengths) if self.pooling == "tokens" else x
@@ -212,12 +120,11 @@ class Embedder(nn.Module):
         self.train(was_training)
 
     def encode(self, texts, instruction="", device_batch_tokens=None, progress=False, out=None):
-        """-> float32 array [N, dim] in the order of `texts`; for "tokens" a list of N arrays.
+        """A sequence of texts -> float32 array [N, dim]; for "tokens" a list of N arrays.
 
-        texts: any sequence. device_batch_tokens: the most tokens of one forward call (None: 16,384,
-        and 2,048 on a CPU, whose caches are small). Under torchrun all ranks call it together: each
-        embeds its share, and all get the whole. out: path of a .npy to write part by part, so that
-        memory does not grow with N; the result is that file, mapped (all ranks must see it).
+        device_batch_tokens: the most tokens of one forward call (None: 16,384, and 2,048 on a CPU,
+        whose caches are small). out: path of a .npy to write part by part and give back mapped.
+        Under torchrun all ranks call it together: each embeds its share, all get the whole.
         """
         many, device = self.pooling == "tokens", self.device
         if isinstance(texts, str):
@@ -274,22 +181,15 @@ class Embedder(nn.Module):
 
     # ---- folders ----
 
-    def st_problem(self):
-        """Why sentence-transformers would give other embeddings, or None: ask before training."""
-        return st.st_problem(self)
-
-    def save_settings(self, folder):
-        """How it embeds, for `load`: it stands beside an adapter, too."""
-        st.write_settings(self, folder)
+    st_problem = st.st_problem  # why sentence-transformers would give other embeddings, or None
+    save_settings = st.write_settings  # how it embeds, for `load`: it stands beside an adapter, too
 
     def save(self, folder, sentence_transformers=True, state_dict=None):
         """Writes a sentence-transformers folder: a dense model, for "splade" a SparseEncoder, for
-        "tokens" a MultiVectorEncoder. LoRA is merged in the files, not in the model.
-
-        Raises ValueError, before anything is written, where embeddings there would differ: see
-        st_problem. With sentence_transformers=False the folder is for Embedder.load alone.
-        state_dict: full weights from elsewhere (gathered from FSDP, or merged already), by the
-        model's names, and "projection.weight" where there is one.
+        "tokens" a MultiVectorEncoder; with sentence_transformers=False one for Embedder.load alone.
+        LoRA is merged in the files, not in the model. state_dict: full weights from elsewhere, by
+        the model's names, and "projection.weight" where there is one.
+        Raises ValueError, before anything is written, where embeddings there would differ.
         """
         if sentence_transformers and (problem := self.st_problem()):
             raise ValueError(f"{folder}: sentence-transformers would give other embeddings: "
@@ -299,12 +199,20 @@ class Embedder(nn.Module):
         if any(".lora_" in name for name in state):
             state = merged_state(self.model, state)
         save_pretrained(self.model, folder, state)
-        st.write_settings(self, folder, projection)
+        self.save_settings(folder, projection)
         if sentence_transformers:
             st.write_tokenizer(self, folder)
             st.write_modules(self, folder)
         else:
             self.tokenizer.save_pretrained(folder)
+
+    def save_trained(self, folder, weights, base, adapters, sentence_transformers=True):
+        """`save` of a training run: LoRA merged from the precision of the base's files, and beside
+        it the adapter. weights: the model's full tensors; base, adapters: see load_for_training."""
+        self.save(folder, sentence_transformers, merged_state(self.model, weights, base, adapters))
+        if lora_layers(self.model):
+            save_adapter(self.model, f"{folder}/adapter", base, weights, adapters)
+            self.save_settings(f"{folder}/adapter")
 
     @classmethod
     def load(
@@ -317,38 +225,35 @@ class Embedder(nn.Module):
         name: a folder of `save`, a sentence-transformers folder, a plain Hugging Face model, or a
         PEFT adapter, whose base is loaded first; of an out_dir, its newest checkpoint. adapters:
         more of them, merged in this order (LLM2Vec: base, MNTP, then SimCSE or supervised).
-        attention: "causal" or "bidirectional" where config.json does not say; LLM2Vec's adapters
-        want "bidirectional". dtype: of the weights, "auto", "bf16" or "fp32".
-        The other arguments replace what the folder says. Where nobody says it: mean over all
-        tokens, normalised, up to 512 of them.
+        attention: "causal" or "bidirectional" where config.json does not say. dtype: "auto",
+        "bf16" or "fp32". The other arguments replace what the folder says. Where nobody says it:
+        mean over all tokens, normalised, up to 512 of them.
         Raises ValueError for a sentence-transformers folder with a part that is not supported.
         """
-        if device is None:
-            mps = torch.backends.mps.is_available()
-            device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        device = torch.device(device)
+        device = torch.device(device or torch.accelerator.current_accelerator(True) or "cpu")
         dtype = dtype_of(dtype, device)
-        folders = adapter_chain(name) + [resolve_folder(adapter) for adapter in adapters]
+        folders = [*adapter_chain(name), *map(resolve_folder, adapters)]
         settings = {}
         for folder in folders:  # a later adapter replaces what an earlier one says
             settings |= st.read_settings(folder)
         given = dict(pooling=pooling, template=template, prompts=prompts, normalize=normalize,
                      max_length=max_length, pool_instruction=pool_instruction)  # fmt: skip
         settings |= {key: value for key, value in given.items() if value is not None}
-        foreign, usual = settings.pop("foreign", False), settings.pop("attention", None)
+        path, usual = settings.pop("path", None), settings.pop("attention", None)
 
-        base = os.path.join(folders[0], settings.pop("path", ""))
+        base = f"{folders[0]}/{path or ''}"
         if attention is None and not any(map(attention_of, folders[1:])):
             attention = usual
         model = load_merged(base, folders[1:], attention, dtype=dtype).eval()
         model.set_backend(attention_backend, device, dtype)
-        sources = [f for f in folders if os.path.exists(os.path.join(f, "tokenizer.json"))]
+        sources = [f for f in folders if os.path.exists(f"{f}/tokenizer.json")]
         tokenizer = load_tokenizer([base, *sources][-1])
         if "pooling" not in settings:
             print0(f"{name} does not say how it pools: mean over all tokens")
         settings.setdefault("max_length", min(512, model.config.max_seq_len))
         embedder = cls(model, tokenizer, **settings, dtype=dtype).to(device).eval()
-        if foreign and not embedder.pool_instruction and (problem := embedder.st_problem()):
+        foreign = path is not None and not embedder.pool_instruction
+        if foreign and (problem := embedder.st_problem()):
             print0(f"{name}: not in all as sentence-transformers has it: {problem}")
         print0(f"{name}: {model.describe()}, {dtype} on {device}; {embedder.pooling} -> "
                f"{embedder.dim} numbers, up to {embedder.max_length} tokens")  # fmt: skip

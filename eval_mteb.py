@@ -47,7 +47,7 @@ import mteb
 import numpy as np
 import torch
 import torch.distributed as dist
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from mteb import abstasks
 from mteb.models import ModelMeta, SearchEncoderWrapper
 from mteb.models.abs_encoder import AbsEncoder
@@ -144,21 +144,20 @@ def local_task(kind, path, split):
     """A task of mteb's class that reads files when mteb asks for its data."""
     type_name, base, main_score, fields = KINDS[kind]
 
-    def load_data(self, num_proc=None, **_):
-        read = read_search if base is abstasks.AbsTaskRetrieval else read_columns
-        self.dataset, self.data_loaded = {"default": read(kind, path, split, fields)}, True
+    class LocalTask(base):
+        metadata = mteb.TaskMetadata(
+            name=path.stem, description=str(path), type=type_name, category="t2t",
+            main_score=main_score, dataset={"path": str(path), "revision": "local"},
+            eval_splits=[split], eval_langs=["eng-Latn"],
+        )  # fmt: skip
+        label_column_name, input_column_name = "label", "text"
+        max_fraction_of_documents_to_embed = None  # of clustering, which else takes 4 %
 
-    metadata = mteb.TaskMetadata(
-        name=path.stem, description=str(path), type=type_name, category="t2t",
-        main_score=main_score, dataset={"path": str(path), "revision": "local"},
-        eval_splits=[split], eval_langs=["eng-Latn"],
-    )  # fmt: skip
-    body = {
-        "metadata": metadata, "load_data": load_data, "label_column_name": "label",
-        # of clustering, which else takes 4 % of the texts
-        "input_column_name": "text", "max_fraction_of_documents_to_embed": None,
-    }  # fmt: skip
-    return type(path.stem, (base,), body)()
+        def load_data(self, **_):
+            read = read_search if base is abstasks.AbsTaskRetrieval else read_columns
+            self.dataset, self.data_loaded = {"default": read(kind, path, split, fields)}, True
+
+    return LocalTask()
 
 
 def file_of(folder, stem):
@@ -198,7 +197,7 @@ def read_columns(kind, path, split, fields):
         if labels:
             columns["label"] = [labels.index(label) for label in columns["label"]]
         data[key] = Dataset.from_dict(columns)
-    return DatasetDict(data)
+    return data
 
 
 def read_search(kind, path, split, fields):
@@ -216,20 +215,25 @@ def read_search(kind, path, split, fields):
         corpus, queries, relevant = number_texts(
             ((p["prompt"] or "") + p["query"], p["pos"], p["neg"]) for p in pairs
         )
-    data = {"corpus": Dataset.from_list(corpus), "queries": Dataset.from_list(queries)}
-    return {split: data | {"relevant_docs": relevant, "top_ranked": candidates}}
+    corpus, queries = (
+        Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
+        for texts in (corpus, queries)
+    )
+    data = {"corpus": corpus, "queries": queries, "relevant_docs": relevant}
+    return {split: data | {"top_ranked": candidates}}
 
 
 def read_beir(path, split, fields):
-    """-> (corpus, queries, {query id: {passage id: grade}}) of a folder as BEIR has it."""
-    corpus, queries = (read_rows(file_of(path, stem), fields) for stem in ("corpus", "queries"))
-    corpus = [{"id": d["_id"], "title": d.get("title") or "", "text": d["text"]} for d in corpus]
-    queries = [{"id": q["_id"], "text": q["text"]} for q in queries]
-    ids = {"query-id": {q["id"] for q in queries}, "corpus-id": {d["id"] for d in corpus}}
+    """-> (corpus {id: text}, queries {id: text}, {query id: {passage id: grade}}) of a folder as
+    BEIR has it."""
+    corpus, queries = (
+        {row["_id"]: " ".join(filter(None, [row.get("title"), row["text"]])) for row in rows}
+        for rows in (read_rows(file_of(path, stem), fields) for stem in ("corpus", "queries"))
+    )
     qrels, relevant = path / "qrels" / f"{split}.tsv", {}
     for row in read_rows(qrels, {"query-id": str, "corpus-id": str, "score": int}):
-        for field, known in ids.items():
-            if row[field] not in known:
+        for field, texts in (("query-id", queries), ("corpus-id", corpus)):
+            if row[field] not in texts:
                 raise ValueError(f"{qrels}: there is no text for {field} {row[field]!r}")
         relevant.setdefault(row["query-id"], {})[row["corpus-id"]] = row["score"]
     return corpus, queries, relevant
@@ -245,7 +249,7 @@ def number_texts(lines):
             grades[corpus.setdefault(text, f"a{len(corpus)}")] = 1
         for text in wrong:
             grades.setdefault(corpus.setdefault(text, f"b{len(corpus)}"), 0)
-    corpus, queries = ([{"id": i, "text": t} for t, i in x.items()] for x in (corpus, queries))
+    corpus, queries = ({i: text for text, i in ids.items()} for ids in (corpus, queries))
     return corpus, queries, relevant
 
 
@@ -269,8 +273,7 @@ def task_prompts(tasks, instructions, template, saved):
         given = given if isinstance(given, dict) else {"query": given}
         prompts[name] = {"query": "", "document": saved.get("document", "")} | given
         if instructions != "model" and (text := prompts[name]["query"]):
-            text = template.replace("\\n", "\n").replace("{instruction}", text)
-            prompts[name]["query"] = text
+            prompts[name]["query"] = template.replace("\\n", "\n").replace("{instruction}", text)
     if missing:
         raise SystemExit(f'{instructions} has no line for {", ".join(missing)}; "" is for none')
     return prompts
@@ -290,7 +293,6 @@ class Encoder(AbsEncoder):
             {"name": name, "similarity_fn_name": ScoringFunction(scores)}
         )
         self.chunk = max(1000, min(50_000, 2**29 // dim))  # documents scored at once: 2 GB of fp32
-        self.prompts = {}  # of task_prompts
 
     def encode(self, inputs, *, task_metadata, prompt_type=None, **_):
         side = "document" if prompt_type == PromptType.document else "query"
@@ -355,7 +357,8 @@ def load_encoder(name, s, device):
         from sentence_transformers import SentenceTransformer
 
         e = SentenceTransformer(name.removeprefix("st:"), device=str(device))
-        e.max_seq_length = s.max_length or e.max_seq_length
+        if s.max_length:
+            e.max_seq_length = s.max_length
         scores, dim = s.similarity or e.similarity_fn_name, e.get_embedding_dimension()
         settings = e, e.max_seq_length, sorted(e.tokenizer.get_vocab().items())
 
@@ -395,8 +398,8 @@ def evaluate(encoder, tasks, folder, reuse=False):
     rows, rank = [], common.get_rank()
     for task in tasks:
         meta, members, start = task.metadata, parts(task), time.time()
-        searched = all(isinstance(part, abstasks.AbsTaskRetrieval) for part in members)
-        if encoder.search_only and not searched:
+        search = all(isinstance(part, abstasks.AbsTaskRetrieval) for part in members)
+        if encoder.search_only and not search:
             continue
         prompts = {t.metadata.name: encoder.prompts[t.metadata.name] for t in members}
         data = [(t.metadata.name, t.metadata.dataset, t.eval_splits, t.hf_subsets) for t in members]
@@ -414,11 +417,11 @@ def evaluate(encoder, tasks, folder, reuse=False):
                     "Tasks by name come from the Hugging Face hub, --local reads files.\n"
                     "What is done by name is kept for the next run."
                 ) from e
-            search = encoder
+            model = encoder
             if isinstance(encoder, Encoder):
-                search = SearchEncoderWrapper(encoder, corpus_chunk_size=encoder.chunk)
+                model = SearchEncoderWrapper(encoder, corpus_chunk_size=encoder.chunk)
             result = mteb.evaluate(
-                search, task, cache=None, co2_tracker=False, show_progress_bar=False,
+                model, task, cache=None, co2_tracker=False, show_progress_bar=False,
                 encode_kwargs={"batch_size": 1024, "show_progress_bar": False},
             ).task_results[0]  # fmt: skip
             for part in members:
@@ -445,22 +448,18 @@ def table(rows):
         key = row["task"], row["type"], row["metric"]
         scores = lines.setdefault(key, np.full(len(models), np.nan))
         scores[models.index(row["model"])] = 100 * row["score"]
+    by_type = [np.mean([x for key, x in lines.items() if key[1] == kind], 0) for kind in types]
     if len(lines) > 1:
-        groups = [[x for key, x in lines.items() if key[1] == kind] for kind in types]
-        lines["mean over tasks", "", ""] = np.mean(list(lines.values()), axis=0)
-        if len(types) > 1:
-            by_type = [np.mean(group, axis=0) for group in groups]
-            lines["mean over types", "", ""] = np.mean(by_type, axis=0)
+        lines["mean over tasks", "", ""] = np.mean(list(lines.values()), 0)
+    if len(types) > 1:
+        lines["mean over types", "", ""] = np.mean(by_type, 0)
     cells = [["task", "type", "metric", *models]]
     for key, scores in lines.items():
         cells.append([*key, *("" if np.isnan(x) else f"{x:.2f}" for x in scores)])
-    columns = []
-    for i, (head, *column) in enumerate(zip(*cells)):
-        width = max(map(len, [head, *column]))
-        rule = "-" * width if i < 3 else "-" * (width - 1) + ":"
-        put = str.ljust if i < 3 else str.rjust
-        columns.append([put(cell, width) for cell in (head, rule, *column)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns))
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * w for w in widths[:3]] + ["-" * (w - 1) + ":" for w in widths[3:]])
+    form = " | ".join([f"{{:<{w}}}" for w in widths[:3]] + [f"{{:>{w}}}" for w in widths[3:]])
+    return "\n".join(f"| {form.format(*line)} |" for line in cells)
 
 
 if __name__ == "__main__":

@@ -33,14 +33,14 @@ def gather_rows(x, counts):
     longest = all_reduce_max(x.size(1)) - x.size(1) if x.dim() == 3 else 0
     x = F.pad(x, (0, 0) + (0, longest) * (x.dim() == 3) + (0, max(counts) - len(x)))
     parts = all_gather(x.contiguous())
-    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+    return torch.cat([part[:n] for part, n in zip(parts, counts)])
 
 
 def embed_all(embed, chunks):
     """Vectors of all texts in their own order, from those of the chunks -> [n, C] or [n, L, C]."""
     vectors = {}
     for i, chunk in enumerate(chunks):
-        vectors |= zip(chunk, embed(i), strict=True)
+        vectors |= zip(chunk, embed(i))
     vectors = [vectors[i] for i in range(len(vectors))]
     if vectors[0].dim() == 1:
         return torch.stack(vectors)

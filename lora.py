@@ -20,7 +20,6 @@ from torch import nn
 
 from formats import peft
 from formats.huggingface import from_pretrained, pinned, resolve_folder, stored_dtype
-from model import Norm
 
 # ---- the layer ----
 
@@ -60,18 +59,13 @@ def trained_names(model):
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-# ---- inject ----
-
-
 def inject(model, rank, alpha, dropout, targets, rslora=False, train_also=""):
     """Freezes the model and puts LoRA on its linear layers, in place.
 
     targets: "all" (every linear layer of the blocks) or our names, "q_proj,k_proj,down_proj".
-    train_also: what trains beside the adapter, in fp32: any of "embed,norm,head".
-        embed: the embedding; where the head is tied to it, that is the head's matrix, too.
-        norm: every norm. head: lm_head with its bias, and ModernBERT's head.dense. The matrix of a
-        tied head belongs to embed: head by itself leaves it frozen (Llama's tied head has no more).
-    Raises ValueError for a target or group that names nothing, and on a model with an adapter.
+    train_also: what trains beside the adapter, in fp32: any of "embed,norm,head". head: lm_head
+        with its bias, and ModernBERT's head.dense; the matrix of a tied head belongs to embed.
+    Raises ValueError for a target or group that names nothing.
     """
     if lora_layers(model):
         raise ValueError("inject: the model has an adapter already, merge it first")
@@ -82,12 +76,11 @@ def inject(model, rank, alpha, dropout, targets, rslora=False, train_also=""):
     leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
     wanted = _listed("targets", targets, ["all", *leaves])
     parameters = dict(model.named_parameters())  # a tied head's matrix is in it once, as embed
-    groups, of_module = {}, {"embed": "embed", "lm_head": "head", "head.dense": "head"}
+    groups = {}
     for name in parameters:
-        module = name.rpartition(".")[0]
-        norm = isinstance(model.get_submodule(module), Norm)
-        groups.setdefault("norm" if norm else of_module.get(module), []).append(name)
-    del groups[None]
+        group = "norm" if "norm" in name else name.partition(".")[0].removeprefix("lm_")
+        groups.setdefault(group, []).append(name)
+    del groups["blocks"]
     also = _listed("train_also", train_also, list(groups)) if train_also else ()
 
     model.requires_grad_(False)
@@ -108,16 +101,11 @@ def _listed(key, text, names):
     return items
 
 
-# ---- merge ----
-
-
 @torch.no_grad()
 def merge(model):
     """Adds the adapter into the weights, in place; then every parameter trains. Gives back what
     `unmerge` needs, the old weights among it: W + D - D is not W in floating point."""
     layers, trained = lora_layers(model), trained_names(model)
-    if not layers:
-        raise ValueError("merge: the model has no adapter")
     weights = merged_state(model, model.state_dict())
     for name, lora in layers.items():
         plain = nn.Linear(lora.base.in_features, lora.base.out_features, device="meta")
@@ -140,9 +128,8 @@ def merged_state(model, state, base=None, adapters=()):
     """Full tensors by the model's names, with LoRA added into the weights: what is saved.
 
     base, adapters: what the model was made of. The frozen weights are read from there again, for
-    the model may have them in bf16, and the sums are rounded once, to the type of the base's files:
-    the result is what `load_merged` and peft make of the saved adapter.
-    """
+    the model may have them in bf16, and the sums are rounded once, as `load_merged` and peft do it,
+    to the type of the base's files."""
     layers = lora_layers(model)
     if not layers:
         return state
@@ -190,18 +177,15 @@ def load_adapter(model, folder, trainable=False):
     Raises ValueError for a kind of adapter that is not supported (DoRA, trained biases, ...), and
     for missing, unexpected or misshapen tensors, by name.
     """
-    if lora_layers(model):
-        raise ValueError("load_adapter: the model has an adapter already, merge it first")
     folder, c, embed = resolve_folder(folder), model.config, model.embed.weight
     wanted, present = peft.attention_of(folder), "causal" if c.causal else "bidirectional"
     if wanted not in (None, present):
         problem = f"belongs to a {wanted} model, this one is {present}"
         raise ValueError(f"{folder} {problem}: load the base with attention={wanted!r}")
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     # lm_head is no layer for LoRA: the model reads its matrix and never calls it
     modules = model.named_modules()
     linear = {n: m for n, m in modules if isinstance(m, nn.Linear) and n != "lm_head"}
-    tensors, layers, along = peft.read_adapter(folder, c, names, linear)
+    tensors, layers, along = peft.read_adapter(folder, c, list(model.state_dict()), linear)
 
     embed = tensors.get("embed.weight", embed)
     if len(embed) > c.vocab_size:
@@ -248,17 +232,15 @@ def load_merged(base, adapters=(), attention=None, dtype=torch.float32, rope_the
 
 def _adapter_folder(checkpoint):
     """Beside the merged model of a checkpoint, or the checkpoint itself (pretraining, MNTP)."""
-    folder = os.path.join(checkpoint, "adapter")
+    folder = f"{checkpoint}/adapter"
     return folder if os.path.isdir(folder) else checkpoint
 
 
 def load_for_training(s, last=None, attention=None, rope_theta=None):
     """-> (model, base, adapters): the model without its LoRA, which `add_lora` puts on, and what it
     was made of, for save_adapter and merged_state: out_dirs pinned to the checkpoint read now.
-
     last: the checkpoint to go on from. Under LoRA the base and the adapters are those that its
-    adapter was trained on, otherwise it has all the weights.
-    """
+    adapter was trained on, otherwise it has all the weights."""
     if s.lora_rank and last:
         base, *adapters, _ = peft.pinned_chain(_adapter_folder(last))
     elif last and s.init_from == "scratch":  # the weights were made in this run

@@ -33,11 +33,11 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n)) if bias else None
 
     def forward(self, x):
-        weight = self.weight.float()
+        inputs = x.float(), self.weight.shape, self.weight.float()
         if self.kind == "rms":
-            return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+            return F.rms_norm(*inputs, self.eps).to(x.dtype)
         bias = None if self.bias is None else self.bias.float()
-        return F.layer_norm(x.float(), weight.shape, weight, bias, self.eps).to(x.dtype)
+        return F.layer_norm(*inputs, bias, self.eps).to(x.dtype)
 
 
 def hidden_norm(config):
@@ -132,7 +132,8 @@ class Head(nn.Module):
         self.norm = hidden_norm(config)
 
     def forward(self, x):
-        x = x.to(next(self.dense.parameters()).dtype)  # fp32 where the head trains on a bf16 base
+        # fp32 where the head trains on a bf16 base; LoRA may have wrapped the layer
+        x = x.to(next(self.dense.parameters()).dtype)
         return self.norm(F.gelu(self.dense(x)))
 
 
@@ -144,7 +145,7 @@ class Transformer(nn.Module):
         super().__init__()
         c = self.config = config
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
-        self.embed_norm = hidden_norm(c) if c.embed_norm else None
+        self.embed_norm = hidden_norm(c) if c.embed_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
         self.norm = hidden_norm(c)
         self.head = Head(c) if c.head == "dense" else None
@@ -154,7 +155,7 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = False
         self.backend = "sdpa"  # it runs everywhere; scripts call set_backend
         self.stream_dtype = None  # of the residual stream; None: as the embedding gives it
-        self.warned = False
+        self.warned = False  # of a text that is too long
 
     def tie(self):
         if self.config.tied and self.config.head != "none":
@@ -167,16 +168,13 @@ class Transformer(nn.Module):
         - with `rows` [L] int64: logits [L, V] at these rows of the hidden states,
         - with `rows` and `targets` [L] int64: (sum of cross-entropies, sum of hits) at these rows.
 
-        vectors [A, C] replace the token embeddings at rows `at` [A] int64; gradients flow into
-        them (used by train_reconstruct.py).
+        vectors [A, C], through which gradients flow, replace the embeddings at rows `at` [A] int64.
         """
         x = self.embed(tokens)  # [T, C]
         if vectors is not None:
             x = x.index_copy(0, at, vectors.to(x.dtype))
-        if self.stream_dtype is not None:  # bf16 under LoRA, also where the embedding is fp32
-            x = x.to(self.stream_dtype)
-        if self.embed_norm is not None:
-            x = self.embed_norm(x)
+        # bf16 under LoRA, also where the embedding is fp32
+        x = self.embed_norm(x.to(self.stream_dtype or x.dtype))
         rope = self.rope(seqs)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
@@ -196,8 +194,7 @@ class Transformer(nn.Module):
         return self.lm_head(x.to(self.lm_head.weight.dtype))
 
     def cross_entropy(self, hidden, targets):
-        """hidden [L, C], targets [L] -> (sum of cross-entropies, sum of hits): the logits exist
-        for a chunk of rows at a time."""
+        """hidden [L, C], targets [L] -> (sum of cross-entropies, sum of hits)"""
         x = hidden if self.head is None else self.head(hidden)
         return linear_cross_entropy(x, self.lm_head.weight, self.lm_head.bias, targets)
 
@@ -205,23 +202,24 @@ class Transformer(nn.Module):
         """{kind of layer: (cos, sin)}, each [T, D/2] fp32."""
         c = self.config
         if seqs.max_seqlen > c.max_seq_len and not self.warned:
-            self.warned, trained = True, f"the model was trained for {c.max_seq_len:,} positions"
+            self.warned = True
+            trained = f"the model was trained for {c.max_seq_len:,}"
             warnings.warn(f"a text of {seqs.max_seqlen:,} tokens: {trained}", stacklevel=2)
-        out, positions = {}, seqs.positions
-        for kind in dict.fromkeys(c.layer_kinds):
-            freq, scale = rope_frequencies(
-                c.rope[kind], c.head_dim, c.max_seq_len, positions.device
-            )
-            angle = positions[:, None] * freq  # [T, D/2]
+        out, device = {}, seqs.positions.device
+        for kind in set(c.layer_kinds):
+            freq, scale = rope_frequencies(c.rope[kind], c.head_dim, c.max_seq_len, device)
+            angle = seqs.positions[:, None] * freq  # [T, D/2]
             out[kind] = angle.cos() * scale, angle.sin() * scale
         return out
 
     def set_dropout(self, attn=None, out=None):
         """For this run; the config, and with it a saved folder, keeps the model's own.
         None: as it is."""
-        for layer in (block.attn for block in self.blocks):
-            layer.attn_dropout = layer.attn_dropout if attn is None else attn
-            layer.out_dropout = layer.out_dropout if out is None else out
+        for block in self.blocks:
+            if attn is not None:
+                block.attn.attn_dropout = attn
+            if out is not None:
+                block.attn.out_dropout = out
 
     def set_backend(self, wanted, device, dtype):
         """See choose_backend. Dropout counts where the model is to be trained: call `eval` before
@@ -234,11 +232,11 @@ class Transformer(nn.Module):
     def describe(self):
         """A line to print before training."""
         direction = "causal" if self.config.causal else "bidirectional"
-        sizes = [p.numel() for p in self.parameters()]
-        trained = [p.numel() for p in self.parameters() if p.requires_grad]
+        n = sum(p.numel() for p in self.parameters())
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return (
-            f"{self.config.family}, {direction}, {sum(sizes) / 1e6:.1f}M weights, "
-            f"{sum(trained) / 1e6:.3f}M trained; attention by {self.backend}"
+            f"{self.config.family}, {direction}, {n / 1e6:.1f}M weights, "
+            f"{trained / 1e6:.3f}M trained; attention by {self.backend}"
         )
 
     def drop_head(self):
@@ -247,24 +245,17 @@ class Transformer(nn.Module):
             self.config.head, self.head = "none", None
             del self.lm_head
 
+    @torch.no_grad()
     def resize_vocab(self, vocab_size):
         """More rows for new tokens, each the mean of the old ones; the head's too."""
-        c, extra = self.config, vocab_size - self.embed.num_embeddings
+        c, extra = self.config, vocab_size - self.config.vocab_size
         if extra < 0:
             raise ValueError(f"resize_vocab: {vocab_size} is under the present {c.vocab_size}")
-
-        def grown(w):
-            mean = w.detach().float().mean(0, keepdim=True).to(w.dtype)
-            rows = torch.cat((w.detach(), mean.expand(extra, *w.shape[1:])))
-            return nn.Parameter(rows, requires_grad=w.requires_grad)
-
-        self.embed.weight = grown(self.embed.weight)
-        if c.head != "none" and not c.tied:
-            self.lm_head.weight = grown(self.lm_head.weight)
-        if c.head != "none" and c.head_bias:
-            self.lm_head.bias = grown(self.lm_head.bias)
+        head = [] if c.head == "none" else self.lm_head.parameters()
+        for w in {self.embed.weight, *head}:  # a tied head's matrix is the embedding: once
+            mean = w.float().mean(0, keepdim=True).to(w.dtype)
+            w.data = torch.cat((w, mean.expand(extra, *w.shape[1:])))
         c.vocab_size = self.embed.num_embeddings = vocab_size
-        self.tie()
 
     def flops_per_token(self, seq_len):
         """Floating-point operations of forward and backward for one token of a text of seq_len:
@@ -272,8 +263,8 @@ class Transformer(nn.Module):
         c = self.config
         n = sum(p.numel() for b in self.blocks for p in b.parameters() if p.dim() == 2)
         seen = 0
-        for i in range(c.n_layer):
-            left, right = (seq_len if w < 0 else min(w, seq_len) for w in c.window_of(i))
+        for block in self.blocks:
+            left, right = (seq_len if w < 0 else min(w, seq_len) for w in block.attn.window)
             seen += min(seq_len / (2 if c.causal else 1), left + right + 1)
         return 6 * n + 12 * c.n_head * c.head_dim * seen
 
@@ -322,7 +313,7 @@ class ModelConfig:
     tied: bool = True  # the head's matrix is the embedding
     attn_dropout: float = 0.0  # of attention probabilities
     out_dropout: float = 0.0  # of the attention block's output
-    init: str = "normal"  # "normal" .02, "uniform" +-.02, "megatron": see init_weights
+    init: str = "normal"  # "normal" .02, "uniform" +-.02, "megatron": see from_scratch
     hf: dict = field(default_factory=dict)  # config.json as read: what we do not use is passed on
 
     def __post_init__(self):
@@ -351,13 +342,30 @@ class ModelConfig:
         return (self.window - 1, 0) if self.causal else (self.window, self.window)
 
 
+# What a family is where config.json says nothing, as in transformers: the rest is as above.
+_LLAMA = dict(max_seq_len=8192, norm_eps=1e-6, tied=False)
+_MODERNBERT = dict(
+    max_seq_len=8192, norm="layer", embed_norm=True, fused_mlp=True, activation="gelu",
+    head="dense", head_bias=True, init="megatron",
+)  # fmt: skip
+DEFAULTS = {
+    "llama": _LLAMA | dict(max_seq_len=2048),
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA | dict(qkv_bias=True),
+    "qwen3": _LLAMA | dict(qk_norm=True),
+    "modernbert": _MODERNBERT | dict(causal=False, fused_qkv=True),
+    "modernbert-decoder": _MODERNBERT,
+    "neobert": _LLAMA | dict(
+        max_seq_len=1024, causal=False, rope_pairs="adjacent", fused_qkv=True, fused_mlp=True,
+        head_bias=True, init="uniform"),
+}  # fmt: skip
+
+
 def _ettin(n_layer, n_embd, n_hidden, n_head):
-    return dict(
-        family="modernbert", causal=False, vocab_size=50368, n_layer=n_layer, n_embd=n_embd,
-        n_hidden=n_hidden, n_head=n_head, max_seq_len=1024, window=64, norm="layer",
-        layer_kinds=["local" if i % 3 else "global" for i in range(n_layer)], embed_norm=True,
-        fused_qkv=True, fused_mlp=True, activation="gelu", head="dense", head_bias=True,
-        out_dropout=0.1, init="megatron",
+    return DEFAULTS["modernbert"] | dict(
+        family="modernbert", vocab_size=50368, n_layer=n_layer, n_embd=n_embd, n_hidden=n_hidden,
+        n_head=n_head, max_seq_len=1024, window=64, out_dropout=0.1,
+        layer_kinds=["local" if i % 3 else "global" for i in range(n_layer)],
     )  # fmt: skip
 
 
@@ -371,10 +379,8 @@ SIZES = {
     "ettin-150m": _ettin(22, 768, 1152, 12),
     "ettin-400m": _ettin(28, 1024, 2624, 16),
     "ettin-1b": _ettin(28, 1792, 3840, 28),
-    "neobert-250m": dict(
-        family="neobert", vocab_size=30522, n_layer=28, n_head=12, n_embd=768, n_hidden=2048,
-        max_seq_len=1024, causal=False, rope_pairs="adjacent", fused_qkv=True, fused_mlp=True,
-        norm_eps=1e-6, tied=False, head_bias=True, init="uniform"),
+    "neobert-250m": DEFAULTS["neobert"] | dict(
+        family="neobert", vocab_size=30522, n_layer=28, n_head=12, n_embd=768, n_hidden=2048),
     # small shapes for teaching
     "modernbert-tiny": _ettin(6, 256, 384, 4) | dict(vocab_size=8192, max_seq_len=512),
     "llama-tiny": _TINY | dict(family="llama", n_hidden=688),
@@ -382,18 +388,17 @@ SIZES = {
 }  # fmt: skip
 
 
+@torch.no_grad()
 def from_scratch(size, **changes):
-    """A freshly initialised model of a size in SIZES; `changes` are ModelConfig fields."""
+    """A freshly initialised model of a size in SIZES; `changes` are ModelConfig fields.
+
+    normal: std .02 (Llama); uniform: +-.02 (NeoBERT); megatron: truncated normal .02 at 2 sigma and
+    .02 / sqrt(2 layers) for what writes to the residual stream (Ettin).
+    """
     if size not in SIZES:
         raise ValueError(f"model_size={size!r}: expected one of {', '.join(SIZES)}")
-    return init_weights(Transformer(ModelConfig(**(SIZES[size] | changes))))
-
-
-@torch.no_grad()
-def init_weights(model):
-    """Fresh weights. normal: std .02 (Llama); uniform: +-.02 (NeoBERT); megatron: truncated normal
-    .02 at 2 sigma and .02 / sqrt(2 layers) for what writes to the residual stream (Ettin)."""
-    c = model.config
+    c = ModelConfig(**(SIZES[size] | changes))
+    model = Transformer(c)
     for name, p in model.named_parameters():
         if p.dim() == 1:
             p.fill_(0.0 if name.endswith("bias") else 1.0)  # norms are 1
@@ -414,9 +419,9 @@ def init_weights(model):
 def linear_cross_entropy(x, weight, bias, targets):
     """Sum over rows of -log softmax(x W^T + b)[target], and how many targets had the best logit.
 
-    x [L, C], weight [V, C], bias [V] or None, targets [L] int64 -> (loss fp32, hits int64). Logits
-    exist for a chunk of rows at a time; the gradients are computed in the forward pass, chunk by
-    chunk, so that no [L, V] tensor lives. Without gradients: the loss alone. L = 0 gives 0.
+    x [L, C], weight [V, C], bias [V] or None, targets [L] int64 -> (loss fp32, hits int64). L = 0
+    gives 0. The gradients are computed in the forward pass, for a chunk of rows at a time, so that
+    no [L, V] tensor lives.
     """
     x, grad = to_compute(x), torch.is_grad_enabled()
     with torch.autocast(x.device.type, enabled=False):  # types are settled above
@@ -430,24 +435,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     # p / s is never formed: s divides the small sides, dx rows and x rows.
     @staticmethod
     def forward(ctx, x, weight, bias, targets, grad):
-        need_x, need_w, need_b = (grad and need for need in ctx.needs_input_grad[:3])
         wide = torch.promote_types(x.dtype, torch.float32)
         loss, hits = x.new_zeros((), dtype=wide), targets.new_zeros(())
-        dx = torch.empty_like(x) if need_x else None
-        dw = torch.zeros_like(weight, dtype=wide) if need_w else None
-        db = torch.zeros_like(bias, dtype=wide) if need_b else None
+        dx, dw, db = (
+            torch.zeros_like(t, dtype=dtype) if grad and need else None
+            for t, dtype, need in zip(
+                (x, weight, bias), (x.dtype, wide, wide), ctx.needs_input_grad
+            )
+        )
         w = weight.to(x.dtype)
         # 64 MB of fp32 logits at a time on the CPU, 512 MB on a GPU
         step = max(1, 2 ** (24 if x.device.type == "cpu" else 27) // weight.size(0))
         # one buffer for all chunks: on the CPU fresh memory costs a page fault for each 4 kB
-        buffer = torch.empty(min(step, x.size(0)), weight.size(0), dtype=wide, device=x.device)
+        buffer = x.new_empty(min(step, x.size(0)), weight.size(0))
         for start in range(0, x.size(0), step):
             x1, t1 = x[start : start + step], targets[start : start + step]  # [n, C], [n]
-            logits = buffer[: x1.size(0)]  # [n, V]
-            if x.dtype == wide:
-                torch.mm(x1, w.t(), out=logits)
-            else:
-                logits.copy_(x1 @ w.t())
+            logits = torch.mm(x1, w.t(), out=buffer[: x1.size(0)]).to(wide)  # [n, V]
             if bias is not None:
                 logits += bias
             top = logits.amax(dim=1, keepdim=True)  # [n, 1]
@@ -459,11 +462,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if db is not None:
                 db += (1 / s[:, 0]) @ p
                 db.index_add_(0, t1, torch.full_like(s[:, 0], -1.0))
-            if need_x or need_w:
+            if grad:
                 p = p.to(x.dtype)
-            if need_x:
+            if dx is not None:
                 dx[start : start + step] = (p @ w).to(wide) / s - w[t1]
-            if need_w:
+            if dw is not None:
                 if x.dtype == wide:
                     dw.addmm_(p.t(), x1 / s)  # in place: no second [V, C]
                 else:

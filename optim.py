@@ -13,39 +13,40 @@ from torch.distributed.tensor import DTensor, Partial
 
 def set_lengths(s, per_epoch, per_step):
     """Resolves the settings' lengths into steps: s.max_steps, the horizon of the schedule,
-    s.stop_step, where the run ends, s.warmup and s.decay.
+    s.stop_step, where the run ends, s.warmup and s.decay. per_epoch, per_step: tokens or examples
+    of an epoch and of a step. SystemExit where the horizon is given twice or not at all, and where
+    warmup or decay are given twice."""
 
-    per_epoch, per_step: tokens or examples of an epoch and of a step. SystemExit where the horizon
-    is given twice or not at all, and where warmup or decay are given twice.
-    """
-    horizon = {key: getattr(s, key, None) for key in ("max_steps", "max_tokens", "num_epochs")}
-    given = {key: value for key, value in horizon.items() if value is not None}
-    if len(given) != 1:
-        shown = ", ".join(f"{key}={value}" for key, value in given.items()) or "nothing"
-        raise SystemExit(
-            f"the length of training: {shown}; expected one of max_steps, max_tokens or num_epochs "
-            "(--num_epochs=None takes back what a config gives)"
-        )
+    def given(*keys):  # that the script has and that are set
+        values = {key: getattr(s, key, None) for key in keys}
+        return {key: value for key, value in values.items() if value is not None}
+
+    horizon = given("max_steps", "max_tokens", "num_epochs")
+    if len(horizon) != 1:
+        shown = ", ".join(f"{key}={value}" for key, value in horizon.items()) or "nothing"
+        expected = "one of max_steps, max_tokens or num_epochs"
+        advice = "(--num_epochs=None takes back what a config gives)"
+        raise SystemExit(f"the length of training: {shown}; expected {expected} {advice}")
     if s.max_steps is None:
-        total = s.num_epochs * per_epoch if s.num_epochs is not None else s.max_tokens
+        total = s.num_epochs * per_epoch if "num_epochs" in horizon else s.max_tokens
         s.max_steps = math.ceil(total / per_step)
     s.stop_step = s.max_steps if s.stop_step is None else s.stop_step
     if s.stop_step > s.max_steps:
         raise SystemExit(f"stop_step={s.stop_step} lies behind the horizon of {s.max_steps} steps")
 
-    def in_steps(name):
-        keys = {kind: getattr(s, f"{name}_{kind}", None) for kind in ("steps", "tokens", "ratio")}
-        given = {f"{name}_{kind}": x for kind, x in keys.items() if x is not None}
-        if len(given) > 1:
-            raise SystemExit(f"{given}: give one of them, not several")
-        if keys["tokens"] is not None:
-            return round(keys["tokens"] / per_step)
-        return round(keys["ratio"] * s.max_steps) if keys["ratio"] is not None else keys["steps"]
+    def in_steps(name, default):
+        lengths = given(f"{name}_steps", f"{name}_tokens", f"{name}_ratio")
+        if len(lengths) > 1:
+            raise SystemExit(f"{lengths}: give one of them, not several")
+        for key, n in lengths.items():
+            if key.endswith("tokens"):
+                return round(n / per_step)
+            return round(n * s.max_steps) if key.endswith("ratio") else n
+        return default
 
-    s.warmup, s.decay = in_steps("warmup") or 0, in_steps("decay")
-    if s.decay is None:
-        wsd = s.schedule == "wsd"
-        s.decay = round(0.1 * s.max_steps) if wsd else s.max_steps - s.warmup
+    s.warmup = in_steps("warmup", 0)
+    wsd = s.schedule == "wsd"
+    s.decay = in_steps("decay", round(0.1 * s.max_steps) if wsd else s.max_steps - s.warmup)
 
 
 def learning_rate_at(step, s):
@@ -60,9 +61,10 @@ def learning_rate_at(step, s):
         return s.learning_rate * (step + 1) / s.warmup
     if s.schedule == "constant":
         return s.learning_rate
-    start = s.max_steps - s.decay if s.schedule == "wsd" else s.warmup
+    start, shape = s.warmup, s.schedule
+    if s.schedule == "wsd":
+        start, shape = s.max_steps - s.decay, s.decay_shape
     t = min(max(step - start, 0) / max(s.decay, 1), 1.0)
-    shape = s.decay_shape if s.schedule == "wsd" else s.schedule
     kept = {"cosine": (1 + math.cos(math.pi * t)) / 2, "linear": 1 - t, "sqrt": 1 - math.sqrt(t)}
     return s.min_lr + (s.learning_rate - s.min_lr) * kept[shape]
 
@@ -133,7 +135,7 @@ class StableAdamW(torch.optim.Optimizer):
             if not params:
                 continue
             states = [self.state[p] for p in params]
-            for p, s in zip(params, states, strict=True):
+            for p, s in zip(params, states):
                 if not s:
                     s.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
                 s["step"] += 1
@@ -157,8 +159,8 @@ class StableAdamW(torch.optim.Optimizer):
             if sharded:  # on one mesh, as fully_shard has them: one all-reduce for all
                 p = params[sharded[0]]
                 parts = [Partial() if x.is_shard() else x for x in p.placements]
-                total = DTensor.from_local(sums[sharded], p.device_mesh, parts).full_tensor()
-                sums[sharded] = total
+                total = DTensor.from_local(sums[sharded], p.device_mesh, parts)
+                sums[sharded] = total.full_tensor()
             rms = (sums / sums.new_tensor([p.numel() for p in params])).sqrt()
 
             torch._foreach_copy_(u, v)

@@ -13,14 +13,16 @@ def mix(x):
     return (x ^ (x >> np.uint64(31))) >> np.uint64(1)
 
 
-def permuted(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+def permuted(index, n, seed, epoch):
     """The places of a permutation of 0..n-1, keyed by (seed, epoch): int64, shaped like `index`.
 
-    A Feistel network: a number is two digits (a, b) of base ~sqrt(n), and each round adds to one of
-    them a hash of the other. That can be undone, so it is a permutation. Digits can spell a little
-    more than n; such numbers go through again until they fall below n ("cycle walking").
-    No table is kept: 1e9 rows cost no more than ten, and any part can be asked for by itself.
+    A Feistel network, without a table: a number is two digits (a, b) of base ~sqrt(n), and each
+    round adds to one of them a hash of the other. That can be undone, so it is a permutation. What
+    the digits spell beyond n goes through again until it falls below n ("cycle walking").
     """
+    index = np.asarray(index, np.int64)
+    if index.size and not 0 <= index.min() <= index.max() < n:
+        raise ValueError(f"indices {index.min()}..{index.max()} are not all in 0..{n - 1}")
     keys = np.random.SeedSequence([seed, epoch]).generate_state(8, np.uint64)
     base_a = np.uint64(np.ceil(np.sqrt(n)))
     base_b = np.uint64(-(-n // int(base_a)))
@@ -38,12 +40,9 @@ def permuted(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
-def rows_of_step(step: int, rows_per_step: int, n_rows: int, seed: int):
+def rows_of_step(step, rows_per_step, n_rows, seed):
     """(epoch, row) of the global batch of `step`, which counts from 0: int64 [rows_per_step] each.
-
-    The endless sequence is epoch 0's permutation of the rows, then epoch 1's, and so on; each step
-    takes the next `rows_per_step`, and each rank its slice of them: any number of ranks, one order.
-    """
+    The endless sequence is epoch 0's permutation of the rows, then epoch 1's, and so on."""
     if n_rows < 1:
         raise ValueError("not one whole row of tokens: lower max_seq_len or prepare more text")
     position = step * rows_per_step + np.arange(rows_per_step, dtype=np.int64)
@@ -60,17 +59,9 @@ def choose_files(files, max_steps, alpha, seed):
 
 
 def lines_of_step(files, step, choices, batch_size, seed):
-    """(which file, [(epoch, line), ..]) of the batch of `step`: batch_size lines of one file.
-
-    choices: what choose_files returned. A file's last batch takes what it lacks from the file's
-    next epoch, so that every batch is full.
-    """
+    """(which file, [(epoch, line), ..]) of the batch of `step`: batch_size lines of one file, whose
+    last batch takes what it lacks from its next epoch. choices: what choose_files returned."""
     which = int(choices[step])
     nth = int((choices[:step] == which).sum())  # how many batches this file has given
     epochs, lines = rows_of_step(nth, batch_size, len(files[which]), seed + which)
     return which, list(zip(epochs.tolist(), lines.tolist()))
-
-
-def pair_rng(seed, which, epoch, line):
-    """The generator of all that is drawn for a line in an epoch: its positive, its negatives."""
-    return np.random.default_rng((seed, which, epoch, line))

@@ -8,7 +8,7 @@ import torch
 import optim
 from common import print0
 from data import open_pairs, read_pair
-from order import choose_files, lines_of_step, pair_rng
+from order import choose_files, lines_of_step
 from tokenizer import tokenize
 
 
@@ -32,10 +32,10 @@ def open_files(s):
 def pairs_of_step(files, step, choices, s):
     """-> (batch_size pairs of one file, which file), a function of (seed, step)."""
     which, lines = lines_of_step(files, step, choices, s.batch_size, s.seed)
-    pairs = [
-        sample_pair(files[which], line, s.group_size, pair_rng(s.seed, which, epoch, line))
-        for epoch, line in lines
-    ]
+    pairs = []
+    for epoch, line in lines:
+        rng = np.random.default_rng((s.seed, which, epoch, line))
+        pairs.append(sample_pair(files[which], line, s.group_size, rng))
     if s.no_duplicates:
         rng = np.random.default_rng((s.seed, step))
         pairs = without_duplicates(pairs, files[which], s.group_size, rng)

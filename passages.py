@@ -17,8 +17,8 @@ import torch
 
 from attention import Seqs, make_seqs
 from common import all_reduce_max
-from embedder import groups
 from order import permuted
+from pooling import groups
 from spans import covered, gold_tokens, read_spans, speller
 from token_scores import windows_of
 from tokenizer import tokenize, tokenize_passage
@@ -99,7 +99,7 @@ def encode_passage(records, tokenizer, s, max_length=None):
     lost_spans = sum(len(part) == 0 for parts in gold for part in parts)
     gold = [np.unique(np.concatenate(parts)) for parts in gold]  # of each line
     lost = np.array([sum(len(g) == 0 for g in gold), lost_spans])
-    records = [record for record, g in zip(records, gold, strict=True) if len(g)]  # [Q]
+    records = [record for record, g in zip(records, gold) if len(g)]  # [Q]
 
     windows = windows_of(len(ids), s.passage_window, s.window_overlap, s.causal)
     asked = [record["query"] for record in records]
@@ -108,7 +108,7 @@ def encode_passage(records, tokenizer, s, max_length=None):
     ends = np.cumsum([len(ids) for ids in texts])  # [windows + Q]
     place = [  # of each of the passage's ids in the texts end to end
         np.arange(first - stop, last - stop) + end
-        for (_, stop, first, last), end in zip(windows, ends, strict=False)
+        for (_, stop, first, last), end in zip(windows, ends)
     ]
     count = torch.tensor([len(g) for g in gold if len(g)], dtype=torch.int64)  # [Q]
     query = torch.repeat_interleave(count)  # [G]

@@ -16,9 +16,7 @@ or the out_dir of a run: then the newest checkpoint in it. Masked models fill, c
 """
 
 import copy
-import json
 import math
-import os
 import sys
 from types import SimpleNamespace
 
@@ -29,6 +27,7 @@ import common
 from attention import make_seqs
 from data import open_pairs, read_pair
 from embedder import Embedder
+from formats import read_json
 from formats.peft import adapter_chain
 from lora import load_merged
 from token_scores import score_tokens
@@ -106,56 +105,44 @@ def read_lines(path):
 # ---- fill masks ----
 
 
-def read_notes(folder):
-    """What train_mntp.py says of its mask, {} of other models."""
-    path = os.path.join(folder, "mntp.json")
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
-
-
-def check_fills(net, tokenizer, notes):
-    """SystemExit where the model cannot fill masks, with what it can do instead."""
-    if net.config.causal:
-        raise SystemExit("a causal model does not see what follows a mask: try --prompt")
-    if tokenizer.mask_token is None and not notes:
-        raise SystemExit("this tokenizer has no mask token, so the model was not trained to fill")
-
-
 @torch.no_grad()
-def fill(net, tokenizer, texts, n, notes=None):
+def fill(net, tokenizer, texts, n, notes):
     """The n most probable tokens for each mask, each by itself: two masks of a text do not know of
     each other's fill. The mask is written [MASK] or as the tokenizer writes it.
 
     -> for each text (ids, places [M] of the masks in ids, probabilities [M, n], tokens [M, n]).
-    notes: of train_mntp.py, whose models are read one place before the mask, and whose mask may be
-    another token than the tokenizer's.
-    SystemExit for a text without a mask, or with one that nothing stands before.
+    notes: what mntp.json says of a model of train_mntp.py, {} for others. Such models are read one
+    place before the mask, and their mask may be another token than the tokenizer's.
+    SystemExit for a model that cannot fill, and for a text without a mask, or with one that nothing
+    stands before.
     """
-    notes, device = notes or {}, net.embed.weight.device
-    if tokenizer.mask_token is None:  # a decoder's: [MASK] shall be one token, for now
-        tokenizer = copy.deepcopy(tokenizer)
+    if net.config.causal:
+        raise SystemExit("a causal model does not see what follows a mask: try --prompt")
+    if tokenizer.mask_token is None:
+        if not notes:
+            raise SystemExit("this tokenizer has no mask token: the model was not trained to fill")
+        tokenizer = copy.deepcopy(tokenizer)  # a decoder's: [MASK] shall be one token, for now
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
     mask, mask_id, before = tokenizer.mask_token, tokenizer.mask_token_id, -notes.get("at", 0)
     # A word carries the space in front of it, and so does the mask that stands for a word: else
     # byte-level BPE would see a lone space, as it never did in training. WordPiece does not care.
-    marked = [t.replace("[MASK]", mask).replace(" " + mask, mask) for t in texts]
-    ids = [tokenizer(t)["input_ids"] for t in marked]
+    marked = [text.replace("[MASK]", mask).replace(" " + mask, mask) for text in texts]
+    ids = tokenizer(marked)["input_ids"]
     places = [[k for k, i in enumerate(text_ids) if i == mask_id] for text_ids in ids]
-    for text, masks in zip(texts, places, strict=True):
+    for text, masks in zip(texts, places):
         if not masks:
             raise SystemExit(f"no {mask} to fill in the text {text[:60]!r}")
-        if before and masks[0] == 0:
+        if masks[0] < before:
             raise SystemExit(f"nothing stands before the {mask} of the text {text[:60]!r}")
-    seqs = make_seqs([len(text_ids) for text_ids in ids], device)
-    row = torch.tensor([i for text_ids in ids for i in text_ids])  # [T], all texts end to end
+    device = net.embed.weight.device
+    seqs = make_seqs(list(map(len, ids)), device)
+    row = torch.tensor(sum(ids, []))  # [T], all texts end to end
     rows = (row == mask_id).nonzero()[:, 0]  # [L], every mask
     row[rows] = notes.get("mask_id", mask_id)
     logits = net(row.to(device), seqs, rows.to(device) - before)  # [L, V]
-    p, best = logits.float().softmax(-1).topk(min(n, logits.size(-1)))  # [L, n]
-    counts = [len(masks) for masks in places]
-    return list(zip(ids, places, p.cpu().split(counts), best.cpu().split(counts), strict=True))
+    top = logits.float().softmax(-1).topk(min(n, logits.size(-1)))  # [L, n]
+    p, best = (x.cpu().split(list(map(len, places))) for x in top)
+    return list(zip(ids, places, p, best))
 
 
 def shown(tokenizer, i):
@@ -169,11 +156,10 @@ def shown(tokenizer, i):
 
 def print_fill(tokenizer, text, ids, places, p, best):
     print(f"\n{text}")
-    for k in range(len(places)):
-        fills = zip(p[k].tolist(), best[k].tolist(), strict=True)
-        fills = "  ".join(f"{x:6.1%} {shown(tokenizer, i):<12}" for x, i in fills).rstrip()
-        print(f"  {f'mask {k + 1}' if len(places) > 1 else 'mask'}: {fills}")
-    fills, specials = dict(zip(places, best[:, 0].tolist(), strict=True)), tokenizer.all_special_ids
+    for k, fills in enumerate(zip(p.tolist(), best.tolist()), 1):
+        fills = "  ".join(f"{x:6.1%} {shown(tokenizer, i):<12}" for x, i in zip(*fills)).rstrip()
+        print(f"  {f'mask {k}' if len(places) > 1 else 'mask'}: {fills}")
+    fills, specials = dict(zip(places, best[:, 0].tolist())), tokenizer.all_special_ids
     # without [CLS] and such, but with those the model fills in
     filled = [fills.get(k, i) for k, i in enumerate(ids) if k in fills or i not in specials]
     print(f"  best: {tokenizer.decode(filled)}")
@@ -181,13 +167,11 @@ def print_fill(tokenizer, text, ids, places, p, best):
 
 def use_fill(s):
     net, tokenizer, folder = load(s.model, s.dtype, s.attention_backend)
-    notes = read_notes(folder)
-    check_fills(net, tokenizer, notes)
+    notes = read_json(folder, "mntp.json")
     texts = read_lines(s.file) if s.file is not None else [read_text(s.text)]
     for first in range(0, len(texts), 32):  # 32 texts are one packed row
         part = texts[first : first + 32]
-        filled = fill(net, tokenizer, part, s.num_fills, notes)
-        for text, result in zip(part, filled, strict=True):
+        for text, result in zip(part, fill(net, tokenizer, part, s.num_fills, notes)):
             print_fill(tokenizer, text, *result)
 
 
@@ -217,8 +201,7 @@ def draw(logits, temperature, top_k, top_p, generators):
     if temperature == 0:
         return logits.argmax(-1).tolist()
     probs = keep_top_p(keep_top_k(logits / temperature, top_k), top_p).softmax(-1)  # [S, V]
-    pairs = zip(probs, generators, strict=True)
-    return [torch.multinomial(row, 1, generator=g).item() for row, g in pairs]
+    return [torch.multinomial(row, 1, generator=g).item() for row, g in zip(probs, generators)]
 
 
 @torch.no_grad()
@@ -227,34 +210,38 @@ def generate(
     eos_ids=(), seed=1337, anchor=None,
 ):  # fmt: skip
     """-> num_samples lists of new ids. A sample ends with an id of eos_ids, which is in its list,
-    or after max_new_tokens.
+    after max_new_tokens, or where the model has no more positions.
 
     There is no KV cache: every step runs the whole text again, n new tokens after a prompt of p
     cost n * (p + n/2) tokens of forward instead of p + n. The samples are the texts of one packed
     row, which one that has ended leaves. anchor [C]: stands in for the prompt's first token.
     """
     if min(temperature, top_k) < 0 or not 0 < top_p <= 1 or min(num_samples, max_new_tokens) < 1:
-        raise SystemExit(
-            f"expected {temperature=} and {top_k=} of 0 or more, {top_p=} above 0 and up to 1, "
-            f"{num_samples=} and {max_new_tokens=} of 1 or more"
-        )
+        given = f"{temperature=}, {top_k=}, {top_p=}, {num_samples=}, {max_new_tokens=}"
+        raise SystemExit(f"{given}: expected >= 0, >= 0, above 0 and up to 1, >= 1, >= 1")
+    n, positions = len(prompt_ids), net.config.max_seq_len
+    room = min(max_new_tokens, positions - n)
+    if room < 1:
+        raise SystemExit(f"the prompt has {n} tokens, the model {positions} positions: no room")
+    if room < max_new_tokens:
+        print(f"at most {room} new tokens: the model has {positions} positions")
     device = net.embed.weight.device
     generators = [torch.Generator().manual_seed(seed + i) for i in range(num_samples)]
     samples = [list(prompt_ids) for _ in range(num_samples)]
     running = list(range(num_samples))
-    for _ in tqdm(range(max_new_tokens), "tokens", leave=False, disable=None):
+    for _ in tqdm(range(room), "tokens", leave=False, disable=None):
         row = torch.tensor([i for s in running for i in samples[s]], device=device)  # [T]
         seqs = make_seqs([len(samples[s]) for s in running], device)
         ends = seqs.cu_seqlens.long()
         vectors = None if anchor is None else anchor.expand(len(running), -1)  # [S, C]
         logits = net(row, seqs, ends[1:] - 1, vectors=vectors, at=ends[:-1])  # [S, V]
         new = draw(logits, temperature, top_k, top_p, [generators[s] for s in running])
-        for s, i in zip(running, new, strict=True):
+        for s, i in zip(running, new):
             samples[s].append(i)
         running = [s for s in running if samples[s][-1] not in eos_ids]
         if not running:
             break
-    return [sample[len(prompt_ids) :] for sample in samples]
+    return [sample[n:] for sample in samples]
 
 
 def encode_prompt(net, tokenizer, prompt):
@@ -269,8 +256,6 @@ def encode_prompt(net, tokenizer, prompt):
     ids = ids[:-1] if ids and ids[-1] in eos_ids else ids
     if not ids:
         raise SystemExit("an empty prompt, and the tokenizer puts no token in front: write a word")
-    if len(ids) >= (n := net.config.max_seq_len):
-        raise SystemExit(f"the prompt has {len(ids)} tokens, the model {n} positions: no room")
     return ids, eos_ids
 
 
@@ -283,11 +268,9 @@ def print_sample(tokenizer, title, ids, new, eos_ids):
 def use_prompt(s):
     net, tokenizer, _ = load(s.model, s.dtype, s.attention_backend)
     ids, eos_ids = encode_prompt(net, tokenizer, read_text(s.prompt))
-    room = min(s.max_new_tokens, net.config.max_seq_len - len(ids))
-    if room < s.max_new_tokens:
-        print(f"at most {room} new tokens: the model has {net.config.max_seq_len} positions")
-    samples = generate(net, ids, room, s.temperature, s.top_k, s.top_p, s.num_samples, eos_ids,
-                       s.seed)  # fmt: skip
+    samples = generate(
+        net, ids, s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.num_samples, eos_ids, s.seed
+    )
     for i, new in enumerate(samples, 1):
         print_sample(tokenizer, f"sample {i}: {len(ids)} + ", ids, new, eos_ids)
 
@@ -304,23 +287,24 @@ def write_back(embedder, text, side, max_new_tokens):
     side that is written, then the text. Greedy: the most probable token each time.
     """
     net, tokenizer, prompts = embedder.model, embedder.tokenizer, embedder.prompts
-    if side not in ("query", "document"):
+    other = {"query": "document", "document": "query"}.get(side)  # the side that is written
+    if other is None:
         raise SystemExit(f"reconstruct_side={side!r}: expected query or document")
     if not net.config.causal or net.config.head == "none" or embedder.pooling != "last":
         raise SystemExit("--reconstruct wants a causal model that has kept its head")
     [(ids, _)] = embedder.tokenize([text], prompts.get(side, ""))
     device = net.embed.weight.device
     hidden = net(torch.tensor(ids, device=device), make_seqs([len(ids)], device))  # [T, C]
-    other = prompts.get("document" if side == "query" else "query", "")
-    backend, template = tokenizer.backend_tokenizer, embedder.template
-    plain = backend.encode("a")
+    plain = tokenizer.backend_tokenizer.encode("a")
     given = plain.ids[: plain.special_tokens_mask.index(0)]  # BOS
     # a space at the end is a part of the first word, which the model writes
-    given += backend.encode((template.prefix + other).rstrip(" "), add_special_tokens=False).ids
-    eos_ids = embedder.tokenize(["a"])[0][0][-1:]
-    room = min(max_new_tokens, net.config.max_seq_len - 1 - len(given))
+    head = (embedder.template.prefix + prompts.get(other, "")).rstrip(" ")
+    given += tokenizer.backend_tokenizer.encode(head, add_special_tokens=False).ids
+    [(with_end, _)] = embedder.tokenize(["a"])
+    eos_ids = with_end[-1:]
     # the last hidden state is not normalized: as in training
-    (new,) = generate(net, [0, *given], room, 0, eos_ids=eos_ids, anchor=hidden[-1])
+    prompt_ids = [0, *given]
+    (new,) = generate(net, prompt_ids, max_new_tokens, 0, eos_ids=eos_ids, anchor=hidden[-1])
     return new, eos_ids
 
 
@@ -335,29 +319,23 @@ def use_reconstruct(s):
 # ---- rank ----
 
 
-def read_entries(paths):
-    """(titles, passages) of files of pairs: the query and its first positive."""
-    pairs = [read_pair(file, i) for file in map(open_pairs, paths) for i in range(len(file))]
-    return [p["query"] for p in pairs], [p["pos"][0] for p in pairs]
-
-
-def nearest(embedder, question, texts, n):
-    """[(similarity, index)] of the n texts nearest to a question, the best first."""
-    queries = embedder.encode([question], embedder.prompts.get("query", ""))  # [1, C]
-    vectors = embedder.encode(texts, embedder.prompts.get("document", ""), progress=True)  # [N, C]
-    scores = vectors @ queries[0]  # [N]
-    return [(float(scores[i]), int(i)) for i in (-scores).argsort(kind="stable")[:n]]
-
-
 def use_rank(s):
-    embedder = Embedder.load(s.model, dtype="auto")
+    embedder = Embedder.load(s.model, dtype=s.dtype, attention_backend=s.attention_backend)
+    prompts = embedder.prompts
     if embedder.pooling == "tokens":
         raise SystemExit("--rank wants one vector a text; this model has one for each token")
-    titles, texts = (read_lines(s.file),) * 2 if s.file else read_entries(s.rank_pairs)
+    if s.file is None:
+        files = map(open_pairs, s.rank_pairs)
+        pairs = [read_pair(file, i) for file in files for i in range(len(file))]
+    else:
+        pairs = [{"query": text, "pos": [text]} for text in read_lines(s.file)]
+    query = embedder.encode([s.rank], prompts.get("query", ""))[0]  # [C]
+    texts = [pair["pos"][0] for pair in pairs]
+    scores = embedder.encode(texts, prompts.get("document", ""), progress=True) @ query  # [N]
     print(f"\n{s.rank}\n")
-    for place, (score, i) in enumerate(nearest(embedder, s.rank, texts, s.num_ranked), 1):
-        print(f"{place}. {score:.3f}  {titles[i]}")
-        if not s.file:
+    for place, i in enumerate((-scores).argsort(kind="stable")[: s.num_ranked], 1):
+        print(f"{place}. {scores[i]:.3f}  {pairs[i]['query']}")
+        if s.file is None:
             print(f"          {' '.join(texts[i].split())[:160]}")
 
 
@@ -387,14 +365,11 @@ def use_compress(s):
 if __name__ == "__main__":
     # ---- configure ----
     s = SimpleNamespace(**common.configure(globals()))
-    uses = [(s.text, use_fill), (s.prompt, use_prompt), (s.reconstruct, use_reconstruct),
-            (s.rank, use_rank), (s.compress, use_compress)]  # fmt: skip
-    if s.rank is None and s.compress is None:  # which read their texts from file
-        uses.append((s.file, use_fill))
-    uses = [use for value, use in uses if value is not None]
-    if not s.model or len(uses) != 1:
-        raise SystemExit(
-            "give --model=... and one of --text=, --file=, --prompt=, --rank=, --reconstruct= or "
-            "--compress="
-        )
-    uses[0](s)
+    uses = {"text": use_fill, "file": use_fill, "prompt": use_prompt, "rank": use_rank,
+            "reconstruct": use_reconstruct, "compress": use_compress}  # fmt: skip
+    given = [key for key in uses if getattr(s, key) is not None]
+    if "rank" in given or "compress" in given:  # they read their texts from file
+        given = [key for key in given if key != "file"]
+    if not s.model or len(given) != 1:
+        raise SystemExit(f"give --model=... and one of --{'=, --'.join(uses)}=")
+    uses[given[0]](s)

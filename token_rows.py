@@ -8,6 +8,7 @@ They differ in the objective, which each script holds and gives to the functions
 
 import os
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -30,24 +31,20 @@ class Batch:
 
     def to(self, device):
         """-> the arguments of Transformer.forward, on the device."""
-        tensors = (self.inputs, self.seqs, self.rows, self.targets)
-        return [x.to(device) for x in tensors]
+        return [x.to(device) for x in (self.inputs, self.seqs, self.rows, self.targets)]
 
 
 def make_batch(file, rows, epochs, corrupt, s, seed=None):
     """-> Batch, on the CPU. What is drawn for a row is a function of (seed, epoch, row) alone."""
-    seed = s.seed if seed is None else seed
-    inputs, lengths, labels, targets = [], [], [], []
-    for i, (row, epoch) in enumerate(zip(rows, epochs, strict=True)):
+    arrays, lengths = [], []
+    for row, epoch in zip(rows, epochs):
         ids, row_lengths = read_row(file, row, s.max_seq_len)
-        rng = np.random.default_rng((seed, epoch, row))
-        row_inputs, row_labels, row_targets = corrupt(ids, row_lengths, rng, s)
-        inputs.append(row_inputs)
+        rng = np.random.default_rng((s.seed if seed is None else seed, epoch, row))
+        inputs, labels, targets = corrupt(ids, row_lengths, rng, s)
+        arrays.append((inputs, labels + len(arrays) * s.max_seq_len, targets))
         lengths += row_lengths
-        labels.append(row_labels + i * s.max_seq_len)
-        targets.append(row_targets)
-    arrays = [torch.from_numpy(np.concatenate(x)) for x in (inputs, labels, targets)]
-    return Batch(arrays[0], make_seqs(lengths), *arrays[1:])
+    inputs, labels, targets = (torch.from_numpy(np.concatenate(x)) for x in zip(*arrays))
+    return Batch(inputs, make_seqs(lengths), labels, targets)
 
 
 def set_rows(file, s):
@@ -57,15 +54,11 @@ def set_rows(file, s):
     s.rows_per_step = s.batch_tokens // s.max_seq_len
     s.rows_per_batch = s.device_batch_tokens // s.max_seq_len
     s.n_micro = count_micro_batches(s, "tokens")
-    if s.rows_per_batch * s.max_seq_len != s.device_batch_tokens:
-        raise SystemExit(
-            f"device_batch_tokens={s.device_batch_tokens} must be a multiple of "
-            f"max_seq_len={s.max_seq_len}"
-        )
+    row = f"max_seq_len={s.max_seq_len}"
+    if s.device_batch_tokens % s.max_seq_len:
+        raise SystemExit(f"device_batch_tokens={s.device_batch_tokens} must be a multiple of {row}")
     if s.n_rows == 0:
-        raise SystemExit(
-            f"{s.data}: {len(file.tokens)} tokens are no row of max_seq_len={s.max_seq_len}"
-        )
+        raise SystemExit(f"{s.data}: {len(file.tokens)} tokens are no row of {row}")
 
 
 def describe_run(file, s):
@@ -105,41 +98,36 @@ def train_batches(file, first_step, corrupt, s):
 def evaluate(model, file, n_rows, corrupt, s):
     """-> {"loss", "acc"} over the first n_rows rows of a file, with the same masks every time and
     for runs of all seeds; each rank takes its share."""
-    total = torch.zeros(3, dtype=torch.float64)  # loss, hits, labels
+    total = np.zeros(3)  # loss, hits, labels
     model.eval()
-    share = np.arange(s.rank, n_rows, s.world_size)
-    for i in range(0, -(-n_rows // s.world_size), s.rows_per_batch):
-        rows = share[i : i + s.rows_per_batch]
-        idle = len(rows) == 0  # but FSDP's forward is collective: every rank runs as many
-        rows = np.zeros(1, dtype=np.int64) if idle else rows
+    share, n = range(s.rank, n_rows, s.world_size), s.rows_per_batch
+    for i in range(0, -(-n_rows // s.world_size), n):
+        rows = share[i : i + n] or [0]  # an idle rank, as FSDP's forward is collective
         batch = make_batch(file, rows, [0] * len(rows), corrupt, s, seed=0)
         with s.autocast():
             loss, hits = model(*batch.to(s.device))
-        if not idle:
-            counts = [loss.item(), hits.item(), len(batch.targets)]
-            total += torch.tensor(counts, dtype=torch.float64)
+        if i < len(share):
+            total += loss.item(), hits.item(), len(batch.targets)
     model.train()
-    loss, hits, n_labels = all_reduce_sum(total.tolist())
+    loss, hits, n_labels = all_reduce_sum(total)
     return {"loss": loss / max(n_labels, 1), "acc": hits / max(n_labels, 1)}
 
 
 def show_first_row(file, corrupt, s, tokenizer, mark=True):
     """Prints the first row of the run as a reader wants it: the texts and their borders. With mark,
     each token at whose place an answer is read stands inverted, the answer behind it."""
-    (epoch, *_), (row, *_) = rows_of_step(0, s.rows_per_step, s.n_rows, s.seed)
-    batch, start = make_batch(file, [row], [epoch], corrupt, s), 0
-    answers = dict(zip(batch.rows.tolist(), batch.targets.tolist(), strict=True))
+    epochs, rows = rows_of_step(0, 1, s.n_rows, s.seed)
+    batch = make_batch(file, rows, epochs, corrupt, s)
+    answers = dict(zip(batch.rows.tolist(), batch.targets.tolist()))
+    places = iter(range(s.max_seq_len))
     for i, n in enumerate(batch.seqs.lengths):
-        pieces = []
-        for j in range(start, start + n):
-            piece = tokenizer.decode(batch.inputs[j : j + 1])
+        text, labels = "", 0
+        for j in islice(places, n):
+            token = tokenizer.decode(batch.inputs[j : j + 1])
             if mark and j in answers:
-                piece = f"\033[7m{piece}\033[0m<{tokenizer.decode([answers[j]])}>"
-            pieces.append(piece)
-        labels = sum(start <= j < start + n for j in answers)
-        print(f"--- text {i}: {n} tokens, {labels} labels ---")
-        print("".join(pieces))
-        start += n
+                token = f"\033[7m{token}\033[0m<{tokenizer.decode([answers[j]])}>"
+            text, labels = text + token, labels + (j in answers)
+        print(f"--- text {i}: {n} tokens, {labels} labels ---", text, sep="\n")
 
 
 def write_data_order(file, s):
@@ -149,9 +137,9 @@ def write_data_order(file, s):
     path, n = os.path.join(s.out_dir, "data_order_"), s.rows_per_step
     shape = s.stop_step * n, s.max_seq_len
     ids = np.lib.format.open_memmap(path + "input_ids.npy", "w+", file.tokens.dtype, shape)
-    steps = np.lib.format.open_memmap(path + "step.npy", "w+", np.int64, shape[:1])
+    np.save(path + "step.npy", np.arange(s.stop_step).repeat(n))
     for step in tqdm(range(s.stop_step), desc="data order", unit="step"):
         rows = rows_of_step(step, n, s.n_rows, s.seed)[1]
         for i, row in enumerate(rows, start=step * n):
-            ids[i], steps[i] = read_row(file, row, s.max_seq_len)[0], step
+            ids[i] = read_row(file, row, s.max_seq_len)[0]
     print(f"wrote {path}input_ids.npy {shape} and {path}step.npy")

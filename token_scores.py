@@ -26,7 +26,7 @@ def windows_of(n, window, overlap, causal):
         return [(0, n, 0, n)]
     starts = [*range(0, n - window, window - overlap), n - window]  # the last one is full, too
     windows, first = [], 0
-    for start, following in zip(starts, [*starts[1:], None], strict=True):
+    for start, following in zip(starts, [*starts[1:], None]):
         stop = start + window
         last = n if following is None else stop if causal else (following + stop) // 2
         windows.append((start, stop, first, last))

@@ -19,7 +19,7 @@ from formats import read_json
 @dataclass(frozen=True)
 class Template:
     """What stands around every text: prefix + instruction + text + suffix. It is saved with the
-    model and never guessed from its name. The tokenizer adds its own BOS, CLS, EOS or SEP to it."""
+    model. The tokenizer adds its own BOS, CLS, EOS or SEP."""
 
     prefix: str = ""
     suffix: str = ""
@@ -37,19 +37,17 @@ TEMPLATES = {  # chat wraps, chosen by name in a config
 def tokenize(tokenizer, texts, instruction, template, max_length, pool_instruction=True):
     """-> [(ids, (start, end)), ...], end exclusive: the tokens of each text and which are pooled.
 
-    prefix + instruction + text + suffix are joined and tokenized once, as transformers does it: a
-    special token spelled out in a text is that token. `instruction` is one for all texts, or a
-    list. When there are more than `max_length` tokens, the text loses its last ones; the
-    instruction, the suffix and the tokenizer's own EOS or SEP stay.
+    prefix + instruction + text + suffix are tokenized as one string: a special token spelled out in
+    a text is that token. `instruction` is one for all texts, or a list. Of more than `max_length`
+    tokens the text loses its last ones; the suffix and the tokenizer's own EOS or SEP stay.
     All tokens are pooled. With pool_instruction=False the range begins at the first token that has
-    a character of the text, and still ends with the suffix and the EOS, as in LLM2Vec and
-    sentence-transformers; where there is neither prefix nor instruction, it is everything, as in
-    the latter. An empty text may leave nothing to pool and then gets the zero vector.
+    a character of the text, as in LLM2Vec and sentence-transformers; without prefix and instruction
+    it is everything, as in the latter. An empty text may leave nothing: it gets the zero vector.
     Raises ValueError where prefix, instruction and suffix leave no room for the text.
     """
     instructions = [instruction] * len(texts) if isinstance(instruction, str) else instruction
     heads = [template.prefix + i for i in instructions]
-    joined = [h + t + template.suffix for h, t in zip(heads, texts, strict=True)]
+    joined = [h + t + template.suffix for h, t in zip(heads, texts)]
     encodings = whole_backend(tokenizer).encode_batch(joined)
     encoded = []
     for head, text, encoding in zip(heads, texts, encodings):
@@ -70,11 +68,7 @@ def tokenize(tokenizer, texts, instruction, template, max_length, pool_instructi
 def tokenize_passage(tokenizer, passage, instruction, template):
     """-> (ids, rows int64 [n], spans int64 [n, 2]): the ids that `tokenize` gives, nothing cut;
     which of them hold a character of the passage; and which characters [start, end) they hold.
-
-    Each of the tokens that share one character, such as the bytes of an emoji, has that character.
-    Tokens that hold no character of the passage (BOS, the instruction, a space that the tokenizer
-    trims) are not among the n.
-    """
+    Each of the tokens that share one character, such as the bytes of an emoji, has that one."""
     head = template.prefix + instruction
     encoding = whole_backend(tokenizer).encode(head + passage + template.suffix)
     spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) - len(head)
@@ -85,14 +79,12 @@ def tokenize_passage(tokenizer, passage, instruction, template):
 
 def tokenize_words(tokenizer, sentences, max_length):
     """Lists of words -> [(ids, places [P], words [P]), ..]: the P tokens that stand for a word, and
-    the word of each.
+    the word of each. A word that is cut off, or tokenizes to nothing, has none.
 
-    A sentence is " ".join(words), tokenized once, in training and in use. A token belongs to the
-    word of its last character, and a space to the word behind it. A sentence of more than
-    `max_length` tokens loses its last ones; the tokenizer's own EOS or SEP stays. So a word may
-    have no token, where it was cut off or tokenizes to nothing.
-    Raises ValueError where max_length leaves no room for the first word.
-    """
+    A sentence is " ".join(words), tokenized once. A token belongs to the word of its last
+    character, and a space to the word behind it. A sentence of more than `max_length` tokens loses
+    its last ones; the tokenizer's own EOS or SEP stays. Raises ValueError where max_length leaves
+    no room for the first word."""
     encodings = whole_backend(tokenizer).encode_batch([" ".join(words) for words in sentences])
     encoded = []
     for words, encoding in zip(sentences, encodings):
@@ -138,17 +130,19 @@ def whole_backend(tokenizer):
     return backend
 
 
-def load_tokenizer(path_or_name: str, revision: str | None = None):
-    """A Hugging Face fast tokenizer, from a folder or the hub. In a folder of `Embedder.save` the
-    template's suffix stands in the tokenizer's post-processor, for sentence-transformers. Here the
-    post-processor is as it was before, because our callers add the suffix themselves."""
+def load_tokenizer(path_or_name):
+    """A Hugging Face fast tokenizer, from a folder or a hub id `owner/name[@revision]`.
+
+    For sentence-transformers `Embedder.save` writes the template's suffix into the post-processor;
+    here it is as before, because our callers add the suffix themselves."""
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
-    is_path = path_or_name.startswith((".", "/", "~")) or path_or_name.count("/") > 1
-    if is_path and not os.path.isdir(path_or_name):
+    if path_or_name.count("/") > 1 and not os.path.isdir(path_or_name):
         raise FileNotFoundError(f"tokenizer {path_or_name}: no such folder; was it prepared?")
-    tokenizer = AutoTokenizer.from_pretrained(path_or_name, revision=revision or "main")
+    is_folder = os.path.isdir(path_or_name)
+    name, _, revision = (path_or_name, "", "") if is_folder else path_or_name.partition("@")
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {path_or_name} is a slow one; offsets need a tokenizer.json")
     if settings := read_json(path_or_name, "nanoembed.json"):
@@ -159,12 +153,12 @@ def load_tokenizer(path_or_name: str, revision: str | None = None):
     return tokenizer
 
 
-def vocab_size_of(tokenizer) -> int:
+def vocab_size_of(tokenizer):
     """The largest id + 1, which is more than len(tokenizer) where the ids have holes."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def check_tokenizer(tokenizer, model_vocab_size: int):
+def check_tokenizer(tokenizer, model_vocab_size):
     """Raises ValueError where a tokenizer has ids beyond the model's vocabulary."""
     needed = vocab_size_of(tokenizer)
     if needed > model_vocab_size:

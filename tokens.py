@@ -3,10 +3,11 @@ Token files, a folder that a data/<name>/prepare.py writes:
 
     train.bin val.bin   little-endian uint16 (vocabulary <= 65536) or uint32 ids, end to end
     train.idx val.idx   int64 starts of the documents, then the number of tokens
-    meta.json           dtype, vocabulary, tokenizer, special ids, counts
+    meta.json           dtype, vocabulary, tokenizer and its hash, special ids, counts
     tokenizer/          the tokenizer itself
 """
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -42,8 +43,9 @@ def write_tokens(folder: str, split: str, docs, vocab_size: int) -> dict:
             ids = np.asarray(ids, np.int64)
             if not ids.size or ids.min() < 0 or ids.max() >= vocab_size:
                 got = f"ids {ids.min()}..{ids.max()}" if ids.size else "no tokens"
-                expected = f"expected some in 0..{vocab_size - 1}"
-                raise ValueError(f"{path}: document {n_docs} has {got}, {expected}")
+                raise ValueError(
+                    f"{path}: document {n_docs} has {got}, expected some in 0..{vocab_size - 1}"
+                )
             idx_file.write(n_tokens.to_bytes(8, "little"))
             bin_file.write(ids.astype(dtype).tobytes())
             n_docs, n_tokens = n_docs + 1, n_tokens + ids.size
@@ -59,11 +61,14 @@ def write_meta(folder: str, tokenizer, name: str, splits: dict):
     `name` says where the tokenizer is from; `splits` is {split: what write_tokens returned}.
     """
     tokenizer.save_pretrained(os.path.join(folder, "tokenizer"))
+    with open(os.path.join(folder, "tokenizer", "tokenizer.json"), "rb") as f:
+        digest = hashlib.sha256(f.read()).hexdigest()
     vocab_size = vocab_size_of(tokenizer)
     meta = {
         "dtype": token_dtype(vocab_size),
         "vocab_size": vocab_size,
         "tokenizer": name,
+        "tokenizer_sha256": digest,
         "special_ids": sorted(tokenizer.all_special_ids),
         "mask_id": tokenizer.mask_token_id,
         "splits": splits,
@@ -83,35 +88,56 @@ def open_tokens(folder: str, split: str) -> TokenFile:
         raise FileNotFoundError(f"{meta_path} is missing, so there are no tokens to read; {advice}")
     with open(meta_path, encoding="utf-8") as f:
         meta = json.load(f)
+    if meta["dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"{meta_path}: dtype {meta['dtype']!r}, expected 'uint16' or 'uint32'")
     if split not in meta["splits"]:
         raise ValueError(f"{meta_path}: no split {split!r}, it has {', '.join(meta['splits'])}")
-    n_docs, n_tokens = meta["splits"][split]["docs"], meta["splits"][split]["tokens"]
+    docs, total = meta["splits"][split]["docs"], meta["splits"][split]["tokens"]
 
-    def mapped(kind, dtype, n):
-        path, dtype = os.path.join(folder, f"{split}.{kind}"), np.dtype(dtype).newbyteorder("<")
+    def mapped(path, dtype, n):
+        dtype = np.dtype(dtype).newbyteorder("<")
         size, expected = os.path.getsize(path), n * dtype.itemsize  # errors name the path
         if size != expected:
-            expected = f"by {meta_path} it should have {n} x {dtype.itemsize} = {expected}"
-            raise ValueError(f"{path} has {size} bytes, {expected}")
+            raise ValueError(
+                f"{path} has {size} bytes, by {meta_path} it should have {n} x {dtype.itemsize} = "
+                f"{expected}"
+            )
         # asarray: a plain view of the map, which is much faster to slice than a np.memmap
-        return path, np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)
+        return np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)
 
-    path, tokens = mapped("bin", meta["dtype"], n_tokens)
-    idx_path, starts = mapped("idx", "int64", n_docs + 1)
-    if starts[0] != 0 or starts[-1] != n_tokens:
-        raise ValueError(f"{idx_path}: starts {starts[0]}..{starts[-1]}, expected 0..{n_tokens}")
+    path, idx_path = (os.path.join(folder, f"{split}.{kind}") for kind in ("bin", "idx"))
+    tokens, starts = mapped(path, meta["dtype"], total), mapped(idx_path, "int64", docs + 1)
+    if starts[0] != 0 or starts[-1] != total:
+        raise ValueError(f"{idx_path}: starts run {starts[0]}..{starts[-1]}, expected 0..{total}")
+    for i in range(0, docs, 1 << 24):  # in parts: the starts of 1e9 documents are 8 GB
+        lengths = np.diff(starts[i : i + (1 << 24) + 1])
+        if lengths.min() <= 0:
+            n = i + (lengths <= 0).argmax()
+            raise ValueError(
+                f"{idx_path}: entries {n}, {n + 1} are {starts[n]}, {starts[n + 1]}, expected "
+                "increasing"
+            )
     return TokenFile(path, tokens, starts, meta)
 
 
 def read_row(file: TokenFile, row: int, row_size: int):
-    """(ids int64 [row_size], lengths): a slice of the file, and its pieces of documents in order. A
-    document that is cut by a row continues in the next one as a new one. ValueError for an id
-    outside the vocabulary."""
-    start, end, vocab_size = row * row_size, (row + 1) * row_size, file.meta["vocab_size"]
+    """(ids int64 [row_size], lengths): a slice of the file, and its pieces of documents in order.
+
+    A document that is cut by a row continues in the next one as a new one. ValueError for an id
+    outside the vocabulary.
+    """
+    start, end = row * row_size, (row + 1) * row_size
+    total, vocab_size = len(file.tokens), file.meta["vocab_size"]
+    if not 0 <= start <= end <= total:
+        raise IndexError(
+            f"{file.path}: no row {row} of {row_size} tokens, the file has {total} tokens"
+        )
     ids = file.tokens[start:end].astype(np.int64)
     if ids.max() >= vocab_size:
-        found = f"token {start + ids.argmax()} is {ids.max()}"
-        raise ValueError(f"{file.path}: {found}, expected less than {vocab_size}")
+        raise ValueError(
+            f"{file.path}: token {start + ids.argmax()} is {ids.max()}, expected less than "
+            f"{vocab_size}"
+        )
     first = np.searchsorted(file.starts, start, side="right")
     last = np.searchsorted(file.starts, end, side="left")
     return ids, np.diff([start, *file.starts[first:last], end]).tolist()

@@ -15,7 +15,6 @@ Cho 2019, arXiv 1901.04085). What is saved is transformers' ...ForTokenClassific
 """
 
 import math
-import os
 import time
 from dataclasses import dataclass, replace
 
@@ -31,21 +30,14 @@ import lora
 import optim
 from attention import Seqs
 from common import prefetch, print0
-from embedder import Pool, pack, pool
 from formats import classifier as folders
 from formats.huggingface import resolve_folder
-from labels import label_set, number_labels, read_texts, read_words
+from labels import join_texts, labels_of, read_examples
 from metrics import score_texts, score_words
 from model import Head
 from order import rows_of_step
-from tokenizer import (
-    Template,
-    check_tokenizer,
-    load_tokenizer,
-    tokenize,
-    tokenize_words,
-    whole_backend,
-)
+from pooling import Pool, pack, pool
+from tokenizer import Template, check_tokenizer, load_tokenizer, tokenize, tokenize_words
 
 # ---- defaults ----
 out_dir = "out/classifier"
@@ -92,61 +84,35 @@ stop_step: int | None = None  # ends the run before its horizon
 # optimizer
 learning_rate = 5e-4
 min_lr = 0.0
-weight_decay = 0.0  # of tensors with two dimensions or more
+weight_decay = 0.0  # of matrices, not of biases and norms
 beta1 = 0.9
 beta2 = 0.999
 adam_eps = 1e-8
-grad_clip = 1.0  # largest norm of the gradient; 0: none
-schedule = "linear"  # linear, cosine, constant
-warmup_steps: int | None = None  # warmup: in steps or as a share of the run; None: none
+grad_clip = 1.0  # the gradient's largest norm; 0: any
+schedule = "linear"  # linear, cosine or constant, after the warmup
+warmup_steps: int | None = None  # in steps or as a share of the run; None: no warmup
 warmup_ratio: float | None = None
 # evaluation and checkpoints
 eval_interval = 500  # steps; 0: never
 log_interval = 10
 save_interval = 1000  # steps; the last step is always saved
 keep_last = 1  # checkpoints that can be resumed; 0: all
-keep_best = False  # True: the one with the lowest eval loss stays too
+keep_best = False  # True: the one with the lowest eval loss, too
 resume = False
 tracker = ""  # wandb or tensorboard
 # device
 dtype = "auto"  # bf16 (autocast, trained weights in fp32), fp32, or what the device is good at
-compile = False  # torch.compile of each block
+compile = False  # each block, by torch.compile
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, 1/3 slower
 fsdp = ""  # full: weights, gradients and optimizer state are sharded over the ranks
 deterministic = False  # bit-equal runs on CUDA too, slower
 seed = 1337
 # look, and do not train
 dry_run = False  # two steps: memory, speed, time of the whole run, largest device_batch_size
-show_batch = False  # print the first texts as a reader wants them
+show_batch = False  # print the first texts, and what is read for each label
 
 
-# ---- data ----
-# An example is a dictionary. Words: {"words", "labels", "lines"}, a line for each word.
-# Texts: {"text", "pair" or None, "label", "lines"}. number_labels adds "targets" to both.
-
-
-def read_examples(path, s, n_lines=0):
-    """The examples of a file, or of its first n_lines lines."""
-    if s.task == "words":
-        examples = read_words(path, s.label_field, s.label_column)
-    else:
-        examples = read_texts(path, s.loss_kind)
-    examples = [e for e in examples if not n_lines or e["lines"][0] <= n_lines]
-    if not examples:
-        raise SystemExit(f"{path}: there is no example in its first {n_lines} lines")
-    return examples
-
-
-# ---- batch ----
-
-
-@dataclass
-class Words:
-    """Which tokens of a packed row make which word: P tokens, L words that have one."""
-
-    rows: torch.Tensor  # [P] int64, positions that are read
-    word: torch.Tensor  # [P] int64, the word of each, 0..L-1
-    count: torch.Tensor  # [L] int64, tokens of each word
+# ---- the batch ----
 
 
 @dataclass
@@ -155,101 +121,80 @@ class Batch:
 
     tokens: torch.Tensor  # [T] int64
     seqs: Seqs
-    units: Words | Pool  # which tokens make each of the L words or texts
+    units: Pool  # which tokens make each of the L words or texts
     targets: torch.Tensor  # [L] int64 for softmax, else fp32
-    kept: np.ndarray  # [L] their places among all words or texts of the batch
+    kept: torch.Tensor  # [L] int64, their places among all words or texts of the batch
 
     def to(self, device):
         """-> the arguments of Classifier.forward, on the device."""
-        tensors = {name: x for name, x in vars(self.units).items() if torch.is_tensor(x)}
-        units = replace(self.units, **{name: x.to(device) for name, x in tensors.items()})
+        tensors = {name: x.to(device) for name, x in vars(self.units).items() if name != "lengths"}
+        units = replace(self.units, **tensors)
         return self.tokens.to(device), self.seqs.to(device), units, self.targets.to(device)
 
 
 def make_batch(examples, tokenizer, s):
-    """-> Batch, on the CPU."""
+    """-> Batch, on the CPU. For examples see labels.py."""
     if s.task == "words":
         encoded = tokenize_words(tokenizer, [e["words"] for e in examples], s.max_length)
-        units, kept = words_of(encoded, [len(e["words"]) for e in examples], s)
         tokens, seqs, _ = pack([(ids, (0, len(ids))) for ids, _, _ in encoded], "cpu")
+        units, kept = pack_words(encoded, examples, s)
     else:
-        texts, template = join_texts(examples, tokenizer, s), Template(s.prefix, s.suffix)
-        encoded = tokenize(tokenizer, texts, "", template, s.max_length)
-        (tokens, seqs, units), kept = pack(encoded, "cpu"), np.arange(len(examples))
-    classes = s.loss_kind == "softmax"
-    targets = [y for e in examples for y in (e["targets"] if classes else [e["label"]])]
-    targets = torch.tensor(targets, dtype=torch.int64 if classes else torch.float32)
+        texts = join_texts(examples, tokenizer, s)
+        encoded = tokenize(tokenizer, texts, "", Template(s.prefix, s.suffix), s.max_length)
+        (tokens, seqs, units), kept = pack(encoded, "cpu"), torch.arange(len(examples))
+    targets = torch.tensor([target for e in examples for target in e["targets"]])
     return Batch(tokens, seqs, units, targets[kept], kept)
 
 
-def words_of(encoded, n_words, s):
-    """What `tokenize_words` returned, and how many words each sentence has -> (Words, kept [L]:
-    the places of the words that have a token among all)."""
+def pack_words(encoded, examples, s):
+    """What `tokenize_words` returned -> (Pool, kept [L]: the places among all words of those that
+    have a token). Its `rows` [P] are the positions that are read, and its other indices are into
+    these P: a word is to them what a text is to a packed row."""
     # without a BOS, the text's first token has no position before it
-    back = 1 if s.label_position == "next_token" else 0
+    back = int(s.label_position == "next_token")
     rows, words, start, first_word = [], [], 0, 0
-    for (ids, places, word_of), n in zip(encoded, n_words, strict=True):
+    for (ids, places, word_of), example in zip(encoded, examples):
         rows.append(np.maximum(places - back, 0) + start)
         words.append(word_of + first_word)
-        start, first_word = start + len(ids), first_word + n
-    rows, words = np.concatenate(rows), np.concatenate(words)  # [P], words ascending
-    kept, first_token, word, count = np.unique(words, True, True, True)
-    if not s.merge_subwords:
-        rows, word, count = rows[first_token], np.arange(len(kept)), np.ones_like(count)
-    return Words(*(torch.from_numpy(x.astype(np.int64)) for x in (rows, word, count))), kept
+        start, first_word = start + len(ids), first_word + len(example["words"])
+    rows, words = torch.from_numpy(np.concatenate(rows)), np.concatenate(words)  # [P] each
+    kept, first, word, count = map(torch.from_numpy, np.unique(words, True, True, True))
+    units = Pool(text=word, place=torch.ones_like(word), rows=rows, first=first,
+                 last=first + count - 1, count=count, lengths=count.tolist())  # fmt: skip
+    return units, kept
 
 
-def join_texts(examples, tokenizer, s):
-    """text, or text + separator + pair. What is too long loses the last tokens of the first, which
-    keeps half of the room; then `tokenize` cuts the second."""
-    backend, joined = whole_backend(tokenizer), []
-    room = s.max_length - len(backend.encode(s.prefix + s.separator + s.suffix))
-    for text, pair in ((e["text"], e["pair"]) for e in examples):
-        if pair is not None:
-            first, second = (backend.encode(x, add_special_tokens=False) for x in (text, pair))
-            keep = max(room - len(second), room // 2)
-            if len(first) > keep > 0:
-                text = text[: first.offsets[keep - 1][1]]
-            text += s.separator + pair
-        joined.append(text)
-    return joined
+def pooling_of(s):
+    """How the tokens of a word or a text become one vector, see embedder.pool."""
+    return s.pooling if s.task == "texts" else "mean" if s.merge_subwords else "cls"
+
+
+def examples_of(step, examples, s):
+    """The texts of a step, over all ranks."""
+    return [examples[i] for i in rows_of_step(step, s.batch_size, len(examples), s.seed)[1]]
 
 
 def train_batches(examples, first_step, tokenizer, s):
     """For each step, the list of this rank's micro-batches: every world_size-th text of it."""
     n = s.device_batch_size
     for step in range(first_step, s.stop_step):
-        rows = rows_of_step(step, s.batch_size, len(examples), s.seed)[1][s.rank :: s.world_size]
-        parts = [rows[i : i + n] for i in range(0, len(rows), n)]
-        yield [make_batch([examples[i] for i in part], tokenizer, s) for part in parts]
+        share = examples_of(step, examples, s)[s.rank :: s.world_size]
+        yield [make_batch(share[i : i + n], tokenizer, s) for i in range(0, len(share), n)]
 
 
 def show_texts(examples, tokenizer, s):
-    """Prints texts as a reader wants them: what is read for a label stands inverted."""
-    batch, start = make_batch(examples, tokenizer, s), 0
-    pieces, rows = [tokenizer.decode([i]) for i in batch.tokens.tolist()], batch.units.rows
-    if s.task == "texts":
-        rows = {"cls": batch.units.first, "last": batch.units.last}.get(s.pooling, rows)
-    for row in set(rows.tolist()):
-        pieces[row] = f"\033[7m{pieces[row]}\033[0m"
-    if s.task == "words":
-        labels = np.concatenate([e["labels"] for e in examples])[batch.kept]
-        for row, word in zip(rows.tolist(), batch.units.word.tolist(), strict=True):
-            pieces[row] += f"<{labels[word]}>"
-    for i, (n, example) in enumerate(zip(batch.seqs.lengths, examples, strict=True)):
-        label = f", label {example['label']}" if s.task == "texts" else ""
-        print(f"--- text {i}: {n} tokens{label}")
-        print("".join(pieces[start : start + n]))
-        start += n
+    """Prints texts as a reader wants them, and each label with the tokens that are read for it."""
+    for i, example in enumerate(examples):
+        batch, labels = make_batch([example], tokenizer, s), labels_of(example)
+        units, n = batch.units, len(batch.units.text)
+        print(f"--- text {i}: {len(batch.tokens)} tokens: {tokenizer.decode(batch.tokens)}")
+        # which of the tokens have a weight in each word or text [L, P]
+        is_read = pool(torch.eye(n), units, pooling_of(s)) > 0
+        for place, tokens in zip(batch.kept, is_read):
+            print(f"{labels[place]}: {tokenizer.decode(batch.tokens[units.rows[tokens]])!r}")
 
 
 # ---- model and loss ----
-
-
-def mean_of_words(x, words):
-    """x [P, C], the vectors of tokens -> [L, C], the mean of each word."""
-    sums = x.new_zeros(len(words.count), x.size(1)).index_add(0, words.word, x)
-    return sums / words.count[:, None]
 
 
 def loss_of(logits, targets, s):
@@ -262,61 +207,51 @@ def loss_of(logits, targets, s):
     if s.loss_kind == "softmax":
         loss = F.cross_entropy(logits, targets, reduction="sum")
         return loss, (logits.argmax(1) == targets).sum()
-    z, y = logits[:, 0], targets.to(logits.dtype)
-    if s.loss_kind == "bce":
-        weight = z.new_tensor(s.pos_weight)
-        loss = F.binary_cross_entropy_with_logits(z, y, pos_weight=weight, reduction="sum")
-        return loss, ((z > 0) == (y > 0.5)).sum()
-    return (z - y).square().sum(), torch.zeros((), device=z.device)
-
-
-def take_head(model, s):
-    """Takes the language modelling head off the model -> with prediction_head its dense, gelu and
-    norm, which masked language modelling has trained, or fresh ones where there are none."""
-    c, head = model.config, nn.Identity()
-    if s.prediction_head:
-        if not c.family.startswith("modernbert"):
-            raise SystemExit(f"prediction_head=True is for ModernBERT, this is a {c.family}")
-        head = model.head or Head(c)
-        if model.head is None:
-            nn.init.normal_(head.dense.weight, 0.0, 0.02)
-    model.drop_head()
-    return head.float()
+    z = logits[:, 0]
+    if s.loss_kind == "mse":
+        return (z - targets).square().sum(), z.new_zeros(())
+    weight = z.new_tensor(s.pos_weight)
+    loss = F.binary_cross_entropy_with_logits(z, targets, pos_weight=weight, reduction="sum")
+    return loss, ((z > 0) == (targets > 0.5)).sum()
 
 
 class Classifier(nn.Module):
     """hidden states -> a word's or a text's vector -> dropout -> linear. It is a module so that all
-    that has parameters runs in one forward call. head: what take_head gave."""
+    that has parameters runs in one forward call.
+
+    head: the model's dense, gelu and norm, which masked language modelling has trained, for
+    prediction_head; None where there are none: then fresh ones.
+    """
 
     def __init__(self, model, head, s):
         super().__init__()
-        c, self.model, self.s = model.config, model, s
-        self.frozen = not any(p.requires_grad for p in model.parameters())
-        linear = nn.Linear(c.n_embd, len(s.labels) or 1, bias=folders.has_bias(c, s))
+        self.model, self.s, c = model, s, model.config
+        if s.prediction_head and not c.family.startswith("modernbert"):
+            raise SystemExit(f"prediction_head=True is for ModernBERT, this is a {c.family}")
+        if s.prediction_head and head is None:
+            head = Head(c)
+            nn.init.normal_(head.dense.weight, 0.0, 0.02)
+        # a bias where transformers' classes have one
+        bias = s.task == "words" or c.family in ("modernbert", "neobert") or c.head_dense_bias
+        linear = nn.Linear(c.n_embd, len(s.labels) or 1, bias)
         nn.init.normal_(linear.weight, 0.0, 0.02)
-        if linear.bias is not None:
+        if bias:
             nn.init.zeros_(linear.bias)
-        self.last_layers = nn.ModuleDict({"head": head, "linear": linear})
+        head = head if s.prediction_head else nn.Identity()
+        self.last_layers = nn.ModuleDict({"head": head, "linear": linear}).float()
 
-    def train(self, mode=True):
-        super().train(mode)
-        if self.frozen:  # its features are those of use, without dropout
-            self.model.eval()
-        return self
-
-    def forward(self, tokens, seqs, units, targets=None):
-        """The tensors of a Batch -> logits [L, K], with targets (sum of losses, hits)."""
+    def forward(self, tokens, seqs, units, targets):
+        """The tensors of a Batch -> (sum of losses, hits, logits [L, K] without a gradient)."""
         s, head, linear = self.s, *self.last_layers.values()
         hidden = self.model(tokens, seqs)  # [T, C]
         with torch.autocast(hidden.device.type, enabled=False):
             # where transformers has its prediction head: on every token, on the pooled vector
-            if s.task == "words":
-                x = head(hidden[units.rows].to(linear.weight.dtype))  # [P, C], fp32
-                x = mean_of_words(x, units)  # [L, C]
-            else:
-                x = head(pool(hidden, units, s.pooling))  # [B, C]
+            words = s.task == "words"
+            x = head(hidden[units.rows].float()) if words else hidden
+            x = pool(x, units, pooling_of(s))  # [L, C], fp32
+            x = x if words else head(x)
             logits = linear(F.dropout(x, s.dropout, self.training))  # [L, K]
-            return logits if targets is None else loss_of(logits, targets, s)
+            return *loss_of(logits, targets, s), logits.detach()
 
 
 # ---- evaluation ----
@@ -326,53 +261,47 @@ class Classifier(nn.Module):
 def evaluate(classifier, examples, tokenizer, s):
     """-> {"n", "missing" (words without a token), "loss", and the metrics of metrics.py} of all
     examples; each rank takes its share."""
-    sizes = [len(e["lines"]) for e in examples]  # a sentence has as many words, a text counts 1
-    places = np.split(np.arange(sum(sizes)), np.cumsum(sizes[:-1]))  # of an example among all N
-    logits = torch.full((sum(sizes), len(s.labels) or 1), -math.inf, device=s.device)  # [N, K]
-    loss, share = 0.0, range(s.rank, len(examples), s.world_size)
+    # a sentence has as many numbers as words, a text has one: where the first of each stands
+    first = np.cumsum([0, *(len(e["lines"]) for e in examples)])  # and the end, which is N
+    logits = torch.full((first[-1], len(s.labels) or 1), -math.inf, device=s.device)  # [N, K]
+    loss, n = 0.0, s.device_batch_size
     classifier.eval()
-    for i in range(0, math.ceil(len(examples) / s.world_size), s.device_batch_size):
-        rows = share[i : i + s.device_batch_size]
-        # FSDP's forward is collective: a rank without rows runs as many as the others
-        batch = make_batch([examples[row] for row in rows or [0]], tokenizer, s)
-        *inputs, targets = batch.to(s.device)
+    for i in range(s.rank * n, len(examples) + s.rank * n, s.world_size * n):
+        part = examples[i : i + n]
+        # FSDP's forward is collective: a rank without a part runs as many as the others
+        batch = make_batch(part or examples[:1], tokenizer, s)
         with s.autocast():
-            found = classifier(*inputs)  # [L, K]
-        if rows:
-            loss += loss_of(found, targets, s)[0].item()
-            logits[np.concatenate([places[row] for row in rows])[batch.kept]] = found
+            batch_loss, _, found = classifier(*batch.to(s.device))
+        if part:
+            loss += batch_loss.item()
+            logits[batch.kept + first[i]] = found
     classifier.train()
     if s.world_size > 1:
         dist.all_reduce(logits, dist.ReduceOp.MAX)
     (loss,) = common.all_reduce_sum([loss])
     n, logits = len(logits), logits.cpu().numpy()
-    if s.task == "texts":
-        return {"n": n, "loss": loss / n} | score_texts(examples, logits, s.loss_kind)
-    best = np.where(np.isinf(logits[:, 0]), -1, logits.argmax(1))  # -1: a word without a token
-    metrics, missing = score_words(examples, [best[words] for words in places], s.labels)
-    return {"n": n, "missing": missing, "loss": loss / max(n - missing, 1)} | metrics
+    if s.task == "words":
+        best = np.where(np.isinf(logits[:, 0]), -1, logits.argmax(1))  # -1: a word without a token
+        best = np.split(best, first[1:-1])
+        metrics, missing = score_words(examples, best, s.labels)
+    else:
+        metrics, missing = score_texts(examples, logits, s.loss_kind), 0
+    return {"n": n, "missing": missing, "loss": loss / (n - missing or 1)} | metrics
 
 
 if __name__ == "__main__":
     # ---- configure, ranks and seed ----
     s = common.start(common.configure(globals()))
-    common.one_of(s, task=("words", "texts"), loss_kind=("softmax", "bce", "mse"),
-                  label_position=("same_token", "next_token"),
+    common.one_of(s, task=("words", "texts"), label_position=("same_token", "next_token"),
+                  loss_kind=("softmax",) + ("bce", "mse") * (s.task == "texts"),
                   pooling=("mean", "weighted_mean", "last", "cls"))  # fmt: skip
-    if s.task == "words" and s.loss_kind != "softmax":
-        raise SystemExit(f"loss_kind={s.loss_kind!r}: words have the labels of softmax")
     if s.lora_rank and not s.freeze_backbone:
         raise SystemExit("LoRA freezes the backbone, freeze_backbone=False does not")
 
     # ---- data ----
-    examples, eval_examples = read_examples(s.data, s), []
-    if s.eval_data and s.eval_interval:
-        eval_examples = read_examples(s.eval_data, s, s.eval_lines)
-    s.labels = []  # a number has none
-    if s.loss_kind == "softmax":
-        s.labels = list(s.label_names) or label_set(examples)
-        number_labels(examples, s.labels, s.data)
-        number_labels(eval_examples, s.labels, s.eval_data)
+    s.labels = list(s.label_names)
+    examples, eval_data = read_examples(s.data, s), s.eval_data if s.eval_interval else ""
+    eval_examples = read_examples(eval_data, s, s.eval_lines) if eval_data else []
     n_micro = common.count_micro_batches(s, "size")
     optim.set_lengths(s, len(examples), s.batch_size)
     print0(
@@ -386,26 +315,24 @@ if __name__ == "__main__":
     # ---- model (+ LoRA) ----
     last = checkpoint.find(s)
     model, base, adapters = lora.load_for_training(s, last, s.attention)
-    sources = [resolve_folder(name) for name in (base, *adapters)]  # an adapter may add a token
-    sources[1:] = [f for f in sources[1:] if os.path.exists(os.path.join(f, "tokenizer.json"))]
-    tokenizer = load_tokenizer(last or sources[-1])
+    tokenizer = load_tokenizer(resolve_folder(base))
     check_tokenizer(tokenizer, model.config.vocab_size)
     if s.task == "texts" and s.separator is None:
         s.separator = tokenizer.sep_token or "\n"
-    head = take_head(model, s)
+    head = model.head
+    model.drop_head()
     lora.add_lora(model, s, last)
     if s.freeze_backbone and not s.lora_rank:
         model.requires_grad_(False)
-    classifier = Classifier(model, head, s)
+        model.set_dropout(0.0, 0.0)  # its features are those of use
+    classifier = Classifier(model, head, s).to(s.device)
     if last:
         classifier.last_layers.load_state_dict(folders.read_classifier(last, s)[1])
     common.place(model, s)
-    classifier.to(s.device).train()
     print0(f"{model.describe()}, {s.compute_dtype} on {s.device}; the last layers train, too")
-    print0(folders.describe_saved(tokenizer, model.config, s))
+    print0(folders.describe_saved(model.config, s))
     if s.show_batch:
-        rows = rows_of_step(0, s.batch_size, len(examples), s.seed)[1][:4]
-        show_texts([examples[i] for i in rows], tokenizer, s)
+        show_texts(examples_of(0, examples, s)[:4], tokenizer, s)
         raise SystemExit
 
     # ---- compile, FSDP/DDP, optimizer, resume ----
@@ -419,20 +346,20 @@ if __name__ == "__main__":
         last_layers = checkpoint.full_state_dict(classifier.last_layers)
         with checkpoint.saving(s, step, best, optimizers) as folder:
             if folder and s.lora_rank:
-                lora.save_adapter(model, os.path.join(folder, "adapter"), base, weights, adapters)
-                weights = lora.merged_state(model, weights, base, adapters)
+                lora.save_adapter(model, f"{folder}/adapter", base, weights, adapters)
             if folder:
-                folders.save_classifier(folder, model.config, tokenizer, s, weights, last_layers)
+                merged = lora.merged_state(model, weights, base, adapters)
+                folders.save_classifier(folder, model.config, tokenizer, s, merged, last_layers)
 
     def trial(n):  # forward and backward of n texts, for DDP's buckets and the dry run
-        batch = make_batch([examples[i % len(examples)] for i in range(n)], tokenizer, s)
+        batch = make_batch((examples[:n] * n)[:n], tokenizer, s)
         with s.autocast():
             wrapped(*batch.to(s.device))[0].backward()
         wrapped.zero_grad(set_to_none=True)
 
     # ---- loop ----
-    metrics = ["loss", "acc", "f1", "precision", "recall", "mcc", "ndcg", "pearson", "spearman"]
-    columns = ["loss", "acc", "gnorm", "lr", "ex_s", "tok_s"] + [f"eval_{m}" for m in metrics]
+    metrics = "loss acc f1 precision recall mcc ndcg pearson spearman".split()
+    columns = ["loss", "acc", "gnorm", "lr", "ex_s", "tok_s", *(f"eval_{m}" for m in metrics)]
     log, rates = common.open_log(s, columns, step), common.Rates()
     stop_requested, bad_steps = common.catch_stop(), 0
     batches = prefetch(train_batches(examples, step, tokenizer, s))
@@ -441,33 +368,31 @@ if __name__ == "__main__":
     while step < s.stop_step:
         start = time.perf_counter()
         micro_batches = next(batches)
-        common.seed_step(s.seed, step, s.rank)  # dropout is a function of (seed, step, rank)
         lr = optim.learning_rate_at(step, s)
-        n_labels = sum(len(batch.targets) for batch in micro_batches)
-        n_tokens = sum(len(batch.tokens) for batch in micro_batches)
-        counts = [n_labels, n_tokens, stop_requested()]
-        n_labels, n_tokens, stopping = common.all_reduce_sum(counts)
+        common.seed_step(s.seed, step, s.rank)  # dropout is a function of (seed, step, rank)
+        counts = np.sum([[len(b.targets), len(b.tokens)] for b in micro_batches], axis=0)
+        n_labels, n_tokens, stopping = common.all_reduce_sum([*counts, stop_requested()])
         if stopping:
             save()
-            print0("stopped; this goes on:", common.resume_command())
             break
 
+        n_labels = max(n_labels, 1)
         total = common.zeros(2, s.device)  # loss and hits of this rank
         for i, batch in enumerate(micro_batches):
             common.sync_gradients(wrapped, i == len(micro_batches) - 1)
             with s.autocast():
-                loss, hits = wrapped(*batch.to(s.device))
+                loss, hits, _ = wrapped(*batch.to(s.device))
             total += torch.stack((loss.detach(), hits))
             # the mean over all ranks' and micro-batches' labels; DDP and FSDP divide by the ranks
-            (loss * (s.world_size / max(n_labels, 1))).backward()
+            (loss * (s.world_size / n_labels)).backward()
         gnorm = optim.clip_gradients(trained, s.grad_clip)
-        loss, hits = (x / max(n_labels, 1) for x in common.all_reduce_sum(total.tolist()))
+        loss, hits = (x / n_labels for x in common.all_reduce_sum(total.tolist()))
 
         if math.isfinite(loss + gnorm):
             optim.update(optimizers, lr)
         else:
-            rows = rows_of_step(step, s.batch_size, len(examples), s.seed)[1]
-            message = f"Lines of {s.data}: {common.shown([examples[i]['lines'][0] for i in rows])}"
+            lines = [e["lines"][0] for e in examples_of(step, examples, s)]
+            message = f"Lines of {s.data}: {common.shown(lines)}"
             bad_steps = common.bad_step(bad_steps, step, loss, gnorm, message)
         classifier.zero_grad(set_to_none=True)
         step += 1
@@ -475,7 +400,7 @@ if __name__ == "__main__":
         if s.dry_run:
             if step < min(2, s.stop_step):  # the first is slow: allocation, compilation
                 continue
-            common.report_dry_run(s, start, {"ex": s.batch_size, "tok": n_tokens},
+            common.report_dry_run(s, start, {"tok": n_tokens, "ex": s.batch_size},
                                   "device_batch_size", trial, s.device_batch_size)  # fmt: skip
             break
         last_step, improved = step == s.stop_step, False
@@ -485,16 +410,12 @@ if __name__ == "__main__":
             log(step, {"loss": loss, "acc": acc, "gnorm": gnorm, "lr": lr} | rates.read())
         if eval_examples and (step % s.eval_interval == 0 or last_step):
             found = evaluate(classifier, eval_examples, tokenizer, s)
+            folders.write_results(found, s)
             log(step, {f"eval_{m}": found.get(m) for m in metrics})
-            if s.rank == 0:
-                folders.write_results(found, s)
-            improved = found["loss"] < best["loss"]
-            if improved:
+            if improved := found["loss"] < best["loss"]:
                 best = {"loss": found["loss"], "folder": f"step{step}"}
         if step % s.save_interval == 0 or last_step or (improved and s.keep_best):
             save()
 
     # ---- clean-up ----
-    batches.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    common.finish(s, step, batches)

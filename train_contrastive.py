@@ -26,11 +26,12 @@ import lora
 import optim
 from common import prefetch, print0
 from data import open_pairs, read_pair
-from embedder import Embedder, chunks_of, pack
+from embedder import Embedder, chunks_of
 from formats.sentence_transformers import read_settings
 from grad_cache import embed_all, gather_rows, pad_chunks, padded
 from metrics import ranked
 from pairs import encode, encode_pairs, layout, open_files, pairs_of_step, show_pairs
+from pooling import pack
 from tokenizer import Template, load_tokenizer
 
 # ---- defaults ----
@@ -431,11 +432,7 @@ if __name__ == "__main__":
         weights = checkpoint.full_state_dict(embedder, "model.")
         with checkpoint.saving(s, step, best, optimizers) as folder:
             if folder:
-                merged = lora.merged_state(model, weights, base, adapters)
-                embedder.save(folder, not problem, merged)
-            if folder and s.lora_rank:
-                lora.save_adapter(model, f"{folder}/adapter", base, weights, adapters)
-                embedder.save_settings(f"{folder}/adapter")
+                embedder.save_trained(folder, weights, base, adapters, not problem)
 
     def trial(n):  # forward and backward of n texts, for DDP's buckets
         with s.autocast():

@@ -32,9 +32,10 @@ import optim
 from attention import Seqs
 from common import prefetch, print0
 from data import open_pairs, read_pair
-from embedder import Embedder, pack
+from embedder import Embedder
 from formats.huggingface import resolve_folder
 from pairs import encode_pairs, open_files, pairs_of_step
+from pooling import pack
 from tokenizer import Template, load_tokenizer
 
 # ---- defaults ----
@@ -202,7 +203,7 @@ class Reconstruction(nn.Module):
             # both directions in one packed row; a text sees its own anchor and nothing of others
             x = self.model(b.out_tokens, b.out_seqs, vectors=vectors, at=b.at)  # [U, C]
             x, targets = x[b.rows].split(b.n_targets), b.targets.split(b.n_targets)
-            sums = [self.model.cross_entropy(*both)[0] for both in zip(x, targets, strict=True)]
+            sums = [self.model.cross_entropy(*both)[0] for both in zip(x, targets)]
             losses.append(torch.stack(sums))
         return torch.stack(losses)
 
@@ -316,12 +317,8 @@ if __name__ == "__main__":
     def save():
         weights = checkpoint.full_state_dict(module, "model.")
         with checkpoint.saving(s, step, best, optimizers) as folder:
-            if folder:  # the tokenizer as it was: stage II adds the suffix itself; and the head
-                merged = lora.merged_state(model, weights, base, adapters)
-                embedder.save(folder, False, merged)
-            if folder and s.lora_rank:
-                lora.save_adapter(model, f"{folder}/adapter", base, weights, adapters)
-                embedder.save_settings(f"{folder}/adapter")
+            if folder:  # the tokenizer as it was: stage II adds the suffix itself
+                embedder.save_trained(folder, weights, base, adapters, False)
 
     def trial(n):  # forward and backward of n pairs, for DDP's buckets and the dry run
         pairs, which = pairs_of_step(files, 0, choices, s)
@@ -363,7 +360,7 @@ if __name__ == "__main__":
             (losses * weights).sum().backward()
         gnorm = optim.clip_gradients(trained, s.grad_clip)
         sums = common.all_reduce_sum(total.tolist())
-        d2q, q2d = (x / max(n, 1) for x, n in zip(sums, counts, strict=True))
+        d2q, q2d = (x / max(n, 1) for x, n in zip(sums, counts))
         loss = s.w_d2q * d2q + s.w_q2d * q2d
 
         if math.isfinite(loss + gnorm):

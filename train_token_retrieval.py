@@ -165,7 +165,7 @@ def train_step(wrapped, batch, n_queries, step, s):
         # 3. the hidden states again, a part at a time, and back with their gradient
         if cached:
             gradients = hidden.grad.split([len(tokens) for tokens, _ in parts])
-            for k, (part, gradient) in enumerate(zip(parts, gradients, strict=True)):
+            for k, (part, gradient) in enumerate(zip(parts, gradients)):
                 common.sync_gradients(wrapped, last and k == len(parts) - 1)
                 forward(part, 1000 * i + k).backward(gradient)
     return total.tolist()
@@ -197,7 +197,7 @@ def evaluate(wrapped, file, runs, tokenizer, s):
                     totals[name] += x, 1
     wrapped.train()
     sums = common.all_reduce_sum(np.concatenate(list(totals.values())))
-    return {name: x / n for name, x, n in zip(names, sums[::2], sums[1::2], strict=True) if n}
+    return {name: x / n for name, x, n in zip(names, sums[::2], sums[1::2]) if n}
 
 
 if __name__ == "__main__":
@@ -266,11 +266,7 @@ if __name__ == "__main__":
         weights = checkpoint.full_state_dict(model)
         with checkpoint.saving(s, step, best, optimizers) as folder:
             if folder:
-                merged = lora.merged_state(model, weights, base, adapters)
-                embedder.save(folder, not problem, merged)
-            if folder and s.lora_rank:
-                lora.save_adapter(model, f"{folder}/adapter", base, weights, adapters)
-                embedder.save_settings(f"{folder}/adapter")
+                embedder.save_trained(folder, weights, base, adapters, not problem)
 
     def trial(n):  # forward and backward of n tokens, for DDP's buckets
         tokens, seqs = pack_texts([[0] * n])

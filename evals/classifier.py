@@ -5,22 +5,21 @@ A saved classifier on a file of labelled words or texts, as it was trained.
     torchrun --standalone --nproc_per_node=8 -m evals.classifier --model=out/x --eval_data=...
 
 The metrics are those that train_classifier.py has at its end; out_dir/results.json gets them, as
-{file: {"task", "n", "metrics"}}, beside those of other files.
+{file: {"task", "metrics"}}, beside those of other files.
 """
 
-import json
-import os
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
 import common
-from formats.classifier import SAVED, read_classifier, write_results
+from formats import read_json
+from formats.classifier import read_classifier, write_results
 from formats.huggingface import from_pretrained, resolve_folder
-from labels import number_labels
+from labels import read_examples
 from tokenizer import load_tokenizer
-from train_classifier import Classifier, evaluate, read_examples, take_head
+from train_classifier import Classifier, evaluate
 
 # ---- defaults ----
 out_dir = "out/classifier"
@@ -40,30 +39,25 @@ if __name__ == "__main__":
     if not s.model or not s.eval_data:
         raise SystemExit("give --model=... and --eval_data=...")
     s.rank, s.world_size, _, s.device = common.setup_distributed()
-    compute_dtype = common.dtype_of(s.dtype, s.device)
-    half = compute_dtype != torch.float32
-    s.autocast = lambda: torch.autocast(s.device.type, compute_dtype, enabled=half)
+    dtype = common.dtype_of(s.dtype, s.device)
+    s.autocast = lambda: torch.autocast(s.device.type, dtype, enabled=dtype != torch.float32)
 
     # ---- classifier ----
     folder = resolve_folder(s.model)
     saved, last_layers = read_classifier(folder)
-    vars(s).update({key: saved[key] for key in SAVED})
-    common.print0("as it was trained:", {key: saved[key] for key in SAVED if key != "labels"})
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-        stored = getattr(torch, json.load(f)["dtype"])  # a frozen model's; the last layers are fp32
-    model = from_pretrained(folder, dtype=stored).eval()
-    classifier = Classifier(model, take_head(model, s), s)
+    vars(s).update(saved)
+    common.print0("as it was trained:", saved)
+    # a frozen model's type is that it was trained with; the last layers are fp32
+    model = from_pretrained(folder, dtype=getattr(torch, read_json(folder, "config.json")["dtype"]))
+    classifier = Classifier(model, None, s)
     classifier.last_layers.load_state_dict(last_layers)
-    model.set_backend(s.attention_backend, s.device, compute_dtype)
+    model.set_backend(s.attention_backend, s.device, dtype)
     classifier.to(s.device)
 
     # ---- evaluate ----
     examples = read_examples(s.eval_data, s, s.eval_lines)
-    if s.labels:
-        number_labels(examples, s.labels, s.eval_data)
     found = evaluate(classifier, examples, load_tokenizer(folder), s)
-    if s.rank == 0:
-        write_results(found, s)
-        print(s.eval_data, json.dumps(found))
+    write_results(found, s)
+    common.print0(s.eval_data, found)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -102,18 +102,6 @@ def evaluate(embedder, file, runs, s):
     }
 
 
-def write_results(found, folder, facts):
-    """results.json and results.md in the folder; prints the table."""
-    names = [name for name in found["model"] if name not in ("loss", "acc")]
-    rows = [["", *names], ["---"] * (1 + len(names))]
-    rows += [[order, *(f"{x[name]:.3f}" for name in names)] for order, x in found.items()]
-    table = "".join("| " + " | ".join(row) + " |\n" for row in rows)
-    write_json(facts | {"results": found}, folder, "results.json")
-    facts = ", ".join(f"{key} {value}" for key, value in facts.items())
-    Path(folder, "results.md").write_text(f"{facts}\n\n{table}", "utf-8")
-    print(table)
-
-
 if __name__ == "__main__":
     # ---- configure ----
     s = SimpleNamespace(**common.configure(globals()))
@@ -131,11 +119,19 @@ if __name__ == "__main__":
         s.model, device=device, dtype=s.dtype, attention_backend=s.attention_backend
     )
 
-    # ---- evaluate ----
+    # ---- evaluate, save ----
     found = evaluate(embedder, file, runs, s)
-    facts = {"model": pinned(s.model), "eval_data": s.eval_data, "queries": int(runs[:, 1].sum())}
     if s.rank == 0:
-        write_results(found, s.out_dir, facts)
+        n_queries = int(runs[:, 1].sum())
+        facts = {"model": pinned(s.model), "eval_data": s.eval_data, "queries": n_queries}
+        write_json(facts | {"results": found}, s.out_dir, "results.json")
+        names = list(found["random"])
+        rows = [["", *names], ["---"] * (1 + len(names))]
+        rows += [[order, *(f"{x[name]:.3f}" for name in names)] for order, x in found.items()]
+        table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        facts = ", ".join(f"{key} {value}" for key, value in facts.items())
+        Path(s.out_dir, "results.md").write_text(f"{facts}\n\n{table}", "utf-8")
+        print(table)
     common.print0(f"peak memory {common.peak_memory(device) / 1e9:.2f} GB")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -2,17 +2,18 @@
 Hugging Face model folders: config.json and safetensors, key by key what `transformers` has.
 """
 
-import json
 import os
 import re
 from dataclasses import replace
 from functools import partial, reduce
+from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import safe_open
 
-from model import ModelConfig, Transformer
+from formats import read_json, write_json
+from model import DEFAULTS, ModelConfig, Transformer
 
 # Our module names on the left, each family's on the right.
 
@@ -57,53 +58,35 @@ ARCHITECTURES = {  # with a language modelling head, without
     "neobert": ("NeoBERTLMHead", "NeoBERT"),
 }
 
-
 LAYER_TYPES = {"global": "full_attention", "local": "sliding_attention"}
 
-# Fields of ModelConfig, their keys in config.json and what transformers takes where one is missing
-# (None: it must be there).
-_ALL_KEYS = {
-    "vocab_size": ("vocab_size", None), "n_layer": ("num_hidden_layers", None),
-    "n_head": ("num_attention_heads", None), "n_embd": ("hidden_size", None),
-    "n_hidden": ("intermediate_size", None),
+# Fields of ModelConfig and their keys in config.json. The first five must be there; for others
+# that are missing see DEFAULTS in model.py.
+_SHAPE = {
+    "vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+    "n_embd": "hidden_size", "n_hidden": "intermediate_size",
 }  # fmt: skip
-_LLAMA_KEYS = _ALL_KEYS | {
-    "max_seq_len": ("max_position_embeddings", 8192), "n_kv_head": ("num_key_value_heads", 0),
-    "head_dim": ("head_dim", 0), "causal": ("is_causal", True),
-    "norm_eps": ("rms_norm_eps", 1e-6), "activation": ("hidden_act", "silu"),
-    "mlp_bias": ("mlp_bias", False), "tied": ("tie_word_embeddings", False),
-    "attn_dropout": ("attention_dropout", 0.0),
+_BOTH = _SHAPE | {
+    "max_seq_len": "max_position_embeddings", "mlp_bias": "mlp_bias",
+    "tied": "tie_word_embeddings", "attn_dropout": "attention_dropout",
 }  # fmt: skip
-_BIASES = {"qkv_bias": ("attention_bias", False), "out_bias": ("attention_bias", False)}
-_MODERNBERT_KEYS = _ALL_KEYS | _BIASES | {
-    "max_seq_len": ("max_position_embeddings", 8192), "norm_eps": ("norm_eps", 1e-5),
-    "norm_bias": ("norm_bias", False), "mlp_bias": ("mlp_bias", False),
-    "activation": ("hidden_activation", "gelu"), "head_bias": ("decoder_bias", True),
-    "head_dense_bias": ("classifier_bias", False), "tied": ("tie_word_embeddings", True),
-    "attn_dropout": ("attention_dropout", 0.0),
+_BIASES = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
+_LLAMA_KEYS = _BOTH | {
+    "n_kv_head": "num_key_value_heads", "head_dim": "head_dim", "causal": "is_causal",
+    "norm_eps": "rms_norm_eps", "activation": "hidden_act",
+}  # fmt: skip
+_MODERNBERT_KEYS = _BOTH | _BIASES | {
+    "norm_eps": "norm_eps", "norm_bias": "norm_bias", "activation": "hidden_activation",
+    "head_bias": "decoder_bias", "head_dense_bias": "classifier_bias",
 }  # fmt: skip
 KEYS = {
-    "llama": _LLAMA_KEYS | _BIASES | {"max_seq_len": ("max_position_embeddings", 2048)},
-    "mistral": _LLAMA_KEYS | _BIASES, "qwen2": _LLAMA_KEYS, "qwen3": _LLAMA_KEYS | _BIASES,
-    "modernbert": _MODERNBERT_KEYS,
-    "modernbert-decoder": _MODERNBERT_KEYS | {"causal": ("is_causal", True)},
-    "neobert": _ALL_KEYS | {
-        "max_seq_len": ("max_length", 1024), "causal": ("is_causal", False),
-        "norm_eps": ("norm_eps", 1e-6), "tied": ("tie_word_embeddings", False),
-        "head_bias": ("decoder_bias", True)},
+    "llama": _LLAMA_KEYS | _BIASES, "mistral": _LLAMA_KEYS | _BIASES, "qwen2": _LLAMA_KEYS,
+    "qwen3": _LLAMA_KEYS | _BIASES, "modernbert": _MODERNBERT_KEYS,
+    "modernbert-decoder": _MODERNBERT_KEYS | {"causal": "is_causal"},
+    "neobert": _SHAPE | {
+        "max_seq_len": "max_length", "causal": "is_causal", "norm_eps": "norm_eps",
+        "tied": "tie_word_embeddings", "head_bias": "decoder_bias"},
 }  # fmt: skip
-
-# Fields that config.json has no key for.
-_MODERNBERT_FIXED = dict(
-    norm="layer", embed_norm=True, fused_mlp=True, head="dense", init="megatron"
-)
-FIXED = {
-    "qwen2": dict(qkv_bias=True),
-    "qwen3": dict(qk_norm=True),
-    "modernbert": _MODERNBERT_FIXED | dict(causal=False, fused_qkv=True),
-    "modernbert-decoder": _MODERNBERT_FIXED,
-    "neobert": dict(rope_pairs="adjacent", fused_qkv=True, fused_mlp=True, init="uniform"),
-}
 
 CLASSIFIERS = ("score.", "classifier.", "linear.")  # the last layer of a classifier's folder
 
@@ -121,13 +104,10 @@ def our_module(module, family):
     """The way back; None for a name that the family does not have. "model." may be missing."""
     back = {theirs: ours for ours, theirs in NAMES[family].items()}
     for name in (module, "model." + module):
-        if name in back and back[name] != "blocks":
-            return back[name]
-        head = NAMES[family]["blocks"] + "."
-        if name.startswith(head):
-            i, _, inner = name[len(head) :].partition(".")
-            if i.isdigit() and inner in back:
-                return f"blocks.{i}.{back[inner]}"
+        block = re.match(rf"{NAMES[family]['blocks']}\.(\d+)\.", name)
+        ours = back.get(name[block.end() :] if block else name)
+        if ours:
+            return f"blocks.{block[1]}.{ours}" if block else ours
     return None
 
 
@@ -147,34 +127,31 @@ def config_from_hf(hf):
     family = hf.get("model_type")
     if family not in NAMES:
         raise ValueError(f"config.json: model_type {family!r}, expected one of {list(NAMES)}")
-    c = FIXED.get(family, {}) | {"family": family, "hf": hf}
-    for field, (key, default) in KEYS[family].items():
-        c[field] = hf[key] if default is None else hf.get(key)
-        if c[field] is None:
-            c[field] = default
-    layers, kinds = range(c["n_layer"]), hf.get("layer_types")
+    c = DEFAULTS[family] | {"family": family, "hf": hf}
+    for field, key in KEYS[family].items():
+        if field in _SHAPE or hf.get(key) is not None:
+            c[field] = hf[key]
     if family.startswith("modernbert"):
         every = hf.get("global_attn_every_n_layers", 3)
-        kinds = kinds or ["sliding" if i % every else "full" for i in layers]
+        kinds = ["sliding" if i % every else "full" for i in range(c["n_layer"])]
         window = hf.get("local_attention", 128) // 2  # the config counts both sides
         theta = hf.get("global_rope_theta") or 160_000.0
         thetas = {"global": theta, "local": hf.get("local_rope_theta", 10_000.0) or theta}
         # ours; transformers has one number for both
-        c["out_dropout"] = hf.get("attention_out_dropout", c["attn_dropout"])
+        c["out_dropout"] = hf.get("attention_out_dropout", c.get("attn_dropout", 0.0))
     else:
-        window, from_layer = hf.get("sliding_window") if family == "mistral" else None, 0
-        if family in ("qwen2", "qwen3") and hf.get("use_sliding_window"):
-            window, from_layer = hf.get("sliding_window"), hf.get("max_window_layers", 28)
-        kinds = kinds or ["sliding" if i >= from_layer else "full" for i in layers]
-        kinds = kinds if window else ["full" for _ in layers]
+        qwen = family in ("qwen2", "qwen3")
+        used = hf.get("use_sliding_window") if qwen else family == "mistral"
+        window = (used and hf.get("sliding_window")) or None  # None: all layers are global
+        from_layer = hf.get("max_window_layers", 28) if qwen else 0
+        kinds = ["sliding" if i >= from_layer else "full" for i in range(c["n_layer"])]
         thetas = dict.fromkeys(LAYER_TYPES, hf.get("rope_theta") or 10_000.0)
     if family == "neobert":  # the published config counts before the factor 2/3: 3072 for 2048
         c["n_hidden"] = (int(2 * c["n_hidden"] / 3) + 7) // 8 * 8
-    config = ModelConfig(
-        **c, window=window or 0,
-        layer_kinds=["local" if kind.startswith("sliding") else "global" for kind in kinds],
-        rope={kind: _rope_from_hf(hf, kind, theta) for kind, theta in thetas.items()},
-    )  # fmt: skip
+    kinds = ["local" if window is not None and kind.startswith("sliding") else "global"
+             for kind in hf.get("layer_types") or kinds]  # fmt: skip
+    rope = {kind: _rope_from_hf(hf, kind, theta) for kind, theta in thetas.items()}
+    config = ModelConfig(**c, window=window or 0, layer_kinds=kinds, rope=rope)
     if config.activation not in ("silu", "gelu"):
         raise ValueError(f"config.json: activation {config.activation!r}, expected silu or gelu")
     return config
@@ -184,7 +161,7 @@ def config_to_hf(c):
     """ModelConfig -> config.json. Keys of the folder that was read and mean nothing to us stay."""
     gone = ("rope_theta", "rope_scaling", "global_rope_theta", "local_rope_theta", "torch_dtype")
     hf = {key: value for key, value in c.hf.items() if key not in gone}
-    hf |= {key: getattr(c, field) for field, (key, _) in KEYS[c.family].items()}
+    hf |= {key: getattr(c, field) for field, key in KEYS[c.family].items()}
     rope = {
         LAYER_TYPES[kind]: {"rope_type": "default", "rope_theta": rope["theta"]}
         | (rope["scaling"] or {})
@@ -219,7 +196,7 @@ def write_folder(folder, config, state, classifier=None):
     """`state`: our names -> tensors, of any device. Writes config.json and safetensors.
     `classifier`: (tensors by transformers' names, keys of config.json) of a ...Classification
     model, whose other names are those of a model with a head."""
-    c, bare = config, config.head == "none" and classifier is None
+    c, bare = config, config.head == "none" and not classifier
     last_layers, keys = classifier or ({}, {})
     out = dict(last_layers)
     for name, tensor in state.items():
@@ -233,9 +210,8 @@ def write_folder(folder, config, state, classifier=None):
     out = {key: tensor.detach().contiguous() for key, tensor in out.items()}
     os.makedirs(folder, exist_ok=True)
     save_torch_state_dict(out, folder, max_shard_size="5GB", metadata={"format": "pt"})
-    hf = config_to_hf(c) | {"dtype": str(state["embed.weight"].dtype).removeprefix("torch.")} | keys
-    with open(os.path.join(folder, "config.json"), "w") as f:
-        json.dump(hf, f, indent=2)
+    dtype = str(state["embed.weight"].dtype).removeprefix("torch.")
+    write_json(config_to_hf(c) | {"dtype": dtype} | keys, folder, "config.json")
 
 
 def save_pretrained(model, folder, state_dict=None):
@@ -248,15 +224,15 @@ def newest_model(folder):
     """The folder itself, or if it is the out_dir of a run its checkpoint with the largest number:
     of step500 and ext800 the latter."""
 
-    def has_model(path):
+    def has_model(*path):
         files = ("config.json", "adapter_config.json", "modules.json")
-        return any(os.path.exists(os.path.join(path, name)) for name in files)
+        return any(os.path.exists(os.path.join(*path, name)) for name in files)
 
     if has_model(folder):
         return folder
     # a save that is under way, or was killed, has a name with a dot in front
-    names = [n for n in os.listdir(folder) if re.fullmatch(r"[^.].*\d|\d", n)]
-    names = [n for n in names if has_model(os.path.join(folder, n))]
+    names = [n for n in os.listdir(folder) if n[0] != "." and n[-1].isdecimal()]
+    names = [n for n in names if has_model(folder, n)]
     if not names:
         raise FileNotFoundError(f"{folder}: no config.json, and no checkpoint such as step500")
     return os.path.join(folder, max(names, key=lambda n: int(re.search(r"\d+$", n)[0])))
@@ -290,18 +266,14 @@ def resolve_folder(name):
 
 def _read_tensors(folder):
     """{name: function that reads it} from safetensors, one file or sharded, or an old .bin."""
-    names = sorted(os.listdir(folder))
-    paths = [os.path.join(folder, n) for n in names if re.fullmatch(r"model.*\.safetensors", n)]
-    readers = {}
-    for path in paths:
+    readers, folder = {}, Path(folder)
+    for path in folder.glob("model*.safetensors"):
         file = safe_open(path, "pt")
         readers |= {key: partial(file.get_tensor, key) for key in file.keys()}
-    if not paths:
-        paths = [os.path.join(folder, n) for n in names if re.fullmatch(r"pytorch_model.*\.bin", n)]
-        for path in paths:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            readers |= {key: tensor.detach for key, tensor in state.items()}
-    if not paths:
+    for path in () if readers else folder.glob("pytorch_model*.bin"):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        readers |= {key: tensor.detach for key, tensor in state.items()}
+    if not readers:
         raise FileNotFoundError(f"{folder}: no model*.safetensors and no pytorch_model*.bin")
     tables = ("inv_freq", "freqs_cis")  # of positions; old files carry them
     return {key: read for key, read in readers.items() if not key.endswith(tables)}
@@ -312,23 +284,21 @@ def stored_dtype(folder):
     return reduce(torch.promote_types, (read().dtype for read in _read_tensors(folder).values()))
 
 
-def from_pretrained(
-    name, attention=None, window=None, max_seq_len=None, rope_theta=None, rope_scaling=None,
-    dtype=torch.float32,
-):  # fmt: skip
+def from_pretrained(name, attention=None, window=None, rope_theta=None, dtype=torch.float32):
     """A Transformer from a Hugging Face folder or a hub id `owner/name[@revision]`.
 
     attention: "causal" or "bidirectional" instead of the folder's own; "bidirectional" on a Llama
     is LLM2Vec's model. An encoder read as causal becomes a ModernBERT-decoder.
     window: of the local layers (see ModelConfig.window_of), 0 makes every layer global.
-    rope_theta, rope_scaling, max_seq_len: for training at a longer context.
-    dtype: of the weights in memory; None: that of the folder.
-    Raises ValueError for a missing, unexpected or misshapen weight; a folder without any
-    language modelling head, a classifier's too, gives a model without one.
+    rope_theta: for training at a longer context. dtype: of the weights in memory; None: that of the
+    folder. ValueError for a missing, unexpected or misshapen weight; a folder without any language
+    modelling head, a classifier's too, gives a model without one.
     """
     folder = resolve_folder(name)
-    with open(os.path.join(folder, "config.json")) as f:
-        source = config_from_hf(json.load(f))
+    hf = read_json(folder, "config.json")
+    if not hf:
+        raise FileNotFoundError(f"{folder}: no config.json (an adapter goes with its base)")
+    source = config_from_hf(hf)
     if attention not in (None, "causal", "bidirectional"):
         raise ValueError(f"attention={attention!r}: expected causal or bidirectional")
     c = replace(source, causal=source.causal if attention is None else attention == "causal")
@@ -338,10 +308,8 @@ def from_pretrained(
             c.layer_kinds = ["global"] * c.n_layer
         elif "local" not in c.layer_kinds:
             raise ValueError(f"{folder}: window={window}, but none of its layers is local")
-    c.max_seq_len = max_seq_len or c.max_seq_len
-    given = {"theta": rope_theta, "scaling": rope_scaling}
     for rope in c.rope.values():
-        rope.update({key: value for key, value in given.items() if value})
+        rope["theta"] = rope_theta or rope["theta"]
 
     # The folder's tensors have to show which head it has.
     files, dtype = _read_tensors(folder), dtype or stored_dtype(folder)
@@ -361,30 +329,26 @@ def from_pretrained(
         module, tensor = our_module(module, source.family), read()
         if module is None:
             raise ValueError(f"{folder}: unexpected tensor {key!r} for {source.family}")
-        if (module, leaf) == ("lm_head", "weight") and c.tied:
-            continue
         parts = {module: tensor}
         if module.endswith("qkv_proj") and c.family == "neobert":
             parts = {module: interleave_qkv(tensor, c, back=False)}
         elif module.endswith("qkv_proj") and not c.fused_qkv:  # an encoder read as causal
-            parts = {
-                module.replace("qkv_proj", letter + "_proj"): part
-                for letter, part in zip("qkv", tensor.chunk(3), strict=True)
-            }
+            parts = {module.replace("qkv", x): part for x, part in zip("qkv", tensor.chunk(3))}
         # copies: a mapped file may lie unaligned, and then other kernels sum in other orders
         state |= {f"{ours}.{leaf}": part.to(dtype, copy=True) for ours, part in parts.items()}
 
+    if c.tied:
+        state.pop("lm_head.weight", None)
     with torch.device("meta"):
         model = Transformer(c)
     wanted = {k: tuple(p.shape) for k, p in model.named_parameters()}
-    for key in wanted.keys() | state.keys():
-        module, _, leaf = key.rpartition(".")
-        theirs = f"{hf_module(module, c.family)}.{leaf}"
-        if key not in state:
-            raise ValueError(f"{folder}: tensor {theirs!r} is missing")
-        found, expected = tuple(state[key].shape), wanted.get(key, "no such tensor")
-        if found != expected:
-            raise ValueError(f"{folder}: tensor {theirs!r} is {found}, expected {expected}")
+    found = {k: tuple(tensor.shape) for k, tensor in state.items()}
+    for key in wanted | found:
+        shape, expected = found.get(key, "missing"), wanted.get(key, "no such tensor")
+        if shape != expected:
+            module, _, leaf = key.rpartition(".")
+            theirs = f"{hf_module(module, c.family)}.{leaf}"
+            raise ValueError(f"{folder}: tensor {theirs!r} is {shape}, expected {expected}")
     model.load_state_dict(state, strict=False, assign=True)  # all names are checked above
     model.tie()
     model.stream_dtype = dtype if dtype != torch.float32 else None

@@ -1,6 +1,5 @@
 """
-PEFT adapter folders: names of tensors, adapter_config.json in and out, and which folders an
-adapter builds on. What is done with the tensors stands in lora.py.
+PEFT adapter folders. What is done with the tensors stands in lora.py.
 
 peft's name of a tensor is "base_model.model." + Hugging Face's module + ".lora_A.weight",
 ".lora_B.weight" or, for a module that trained whole (`modules_to_save`), ".weight" or ".bias".
@@ -32,12 +31,9 @@ HARMLESS = {
 }  # fmt: skip
 
 
-# ---- what an adapter builds on ----
-
-
 def pinned_chain(name):
-    """[base, adapters merged into it, the adapter itself] where `name` is an adapter, else [name].
-    A local out_dir becomes the checkpoint that it stands for now, a hub id stays an id."""
+    """[base, adapters merged into it, the adapter itself] where `name` is an adapter, else [name];
+    each `pinned`."""
     folder = resolve_folder(name)
     config = read_json(folder, "adapter_config.json")
     if not config:
@@ -61,20 +57,17 @@ def attention_of(name):
     return {None: None, True: "causal", False: "bidirectional"}[causal]
 
 
-# ---- write ----
-
-
 def write_adapter(folder, c, layers, state, along, base_name, merged):
-    """layers: {our module name: LoRALinear}. state: full tensors by our names. along: names of what
-    trained beside LoRA. The rest as in save_adapter."""
+    """layers: {our module name: LoRALinear}. state: full tensors by our names. along: the names of
+    what trained beside LoRA. The rest as in save_adapter."""
     whole = {name.rpartition(".")[0] for name in along}
     if "embed" in whole and c.tied and c.head != "none":
         whole.add("lm_head")
-    grown = c.vocab_size > c.hf.get("vocab_size", c.vocab_size)
+    grown = ("embed", "lm_head") if c.vocab_size > c.hf.get("vocab_size", c.vocab_size) else ()
     names, tensors = {}, {}  # peft's
     for name, tensor in state.items():
         module, _, leaf = name.rpartition(".")
-        if not (".lora_" in name or module in whole or grown and module in ("embed", "lm_head")):
+        if module not in {*layers, *whole, *grown}:
             continue
         names[module] = hf_module(module, c.family)
         if c.head == "none":
@@ -92,9 +85,9 @@ def write_adapter(folder, c, layers, state, along, base_name, merged):
     local = os.path.isdir(base_name)
     base, _, revision = (base_name, "", "") if local else base_name.partition("@")
     config = dict(
-        peft_type="LORA", base_model_name_or_path=base, revision=revision or None, task_type=None,
-        inference_mode=True, r=first.rank, lora_alpha=first.alpha, lora_dropout=first.dropout,
-        use_rslora=first.rslora, bias="none", target_modules=sorted(targets),
+        peft_type="LORA", base_model_name_or_path=base, revision=revision or None, r=first.rank,
+        lora_alpha=first.alpha, lora_dropout=first.dropout, use_rslora=first.rslora,
+        target_modules=sorted(targets),
         modules_to_save=sorted(names[module] for module in whole) or None,
         rank_pattern={names[n]: m.rank for n, m in layers.items() if m.rank != first.rank},
         alpha_pattern={names[n]: m.alpha for n, m in layers.items() if m.alpha != first.alpha},
@@ -105,25 +98,21 @@ def write_adapter(folder, c, layers, state, along, base_name, merged):
     ours = dict(is_causal=c.causal, merged_adapters=list(merged), trained_along=sorted(along))
     write_json(config, folder, "adapter_config.json")
     write_json(ours, folder, "nanoembed_adapter.json")
-    save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), {"format": "pt"})
-
-
-# ---- read ----
+    save_file(tensors, f"{folder}/adapter_model.safetensors", {"format": "pt"})
 
 
 def read_adapter(folder, c, parameters, linear):
     """-> tensors by our names, {our module name: arguments of LoRALinear}, and which parameters
-    trained along. parameters: the model's names; linear: those of modules that can have LoRA.
-    Raises ValueError for what load_adapter names."""
+    trained along. parameters: the model's names; linear: those of modules that can have LoRA."""
     config = read_json(folder, "adapter_config.json")
     for key, value in config.items():
         if value and key not in KNOWN and value not in HARMLESS.get(key, ()):
             raise ValueError(f"{folder}: adapter_config.json has {key} = {value!r}: not supported")
-    path = os.path.join(folder, "adapter_model.")
-    if os.path.exists(path + "bin"):  # older adapters
-        state = torch.load(path + "bin", map_location="cpu", weights_only=True)
-    else:
-        state = load_file(path + "safetensors")
+    path = f"{folder}/adapter_model.safetensors"
+    if os.path.exists(path):
+        state = load_file(path)
+    else:  # older adapters
+        state = torch.load(path[:-11] + "bin", map_location="cpu", weights_only=True)
 
     tensors, layers = {}, {}
     for key, tensor in state.items():
@@ -139,8 +128,7 @@ def read_adapter(folder, c, parameters, linear):
             tensor = interleave_qkv(tensor, c, back=False)
         tensors[name] = tensor
 
-    # Complete? `whole` are the parameters of modules_to_save. What is neither LoRA nor whole is an
-    # embedding that grew and did not train.
+    # Complete? `whole` is what modules_to_save names; an embedding may grow without training.
     grows = len(tensors.get("embed.weight", ())) > c.vocab_size
     whole, needed = [], []
     for name in parameters:
@@ -157,7 +145,7 @@ def read_adapter(folder, c, parameters, linear):
 
     for module in layers:
         theirs, alphas = hf_module(module, c.family), config.get("alpha_pattern") or {}
-        hits = (a for end, a in alphas.items() if re.fullmatch(rf"(.*\.)?({end})", theirs))
+        hits = (alpha for end, alpha in alphas.items() if matches(theirs, [end]))
         layers[module] = dict(
             rank=len(tensors[f"{module}.lora_A"]), alpha=next(hits, config["lora_alpha"]),
             dropout=config.get("lora_dropout", 0.0), rslora=config.get("use_rslora", False),
@@ -165,18 +153,19 @@ def read_adapter(folder, c, parameters, linear):
     return tensors, layers, read_json(folder, "nanoembed_adapter.json").get("trained_along", whole)
 
 
+def matches(name, rule):
+    """peft's rule for names of modules: one regular expression, or a list of their ends."""
+    rule = rule if isinstance(rule, str) else rf"(.*\.)?({'|'.join(rule)})"
+    return any(re.fullmatch(rule, n) for n in (name, name.removeprefix("model.")))
+
+
 def targeted(config, name):
-    """peft's rule: target_modules are ends of names, or one regular expression."""
-
-    def hit(rule):
-        if isinstance(rule, str):
-            return any(re.fullmatch(rule, n) for n in (name, name.removeprefix("model.")))
-        return any(name == end or name.endswith("." + end) for end in rule or ())
-
+    """Does peft put LoRA on this module?"""
     layer, only = re.search(r"\.(\d+)\.", name), config.get("layers_to_transform")
     if layer is None:  # ModernBERT's head.dense, which not every class of peft's has
         return False
     if only is not None and int(layer[1]) not in ([only] if isinstance(only, int) else only):
         return False
-    wanted = config.get("target_modules")
-    return (wanted == "all-linear" or hit(wanted)) and not hit(config.get("exclude_modules"))
+    if matches(name, config.get("exclude_modules") or ()):
+        return False
+    return config["target_modules"] == "all-linear" or matches(name, config["target_modules"])

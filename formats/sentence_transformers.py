@@ -1,10 +1,5 @@
 """
-Folders of sentence-transformers in and out, and the settings that LLM2Vec's folders have.
-
-    st_problem(embedder)                why sentence-transformers would give other embeddings
-    write_tokenizer, write_modules      what such a folder has beside the model
-    write_settings                      our own nanoembed.json
-    read_settings(folder)               what a folder says about embedding, whoever wrote it
+Folders of sentence-transformers in and out, our nanoembed.json, and LLM2Vec's settings.
 
 prefix + instruction become the folder's prompts, the suffix its tokenizer's post-processor.
 """
@@ -33,24 +28,22 @@ POOLINGS = {  # newer versions of sentence-transformers write "cls", "mean" and 
     "weightedmean_tokens": "weighted_mean",
 }  # fmt: skip
 
+# Keys of a module that ask for what we do not do, unless they are false or empty
+REFUSED = (
+    "do_lower_case query_expansion query_length document_length skiplist_words keep_only_token_ids"
+).split()
+
 # Texts whose tokens depend on what stands next to them, or that tokenizers clean
 PROBES = [
-    *("", "a", " ", "\n", "Hello, world!", " space before", "space behind ", "\n\nlines\n", "1234"),
-    *("na\xefve cafe\u0301 \u4f60\u597d \U0001f642", "'s", "..."),
+    "", "a", " ", "\n", "Hello, world!", " space before", "space behind ", "\n\nlines\n", "1234",
+    "na\xefve cafe\u0301 \u4f60\u597d \U0001f642", "'s", "...",
     *(f"{c} {c}" for c in string.printable),
-]
-
-
-# ---- would it give equal embeddings? ----
+]  # fmt: skip
 
 
 def st_problem(embedder):
-    """Why sentence-transformers would not give equal embeddings from a saved folder, or None.
-
-    Texts that tokenizers treat in ways of their own are tokenized from the files, as
-    sentence-transformers does it, and compared. It takes a second or two and no forward pass: ask
-    before training.
-    """
+    """Why sentence-transformers would not give equal embeddings from a saved folder, or None. The
+    ids of PROBES from the files are compared with ours, in a second or two: ask before training."""
     family, pooling = embedder.model.config.family, embedder.pooling
     if family == "neobert":
         return "transformers has no NeoBERT"
@@ -80,9 +73,6 @@ def st_problem(embedder):
                         "instruction may end in a space that the text's first token takes in, and "
                         "no more than one token, a special one, may follow the text")  # fmt: skip
     return None
-
-
-# ---- writing ----
 
 
 def write_tokenizer(embedder, folder):
@@ -138,16 +128,15 @@ def write_modules(embedder, folder):
         write_json(config, folder, path, "config.json" if i else "sentence_bert_config.json")
     write_json(listed, folder, "modules.json")
     prefix = embedder.template.prefix
-    config = {"model_type": kind, "similarity_fn_name": similarity}
-    config["prompts"] = {name: prefix + text for name, text in embedder.prompts.items()}
+    prompts = {name: prefix + text for name, text in embedder.prompts.items()}
+    config = {"model_type": kind, "similarity_fn_name": similarity, "prompts": prompts}
     if prefix and "document" in embedder.prompts:  # texts without a prompt get the template, too
         config["default_prompt_name"] = "document"
     write_json(config, folder, "config_sentence_transformers.json")
 
 
 def write_settings(embedder, folder, projection=None):
-    """nanoembed.json: how the embedder embeds. `read_settings` and `load_tokenizer` read it.
-    projection: the matrix [D, C] of late interaction, which lies beside it."""
+    """nanoembed.json, and beside it projection, the matrix [D, C] of late interaction."""
     settings = {key: getattr(embedder, key) for key in SETTINGS}
     settings["template"] = asdict(embedder.template)
     backend = json.loads(embedder.tokenizer.backend_tokenizer.to_str())
@@ -159,13 +148,10 @@ def write_settings(embedder, folder, projection=None):
         save_file({"linear.weight": projection.detach().contiguous().cpu()}, path)
 
 
-# ---- reading ----
-
-
 def read_settings(folder):
     """What a folder says about embedding, as arguments of Embedder: from our own file, LLM2Vec's or
-    sentence-transformers'; {} for a plain model. There may be more: path (the model's, within the
-    folder), attention (LLM2Vec's), and foreign=True where sentence-transformers wrote it."""
+    sentence-transformers'; {} for a plain model. Beside them attention, of LLM2Vec, and path, the
+    model's within a folder that sentence-transformers wrote."""
     if settings := read_json(folder, "nanoembed.json"):
         settings.pop("post_processor")
         settings["template"] = Template(**settings["template"])
@@ -181,33 +167,32 @@ def read_settings(folder):
     if not (modules := read_json(folder, "modules.json")):
         return {}
 
-    settings = {"normalize": False, "foreign": True}
+    settings = {"normalize": False}
     top = read_json(folder, "config_sentence_transformers.json")
-    if top.get("prompts"):
-        settings["prompts"] = {name: text or "" for name, text in top["prompts"].items()}
+    if prompts := top.get("prompts"):
+        settings["prompts"] = {name: text or "" for name, text in prompts.items()}
     if default := top.get("default_prompt_name"):
         print0(f"{folder}: sentence-transformers adds prompt {default!r} to texts without one; "
                "encode adds what you give it")  # fmt: skip
     for module in modules:
         kind, path = module["type"].rpartition(".")[2], module["path"]
-        config, bad = read_json(folder, path, "config.json"), None
-        if kind in ("Transformer", "MLMTransformer"):
+        transformer = kind in ("Transformer", "MLMTransformer")
+        name = "sentence_bert_config.json" if transformer else "config.json"
+        config = read_json(folder, path, name)
+        bad = [key for key in REFUSED if config.get(key)]
+        if transformer:
             settings["path"] = path
-            config = read_json(folder, path, "sentence_bert_config.json")
-            keys = ("do_lower_case", "query_expansion", "query_length", "document_length")
-            bad = [key for key in keys if config.get(key)]
             tokenizer = read_json(folder, path, "tokenizer_config.json")
             bad += ["truncation_side"] * (tokenizer.get("truncation_side") == "left")
             length = config.get("max_seq_length") or tokenizer.get("model_max_length", 1e30)
             if length < 1e9:  # transformers writes 1e30 where there is no limit
                 settings["max_length"] = length
         elif kind == "Pooling":
-            modes = config.get("pooling_mode") or [
-                key.removeprefix("pooling_mode_") for key, value in config.items()
-                if key.startswith("pooling_mode_") and value
-            ]  # fmt: skip
+            on = [key for key, value in config.items() if "pooling_mode_" in key and value]
+            modes = config.get("pooling_mode") or on
             modes = [modes] if isinstance(modes, str) else modes
-            ours = [ours for key, ours in POOLINGS.items() if key.startswith(modes[0])]
+            mode = modes[0].removeprefix("pooling_mode_")
+            ours = [ours for key, ours in POOLINGS.items() if key.startswith(mode)]
             settings["pooling"] = ours[0] if ours else None
             settings["pool_instruction"] = config.get("include_prompt", True)
             bad = modes if len(modes) > 1 or not ours else None
@@ -217,7 +202,6 @@ def read_settings(folder):
             bad = kinds if kinds != ("max", "relu") else None
         elif kind == "MultiVectorMask":
             settings["pooling"] = "tokens"
-            bad = [key for key in ("skiplist_words", "keep_only_token_ids") if config.get(key)]
         elif kind == "Dense":
             plain = config.get("module_input_name") == "token_embeddings" and not config["bias"]
             if plain and config["activation_function"].endswith(".Identity"):

@@ -1,14 +1,13 @@
 """
 Byte-level BPE tokenizers as tiktoken encodings, for tokenizing in bulk.
-
-    encode = fast_encode(tokenizer)
-    ids = encode(texts)                 # lists of ids, as the tokenizer itself gives them
 """
 
 import json
 import re
 
 from tokenizers import Tokenizer, pre_tokenizers
+
+from tokenizer import whole_backend
 
 # Texts that tell two byte-level tokenizers apart: all kinds of space, digits, contractions, code,
 # scripts, joined emoji, spelled special tokens, long runs, every character of the basic plane.
@@ -25,28 +24,19 @@ PROBES = [
 ]
 
 
-def fast_encode(tokenizer, verbose: bool = True):
-    """A function from a list of texts to a list of lists of ids, specials included, for bulk work.
-
-    Byte-level BPE runs in `tiktoken` where its ids are equal (see `tiktoken_for`), everything else
-    in the tokenizer itself. Measured with GPT-2's vocabulary on 3 MB of speeches: the tokenizer
-    4.5 MB/s on one core and 7.5 on two, tiktoken 34 on one; data/text/prepare.py gives each of its
-    workers one.
-    """
+def fast_encode(tokenizer, verbose=True):
+    """A function from a list of texts to a list of lists of ids, specials included. Byte-level BPE
+    runs in `tiktoken` where its ids are equal, everything else in the tokenizer itself. On 3 MB of
+    speeches, with GPT-2's vocabulary, tiktoken did 34 MB/s on one core, the tokenizer 4.5."""
 
     def plain(texts):
-        if not texts:
-            return []
-        # verbose: no warning about texts longer than the model; token files hold them whole
-        call = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        return tokenizer(texts, **call)["input_ids"]
+        return [encoding.ids for encoding in whole_backend(tokenizer).encode_batch_fast(texts)]
 
     encoding, equal = tiktoken_for(tokenizer), False
-    if encoding is not None:
-        # head and tail are what the tokenizer adds around any text.
-        bare, full = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (False, True))
-        at = full.index(bare[0])
-        head, tail = full[:at], full[at + len(bare) :]
+    if encoding:
+        (full,) = plain(["a"])
+        at = full.index(*encoding.encode_ordinary("a"))
+        head, tail = full[:at], full[at + 1 :]  # what the tokenizer adds around any text
         # Texts that spell an added token are left to the tokenizer, which has rules of its own for
         # them (strip, single word). So are texts with long runs of space: tiktoken's regular
         # expression overflows its stack on enough of it.
@@ -54,15 +44,15 @@ def fast_encode(tokenizer, verbose: bool = True):
         is_odd = re.compile("|".join([*added, r"\s{1000}"])).search
         normalizer = tokenizer.backend_tokenizer.normalizer  # None or NFC, which keeps ASCII
 
+        def encode(text):
+            if is_odd(text):
+                return plain([text])[0]
+            if normalizer and not text.isascii():
+                text = normalizer.normalize_str(text)
+            return [*head, *encoding.encode_ordinary(text), *tail]
+
         def fast(texts):
-            odd = [i for i, text in enumerate(texts) if is_odd(text)]
-            ids = dict(zip(odd, plain([texts[i] for i in odd])))
-            for i, text in enumerate(texts):
-                if i not in ids:
-                    if normalizer and not text.isascii():
-                        text = normalizer.normalize_str(text)
-                    ids[i] = [*head, *encoding.encode_ordinary(text), *tail]
-            return [ids[i] for i in range(len(texts))]
+            return [encode(text) for text in texts]
 
         equal = fast(PROBES) == plain(PROBES)
     if verbose:
@@ -73,13 +63,12 @@ def fast_encode(tokenizer, verbose: bool = True):
 def tiktoken_for(tokenizer):
     """A tiktoken.Encoding that merges like this tokenizer's byte-level BPE; None where none does.
 
-    Both merge first the pair that stands earliest in a list. tiktoken's list is the vocabulary: it
-    joins any two tokens that spell a third, in the order of ids. The results are equal where (1)
-    the merges make tokens in the order of their ids and (2) each token, spelled out, merges back to
-    itself. For then, once all earlier merges are done, its spelling has become the two halves of
-    its own merge; as that does not depend on the text around, no other two tokens that spell it are
-    ever neighbours. How text is cut into words before is a regular expression, run by another
-    library: for that, `fast_encode` compares ids on PROBES.
+    tiktoken joins any two tokens that spell a third, in the order of ids. The results are equal
+    where (1) the merges make tokens in the order of their ids and (2) each token, spelled out,
+    merges back to itself. For then, once all earlier merges are done, its spelling has become the
+    two halves of its own merge; as that does not depend on the text around, no other two tokens
+    that spell it are ever neighbours. How text is cut into words before is a regular expression,
+    run by another library: for that, `fast_encode` compares ids on PROBES.
     """
     try:
         import tiktoken
@@ -89,8 +78,6 @@ def tiktoken_for(tokenizer):
     bpe, cut = spec["model"], spec["pre_tokenizer"] or {}
     cut = cut.get("pretokenizers", [cut])  # how text is cut into words
     if bpe["type"] != "BPE" or cut[-1].get("type") != "ByteLevel" or cut[-1]["add_prefix_space"]:
-        return None
-    if bpe["dropout"] or bpe["continuing_subword_prefix"] or bpe["end_of_word_suffix"]:
         return None
     if spec["normalizer"] not in (None, {"type": "NFC"}):
         return None
@@ -111,9 +98,8 @@ def tiktoken_for(tokenizer):
     letters = pre_tokenizers.ByteLevel.alphabet()
     others = [b for b in range(256) if chr(b) not in letters]
     byte_of = {c: ord(c) if ord(c) < 256 else others[ord(c) - 256] for c in letters}
-    if made != sorted(made) or not byte_of.keys() <= vocab.keys():
-        return None
-    if any(len(merge(token)) != 1 for token in vocab):
+    whole = all(len(merge(token)) == 1 for token in vocab)
+    if made != sorted(made) or not whole or not byte_of.keys() <= vocab.keys():
         return None
     ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}
     return tiktoken.Encoding("bulk", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})

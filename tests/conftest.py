@@ -58,11 +58,11 @@ def toy_tokens(tmp_path_factory):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
+    from harness import WORDS as words
     from tokenizer import vocab_size_of
     from tokens import write_meta, write_tokens
 
     rng = np.random.default_rng(0)
-    words = [f"{a}{b}" for a in ("ta", "mo", "ri", "su", "ke") for b in ("n", "lo", "ma", "s")]
     docs = []
     for _ in range(400):
         i, n = rng.integers(len(words)), rng.integers(5, 60)
@@ -95,3 +95,14 @@ def folders(toy_tokens, tmp_path_factory):
 
     root, tokenizer = tmp_path_factory.mktemp("models"), load_tokenizer(f"{toy_tokens}/tokenizer")
     return {name: model_folder(root / name, name, tokenizer) for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def unbroken(request, tiny, tmp_path_factory):
+    """The out_dir of a stage's smallest run, that other runs are compared with: the module has the
+    script's name in SCRIPT, and a fixture `tiny`, the config file."""
+    import harness
+
+    out_dir = tmp_path_factory.mktemp("unbroken")
+    harness.run(request.module.SCRIPT, tiny, out_dir)
+    return out_dir

@@ -1,9 +1,13 @@
-"""Runs of the scripts for tests: in this process, in one to be killed, on several ranks."""
+"""Runs of the scripts for tests: in this process, in one to be killed, on several ranks; and the
+checks that are the same for every stage."""
 
 import csv
 import importlib.util
+import io
 import json
+import math
 import os
+import random
 import re
 import runpy
 import signal
@@ -11,11 +15,20 @@ import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+from safetensors.torch import load_file
 
 import common
+from formats.huggingface import from_pretrained, save_pretrained
+from model import from_scratch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+WORDS = [f"{a}{b}" for a in ("ta", "mo", "ri", "su", "ke") for b in ("n", "lo", "ma", "s")]
 
 
 def arguments(script, config, out_dir, *more):
@@ -24,7 +37,12 @@ def arguments(script, config, out_dir, *more):
 
 def run(script, config, out_dir, *more):
     """The script in this process, as `python script config` runs it -> its globals."""
-    old, sys.argv = sys.argv, arguments(script, config, out_dir, *more)
+    return execute(arguments(script, config, out_dir, *more))
+
+
+def execute(argv):
+    """The same of any command line; its script is the first."""
+    old, sys.argv = sys.argv, argv
     try:
         return types.SimpleNamespace(**runpy.run_path(sys.argv[0], run_name="__main__"))
     finally:
@@ -43,7 +61,8 @@ def start(ranks, script, config, out_dir, *more):
 
 
 def run_ranks(ranks, argvs):
-    """Several runs (lists from `arguments`) one after another on the same ranks: see run_many.py"""
+    """Several runs (lists from `arguments`) one after another on the same ranks: see run_many.py
+    -> what they printed"""
     launch = [*TORCHRUN, f"--nproc_per_node={ranks}", os.path.join(ROOT, "tests", "run_many.py")]
     with subprocess.Popen(
         launch + [json.dumps(argvs)], cwd=ROOT, start_new_session=True,
@@ -55,6 +74,7 @@ def run_ranks(ranks, argvs):
             os.killpg(process.pid, signal.SIGKILL)
             raise
     assert process.returncode == 0, out[-6000:]
+    return out
 
 
 def losses(out_dir, column="loss"):
@@ -82,6 +102,113 @@ def kill_at_step(process, out_dir, step):
     subprocess.run(["pkill", "-KILL", "-P", str(process.pid)])
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+# ---- checks that are the same for every stage ----
+
+
+def curves(out_dir):
+    """{column: {step: value}} of log.csv, but for what depends on the clock."""
+    with open(os.path.join(out_dir, "log.csv"), newline="") as f:
+        columns = set(next(csv.reader(f))) - {"step", "ex_s", "tok_s", "mfu", "eta"}
+    return {column: losses(out_dir, column) for column in columns}
+
+
+def assert_equal_bits(got, want):
+    """The same numbers in two logs, and the same weights in what was saved last."""
+    got_curves, want_curves = curves(got), curves(want)
+    assert got_curves["loss"] and got_curves == want_curves
+    folders = [want / f"step{max(want_curves['loss'])}", want / "merged"]
+    paths = [p.relative_to(want) for f in folders for p in f.rglob("*.safetensors")]
+    assert paths
+    for path in paths:
+        if path.name == "model.safetensors":
+            assert (got / path).read_bytes() == (want / path).read_bytes(), path
+        else:  # the order of notes in an adapter's header is not fixed
+            a, b = load_file(got / path), load_file(want / path)
+            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), path
+
+
+def assert_close(got, want, folder, weights=1e-3, **columns):
+    """Columns of two logs to these tolerances, weights of the saved model in norm."""
+    for column, tolerance in columns.items():
+        expected = losses(want, column)
+        assert expected and losses(got, column) == pytest.approx(expected, rel=tolerance), got
+    a, b = (from_pretrained(str(out_dir / folder)).state_dict() for out_dir in (got, want))
+    for name in b:
+        assert (a[name] - b[name]).norm() <= weights * b[name].norm(), (got, name)
+
+
+def assert_killed_and_resumed_is_bit_equal(script, config, folder, steps, *more, ranks=1):
+    """A whole run, and one that is killed at one of `steps` (first, last) and resumed."""
+    whole, broken = folder / "whole", folder / "broken"
+    process, step = start(ranks, script, config, broken, *more), random.randint(*steps)
+    if ranks > 1:
+        kill_at_step(process, broken, step)
+        resume = arguments(script, config, broken, *more, "--resume=True")
+        printed = run_ranks(ranks, [arguments(script, config, whole, *more), resume])
+    else:
+        with ThreadPoolExecutor(1) as pool:  # beside the whole run: a process takes long to start
+            killed = pool.submit(kill_at_step, process, broken, step)
+            run(script, config, whole, *more)
+            killed.result()
+        with redirect_stdout(io.StringIO()) as out:
+            run(script, config, broken, *more, "--resume=True")
+        printed = out.getvalue()
+    assert int(re.search(r"resumed .*, after step (\d+)", printed)[1]) < max(losses(whole))
+    assert losses(whole, "eval_loss")
+    assert_equal_bits(broken, whole)
+
+
+def stopped_and_resumed(script, config, out_dir, step, *more):
+    """A run that a signal ends after `step` saves and says how to go on -> what going on gives."""
+    calls = []
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+        patch.setattr(common, "catch_stop", lambda: lambda: calls.append(1) or len(calls) > step)
+        run(script, config, out_dir, *more)
+    printed = out.getvalue()
+    assert f"saved {out_dir}/step{step}\n" in printed and max(losses(out_dir)) == step
+    assert " ".join([f"--out_dir={out_dir}", *more, "--resume=True"]) in printed
+    assert not os.path.exists(out_dir / "merged")  # which MNTP writes at the end
+    return run(script, config, out_dir, *more, "--resume=True")
+
+
+def shown_and_dry(script, config, unbroken, folder, *more):
+    """What --show_batch=True and --dry_run=True print; neither writes, and a run's folder is not
+    written over. folder: an empty one; unbroken: the out_dir of a run of this config"""
+    with pytest.raises(SystemExit), redirect_stdout(io.StringIO()) as shown:
+        run(script, config, folder, *more, "--show_batch=True")
+    assert not os.listdir(folder)
+    before = sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("*"))
+    with redirect_stdout(io.StringIO()) as dry:
+        run(script, config, unbroken, "--dry_run=True")
+    with pytest.raises(SystemExit, match="--resume=True"):
+        run(script, config, unbroken)
+    assert sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("*")) == before
+    assert re.search(r"dry run: [\d.]+ s/step, .* peak memory [\d.]+ GB;", dry.getvalue())
+    return shown.getvalue(), dry.getvalue()
+
+
+def printed_before_the_4th_bad_step(script, config, out_dir, *more):
+    with pytest.raises(SystemExit, match="4th such step"), redirect_stdout(io.StringIO()) as out:
+        run(script, config, out_dir, "--save_interval=1", *more)
+    return out.getvalue()
+
+
+def assert_refused(message, script, config, out_dir, *more):
+    with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as error:
+        run(script, config, out_dir, *more)
+    assert message in str(error.value)
+
+
+# ---- files ----
+
+
+def ndcg(ranked, grades, k=None):
+    """By plain loops; ranked: ids, the best first; grades: {id: grade} of the right ones."""
+    gain = sum(grades.get(d, 0) / math.log2(i + 2) for i, d in enumerate(ranked[:k]))
+    best = sorted(grades.values(), reverse=True)[:k]
+    return gain / sum(g / math.log2(i + 2) for i, g in enumerate(best))
 
 
 def script(path):
@@ -125,11 +252,6 @@ FAMILIES = {
 
 def model_folder(folder, family, tokenizer):
     """A folder of a small model with random weights, as the training scripts write it -> str."""
-    import torch
-
-    from formats.huggingface import save_pretrained
-    from model import from_scratch
-
     size, changes = FAMILIES[family]
     torch.manual_seed(0)
     model = from_scratch(size, **(_SMALL | changes))

@@ -20,18 +20,16 @@ from safetensors.torch import load_file
 from sklearn.metrics import ndcg_score
 from tokenizers import normalizers, processors
 
-import common
 import harness
 import train_classifier as T
 from attention import make_seqs
+from embedder import pool
 from formats.classifier import read_classifier, save_classifier, transformers_class
 from formats.huggingface import from_pretrained, save_pretrained
-from harness import kill_at_step, losses, run_ranks, saved, start, write_jsonl
-from labels import label_set, number_labels, read_texts, read_words
+from harness import WORDS, assert_equal_bits, losses, read_jsonl, write_jsonl
+from labels import label_set, read_examples, read_texts, read_words
 from metrics import score_texts, score_words
 from tokenizer import load_tokenizer
-
-SYLLABLES = [f"{a}{b}" for a in ("ta", "mo", "ri", "su", "ke") for b in ("n", "lo", "ma", "s")]
 
 
 def settings(**changes):
@@ -43,11 +41,13 @@ def settings(**changes):
     return s
 
 
-def make_classifier(folder, s, frozen=False):
+def make_classifier(folder, s):
     torch.manual_seed(0)
-    model = from_pretrained(folder).requires_grad_(not frozen)
-    model.set_dropout(out=0.0)
-    classifier = T.Classifier(model, T.take_head(model, s), s)
+    model = from_pretrained(folder)
+    model.set_dropout(0.0, 0.0)
+    head = model.head
+    model.drop_head()
+    classifier = T.Classifier(model, head, s)
     for p in classifier.last_layers["linear"].parameters():
         p.data.normal_(0, 0.3)
     return classifier
@@ -73,7 +73,7 @@ def sentences(n, seed=0, longest=9, syllables=3):
     """1 to 8 words of 1 to 3 syllables; the first letter makes the label."""
     rng, out = np.random.default_rng(seed), []
     for _ in range(n):
-        words = ["".join(rng.choice(SYLLABLES, rng.integers(1, syllables + 1)))
+        words = ["".join(rng.choice(WORDS, rng.integers(1, syllables + 1)))
                  for _ in range(rng.integers(1, longest))]  # fmt: skip
         out.append({"words": words, "labels": ["ABC"["tmrsk".index(w[0]) % 3] for w in words]})
         out[-1]["targets"] = ["ABC".index(x) for x in out[-1]["labels"]]
@@ -122,8 +122,8 @@ def test_word_vectors_equal_loops(position, merge, tokenizer):
     s = settings(label_position=position, merge_subwords=merge, max_length=14)
     batch = T.make_batch(examples, tokenizer, s)
     hidden = torch.randn(len(batch.tokens), 8, generator=torch.Generator().manual_seed(0)).double()
-    got = T.mean_of_words(hidden[batch.units.rows], batch.units)
-    want, start, missing, kept, n = [], 0, [], [], 0
+    got = pool(hidden[batch.units.rows], batch.units, T.pooling_of(s))
+    want, start, missing, kept, n, shift = [], 0, [], [], 0, position == "next_token"
     for i, words in enumerate(all_words):
         ids, positions = plain_words(tokenizer, words, 14)
         assert batch.tokens[start : start + len(ids)].tolist() == ids
@@ -133,7 +133,6 @@ def test_word_vectors_equal_loops(position, merge, tokenizer):
                 continue
             if not merge:
                 places = places[:1]
-            shift = 1 if position == "next_token" else 0
             vectors = [hidden[start + place - shift] for place in places]
             want.append(sum(vectors) / len(vectors))
             kept.append(n + w)
@@ -145,37 +144,30 @@ def test_word_vectors_equal_loops(position, merge, tokenizer):
 
 
 def test_a_first_token_without_bos_is_read_where_it_stands():
-    encoded = [([5, 6, 7], np.arange(3), np.array([0, 0, 1])), ([8], np.zeros(1, int), [0])]
-    encoded = [(ids, places, np.array(words)) for ids, places, words in encoded]
-    words, _ = T.words_of(encoded, [2, 1], settings(label_position="next_token"))
-    assert words.rows.tolist() == [0, 0, 1, 3] and words.count.tolist() == [2, 1, 1]
-
-
-def test_words_without_a_token_are_counted_wrong():
-    examples = [{"labels": ["B-X", "I-X", "O"]}, {"labels": ["O", "B-Y"]}]
-    names = ["B-X", "B-Y", "I-X", "O"]
-    metrics, missing = score_words(examples, [[0, 2, 3], [3, 1]], names)
-    assert missing == 0 and set(metrics.values()) == {1.0}
-    metrics, missing = score_words(examples, [[0, 2, -1], [-1, -1]], names)
-    assert missing == 3 and metrics["acc"] == 2 / 5
-    assert metrics["recall"] == 0.5 and metrics["precision"] == 1.0
+    encoded = [([5, 6, 7], np.arange(3), np.array([0, 0, 1])), ([8], np.arange(1), np.arange(1))]
+    examples = [{"words": ["a", "b"]}, {"words": ["c"]}]
+    units, kept = T.pack_words(encoded, examples, settings(label_position="next_token"))
+    assert units.rows.tolist() == [0, 0, 1, 3] and units.count.tolist() == [2, 1, 1]
+    assert kept.tolist() == [0, 1, 2]
 
 
 def test_entity_scores_equal_loops():
+    """A word without a token, -1, is counted wrong and belongs to no entity."""
     rng, kinds = np.random.default_rng(0), ["O", "B-P", "I-P", "B-L", "I-L"]
     examples = [{"labels": [str(k) for k in rng.choice(kinds, 12)]} for _ in range(30)]
-    found = [[int(i) for i in rng.integers(0, 5, 12)] for _ in range(30)]
-    letter = dict(zip(kinds, ".PpLl", strict=True))
+    found = [[int(i) for i in rng.integers(-1, 5, 12)] for _ in range(30)]
 
-    def entities(labels):  # (kind, begin, end): I- after another kind begins one, as conlleval has
-        row = "".join(letter[label] for label in labels)
+    def entities(row):  # (kind, begin, end): I- after another kind begins one, as conlleval has
+        row = "".join(".PpLl."[i] for i in row)
         return {(m[0][0].upper(), *m.span()) for m in re.finditer("Pp*|p+|Ll*|l+", row)}
 
-    gold = [entities(example["labels"]) for example in examples]
-    guess = [entities([kinds[i] for i in row]) for row in found]
+    numbers = [[kinds.index(label) for label in example["labels"]] for example in examples]
+    gold, guess = ([entities(row) for row in rows] for rows in (numbers, found))
     n_gold, n_guess = sum(map(len, gold)), sum(map(len, guess))
-    right = sum(len(a & b) for a, b in zip(gold, guess, strict=True))
-    metrics, _ = score_words(examples, found, kinds)
+    right = sum(len(a & b) for a, b in zip(gold, guess))
+    metrics, missing = score_words(examples, found, kinds)
+    assert missing == np.sum(np.array(found) == -1) > 30
+    assert metrics["acc"] == np.mean(np.array(numbers) == np.array(found))
     assert metrics["precision"] == pytest.approx(right / n_guess)
     assert metrics["recall"] == pytest.approx(right / n_gold)
     assert metrics["f1"] == pytest.approx(2 * right / (n_gold + n_guess)) and right > 5
@@ -189,6 +181,12 @@ TEXTS = [
     {"text": "suma tan " * 9, "pair": "ris", "label": 0.25, "targets": [1], "lines": [3]},
     {"text": "ris", "pair": None, "label": 1.0, "targets": [1], "lines": [4]},
 ]
+
+
+def examples_for(s):
+    if s.task == "words":
+        return sentences(5)
+    return TEXTS if s.loss_kind == "softmax" else [e | {"targets": [e["label"]]} for e in TEXTS]
 
 
 def plain_pool(h, pooling):
@@ -224,12 +222,12 @@ def test_losses_and_gradients_equal_each_text_alone(case, tokenizer, folders, mo
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     s = settings(**case)
     classifier = make_classifier(folders["modernbert"], s).double()
-    examples = sentences(5) if s.task == "words" else TEXTS
-    loss, hits = classifier(*T.make_batch(examples, tokenizer, s).to("cpu"))
+    examples = examples_for(s)
+    loss, hits, logits = classifier(*T.make_batch(examples, tokenizer, s).to("cpu"))
     loss.backward()
     grads = {n: p.grad.clone() for n, p in classifier.named_parameters()}
     classifier.zero_grad()
-    want = want_hits = 0.0
+    want = want_hits = n = 0
     head, linear = classifier.last_layers.values()
     for example in examples:
         if s.task == "words":
@@ -243,17 +241,18 @@ def test_losses_and_gradients_equal_each_text_alone(case, tokenizer, folders, mo
             shift = s.label_position == "next_token"
             places = [p if s.merge_subwords else p[:1] for p in positions]
             rows = [sum(head(h[i - shift]) for i in p) / len(p) for p in places]
-            labels = example["targets"]
         else:
             rows = [head(plain_pool(h, s.pooling))]
-            labels = example["targets"] if s.loss_kind == "softmax" else [example["label"]]
-        for row, label in zip(rows, labels, strict=True):
+        for row, label in zip(rows, example["targets"], strict=True):
             z = linear(row)
+            torch.testing.assert_close(logits[n], z.detach(), rtol=1e-10, atol=1e-10)
+            n += 1
             want = want + plain_loss(z, label, s.loss_kind, s.pos_weight)
             if s.loss_kind == "softmax":
                 want_hits += int(z.argmax()) == label
             elif s.loss_kind == "bce":
                 want_hits += (z.item() > 0) == (label > 0.5)
+    assert n == len(logits) and not logits.requires_grad
     want.backward()
     assert loss.item() == pytest.approx(want.item(), rel=1e-10) and hits == want_hits
     for name, p in classifier.named_parameters():
@@ -360,38 +359,29 @@ def test_saved_folders_are_transformers_or_ours(
     assert type(auto) is type(theirs)
     if s.loss_kind == "softmax":
         assert theirs.config.id2label == {0: "A", 1: "B", 2: "C"}
-    examples = sentences(5) if s.task == "words" else TEXTS
+    examples = examples_for(s)
     with torch.no_grad():
         batch = T.make_batch(examples, tokenizer, s)
-        logits = classifier(*batch.to("cpu")[:3])
+        logits = classifier(*batch.to("cpu"))[2]
         texts = ([" ".join(e["words"]) for e in examples] if s.task == "words"
                  else T.join_texts(examples, tokenizer, s))  # fmt: skip
         padded = load_tokenizer(str(tmp_path))(texts, padding=True, return_tensors="pt")
         there = theirs(**{k: padded[k] for k in ("input_ids", "attention_mask")}).logits
     if s.task == "words":  # the mean of the logits of a word's tokens
         flat = torch.cat([x[m > 0] for x, m in zip(there, padded["attention_mask"], strict=True)])
-        there = T.mean_of_words(flat[batch.units.rows], batch.units)
+        there = pool(flat[batch.units.rows], batch.units, "mean")
     assert logits.abs().max() > 0.3
     torch.testing.assert_close(logits, there, atol=2e-5, rtol=1e-4)
 
 
 # ---- whole runs ----
 
-TINY = """
-max_length = 14  # cuts some words
-batch_size = 8
-device_batch_size = 2
-max_steps = 6
-warmup_steps = 2
-learning_rate = 1e-2
-log_interval = 1
-eval_interval = 3
-save_interval = 3
-dropout = 0.0
-dtype = "fp32"
-"""
+TINY = dict(
+    max_length=14,  # cuts some words
+    batch_size=8, device_batch_size=2, max_steps=6, warmup_steps=2, learning_rate=1e-2,
+    log_interval=1, eval_interval=3, save_interval=3, dropout=0.0, dtype="fp32",
+)  # fmt: skip
 SCRIPT = "train_classifier.py"
-FAST = ["--learning_rate=0.1"]  # for the last layer alone
 arguments, run = partial(harness.arguments, SCRIPT), partial(harness.run, SCRIPT)
 evaluate, evaluation = (partial(function, "evals/classifier.py", "--device_batch_size=2")
                         for function in (harness.run, harness.arguments))  # fmt: skip
@@ -399,19 +389,18 @@ evaluate, evaluation = (partial(function, "evals/classifier.py", "--device_batch
 
 @pytest.fixture(scope="module")
 def tiny(model_folder, tmp_path_factory):
-    folder, text = tmp_path_factory.mktemp("config"), f"{TINY}init_from = {model_folder!r}\n"
+    folder, keys = tmp_path_factory.mktemp("config"), TINY | {"init_from": model_folder}
     for key, n in (("data", 45), ("eval_data", 21)):
         lines = [{key: e[key] for key in ("words", "labels")} for e in sentences(n, seed=n)]
-        text += f"{key} = {write_jsonl(folder / f'{key}.jsonl', lines)!r}\n"
-    (folder / "tiny.py").write_text(text)
-    return str(folder / "tiny.py")
+        keys[key] = write_jsonl(folder / f"{key}.jsonl", lines)
+    return harness.write_config(folder, **keys)
 
 
 @pytest.fixture(scope="module")
 def text_keys(tmp_path_factory):
     """{loss_kind: keys of the command line} with data of its form, 30 texts."""
     rng, folder, out = np.random.default_rng(3), tmp_path_factory.mktemp("texts"), {}
-    say = lambda n: " ".join(rng.choice(SYLLABLES, n))  # noqa: E731
+    say = lambda n: " ".join(rng.choice(WORDS, n))  # noqa: E731
     classes, pairs, scores = [], [], []
     for i in range(30):
         text = say(4 + i % 7)
@@ -425,17 +414,8 @@ def text_keys(tmp_path_factory):
         path = write_jsonl(folder / f"{kind}.jsonl", lines)
         out[kind] = [f"--data={path}", f"--eval_data={path}", "--task=texts", "--max_length=40",
                      f"--loss_kind={kind}", "--prediction_head=True", "--freeze_backbone=False",
-                     "--learning_rate=1e-3"]  # fmt: skip
-    out["bce"].append("--pos_weight=2")
+                     "--learning_rate=1e-3", "--pos_weight=2"]  # fmt: skip
     return out
-
-
-@pytest.fixture(scope="module")
-def unbroken(tiny, tmp_path_factory):
-    """The run on one rank that others are compared with: frozen, with dropout."""
-    out_dir = tmp_path_factory.mktemp("unbroken")
-    run(tiny, out_dir, "--dropout=0.1", *FAST)
-    return out_dir
 
 
 def results(folder):
@@ -457,8 +437,8 @@ def test_a_frozen_run_learns_and_changes_its_last_layer_alone(tiny, model_folder
         assert torch.equal(p, base.state_dict()[key]), key
     assert last.config.attn_dropout == base.config.attn_dropout == 0.0  # the run's is not saved
     found = results(tmp_path)
-    assert found["task"] == "words" and found["n"] == sum(len(x["words"]) for x in lines)
-    assert found["metrics"]["acc"] == right[60]
+    assert found["task"] == "words" and found["metrics"]["acc"] == right[60]
+    assert found["metrics"]["n"] == sum(len(x["words"]) for x in lines)
 
 
 def test_evaluation_later_gives_the_metrics_of_the_end(
@@ -469,13 +449,14 @@ def test_evaluation_later_gives_the_metrics_of_the_end(
     evaluate(tmp_path, *keys)
     assert "as it was trained" in capsys.readouterr().out
     one, other = (json.loads((x / "results.json").read_text()) for x in (unbroken, tmp_path))
-    assert one == other and results(unbroken)["missing"] > 0
+    assert one == other and results(unbroken)["metrics"]["missing"] > 0
     assert os.listdir(tmp_path) == ["results.json"]
     evaluate(tmp_path, *keys, "--eval_lines=5")
-    assert results(tmp_path)["n"] == sum(len(x["words"]) for x in harness.read_jsonl(path)[:5])
+    n_words = sum(len(x["words"]) for x in read_jsonl(path)[:5])
+    assert results(tmp_path)["metrics"]["n"] == n_words
     (tmp_path / "x.txt").write_text("-DOCSTART- O\n\ntan A\n")
     for more, message in (
-        ([f"--eval_data={tmp_path}/x.txt", "--eval_lines=2"], "no example in its first 2 lines"),
+        ([f"--eval_data={tmp_path}/x.txt", "--eval_lines=2"], "x.txt, 2 lines: there is no"),
         (["--model="], "give --model"), ([f"--model={model_folder}"], "no classifier saved by us"),
     ):  # fmt: skip
         with pytest.raises((SystemExit, ValueError), match=message):
@@ -493,12 +474,14 @@ def test_kinds_of_texts_learn_and_reload(tiny, text_keys, tmp_path):
         assert results(whole) == results(after)
 
 
-def test_killed_and_resumed_is_bit_equal(tiny, unbroken, tmp_path):
-    kill_at_step(start(1, SCRIPT, tiny, tmp_path, "--dropout=0.1", *FAST), tmp_path, 4)
-    run(tiny, tmp_path, "--dropout=0.1", *FAST, "--resume=True")
-    for column in ("loss", "acc", "gnorm", "eval_loss", "eval_acc"):
-        assert losses(tmp_path, column) == losses(unbroken, column)
-    assert saved(tmp_path, 6) == saved(unbroken, 6)
+def test_killed_and_resumed_is_bit_equal(tiny, tmp_path):
+    more = ["--dropout=0.1", "--learning_rate=0.1", "--max_steps=18"]
+    harness.assert_killed_and_resumed_is_bit_equal(SCRIPT, tiny, tmp_path, (4, 14), *more)
+
+
+def test_stopped_and_resumed_is_bit_equal(tiny, unbroken, tmp_path):
+    harness.stopped_and_resumed(SCRIPT, tiny, tmp_path, 4)
+    assert_equal_bits(tmp_path, unbroken)
 
 
 def test_lora_resumes_merged_and_as_an_adapter(tiny, tokenizer, tmp_path):
@@ -507,9 +490,7 @@ def test_lora_resumes_merged_and_as_an_adapter(tiny, tokenizer, tmp_path):
     classifier = run(tiny, whole, *keys).classifier.eval()
     run(tiny, half, *keys, "--stop_step=3")
     run(tiny, half, *keys, "--resume=True")
-    for column in ("loss", "gnorm", "eval_loss"):
-        assert losses(half, column) == losses(whole, column)
-    assert saved(half, 6) == saved(whole, 6)
+    assert_equal_bits(half, whole)
     batch = T.make_batch(sentences(4), tokenizer, classifier.s)
     merged = from_pretrained(str(whole / "step6"))
     with torch.no_grad():
@@ -520,17 +501,6 @@ def test_lora_resumes_merged_and_as_an_adapter(tiny, tokenizer, tmp_path):
         "--warmup_steps=None")  # fmt: skip
     last = from_pretrained(str(tmp_path / "next" / "step1")).state_dict()
     assert all(torch.equal(p, last[key]) for key, p in merged.state_dict().items())
-
-
-def equal_runs(got, want):
-    """Losses to 1e-5, weights to what Adam makes of that."""
-    for column, tolerance in dict(loss=1e-5, gnorm=1e-4, eval_loss=1e-4).items():
-        expected = losses(want, column)
-        assert expected and losses(got, column) == pytest.approx(expected, rel=tolerance), got
-    a, b = (load_file(folder / "step6" / "model.safetensors") for folder in (got, want))
-    assert a.keys() == b.keys()
-    for name in b:
-        assert (a[name] - b[name]).norm() <= 1e-3 * b[name].norm(), (got, name)
 
 
 def test_two_ranks_equal_one(tiny, text_keys, tmp_path):
@@ -554,59 +524,47 @@ def test_two_ranks_equal_one(tiny, text_keys, tmp_path):
     path = os.path.join(os.path.dirname(tiny), "eval_data.jsonl")
     keys = [f"--model={tmp_path / 'ddp'}", f"--eval_data={path}", "--dtype=fp32"]
     argvs.append(evaluation(tmp_path / "after", *keys))
-    run_ranks(2, argvs)
+    harness.run_ranks(2, argvs)
     assert results(tmp_path / "after") == results(tmp_path / "ddp")
     for kind in kinds:
-        equal_runs(tmp_path / kind, tmp_path / ("whole-one" if kind == "fsdp" else f"{kind}-one"))
-    for column in ("loss", "gnorm", "eval_loss"):
-        assert losses(tmp_path / "half", column) == losses(tmp_path / "unbroken", column)
-    assert saved(tmp_path / "half", 6) == saved(tmp_path / "unbroken", 6)
+        one = tmp_path / ("whole-one" if kind == "fsdp" else f"{kind}-one")
+        harness.assert_close(tmp_path / kind, one, "step6", loss=1e-5, gnorm=1e-4, eval_loss=1e-4)
+        a, b = (read_classifier(str(folder / "step6"))[1] for folder in (tmp_path / kind, one))
+        for name in b:
+            assert (a[name] - b[name]).norm() <= 1e-3 * b[name].norm(), (kind, name)
+    assert_equal_bits(tmp_path / "half", tmp_path / "unbroken")
 
 
-def test_sigterm_saves_and_exits(tiny, unbroken, tmp_path, monkeypatch, capsys):
-    calls = []
-    monkeypatch.setattr(common, "catch_stop", lambda: lambda: calls.append(1) or len(calls) > 4)
-    run(tiny, tmp_path, "--dropout=0.1", *FAST)
-    assert f"saved {tmp_path}/step4" in capsys.readouterr().out and max(losses(tmp_path)) == 4
-    monkeypatch.undo()
-    run(tiny, tmp_path, "--dropout=0.1", *FAST, "--resume=True")
-    assert losses(tmp_path) == losses(unbroken) and saved(tmp_path, 6) == saved(unbroken, 6)
+def test_show_batch_and_dry_run(tiny, text_keys, unbroken, tmp_path):
+    more = ["--label_position=next_token"]
+    shown, dry = harness.shown_and_dry(SCRIPT, tiny, unbroken, tmp_path, *more)
+    assert re.search(r"--- text 0: \d+ tokens: \[CLS\].*\[SEP\]\n[ABC]: '\[CLS\].*\n[ABC]: ", shown)
+    assert re.search(r"s/step, [\d.,]+ tok/s, [\d.,]+ ex/s, .* device_batch_size up to .* fits", dry)
+    more = [*text_keys["mse"], "--pooling=cls"]
+    shown, _ = harness.shown_and_dry(SCRIPT, tiny, unbroken, tmp_path, *more)
+    assert re.search(r"--- text 0: \d+ tokens: \[CLS\].*\n[\d.]+: '\[CLS\]'\n--- text 1", shown)
 
 
-def test_show_batch_and_dry_run(tiny, text_keys, unbroken, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(tiny, tmp_path, "--show_batch=True", "--label_position=next_token")
-    shown = capsys.readouterr().out
-    assert re.search(r"--- text 0: \d+ tokens\n\x1b\[7m\[CLS\]\x1b\[0m<[ABC]>", shown)
-    with pytest.raises(SystemExit):
-        run(tiny, tmp_path, "--show_batch=True", *text_keys["mse"], "--pooling=cls")
-    shown = capsys.readouterr().out
-    assert re.search(r"tokens, label [\d.]+\n\x1b\[7m\[CLS\]\x1b\[0m[^\x1b]+\n", shown)
-    before = sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("*"))
-    run(tiny, unbroken, "--dry_run=True")
-    out = capsys.readouterr().out
-    assert re.search(r"dry run: [\d.]+ s/step, [\d.,]+ ex/s, .*, peak memory .* fits", out)
-    assert sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("*")) == before
-
-
-def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path, capsys):
-    keys = ["--learning_rate=1e30", "--warmup_steps=0", "--save_interval=1", "--max_steps=20"]
-    keys += ["--freeze_backbone=False", "--eval_interval=0"]
-    with pytest.raises(SystemExit, match="4th such step"):
-        run(tiny, tmp_path, *keys)
-    out = capsys.readouterr().out
+def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path):
+    keys = ["--learning_rate=1e30", "--warmup_steps=0", "--max_steps=20", "--eval_interval=0",
+            "--freeze_backbone=False"]  # fmt: skip
+    out = harness.printed_before_the_4th_bad_step(SCRIPT, tiny, tmp_path, *keys)
     assert re.search(r"step \d: loss nan.* skipped. Lines of .*data.jsonl: \[\d+", out)
 
 
-def test_dropout_is_off_in_evaluation(tokenizer, folders):
-    s, examples = settings(dropout=0.9), sentences(6)
-    classifier = make_classifier(folders["modernbert"], s, frozen=True).train()
+def test_dropout_is_off_in_evaluation_and_in_a_frozen_model(
+    tiny, tokenizer, model_folder, tmp_path
+):
+    keys = ["--attn_dropout=0.5", "--dropout=0.9", "--max_steps=1", "--warmup_steps=None"]
+    found = run(tiny, tmp_path, *keys)
+    classifier, s, examples = found.classifier, found.s, sentences(6)
     one, other = (T.evaluate(classifier, examples, tokenizer, s) for _ in range(2))
-    assert one == other and classifier.training and not classifier.model.training
+    assert one == other and classifier.training
     batch = T.make_batch(examples, tokenizer, s).to("cpu")
-    assert not torch.equal(classifier(*batch[:3]), classifier(*batch[:3]))
-    classifier.eval()
-    loss = classifier(*batch)[0].item() / len(batch[3])
+    assert not torch.equal(classifier(*batch)[2], classifier(*batch)[2])
+    features = from_pretrained(model_folder).eval()(*batch[:2])
+    assert torch.equal(classifier.model(*batch[:2]), features)
+    loss = classifier.eval()(*batch)[0].item() / len(batch[3])
     assert one["loss"] == pytest.approx(loss, rel=1e-6)
 
 
@@ -630,18 +588,19 @@ GOOD = {"words": '{"words": ["a", "b"], "labels": ["1", "B"]}',
         ("softmax", '{"text": 1, "label": "x"}', "field 'text' is 1"),
         ("softmax", '{"text": "a", "text_pair": 2, "label": "x"}', "field 'text_pair' is 2"),
         ("softmax", '{"text": "a", "label": "x"}', "label 'x' is none of the 2 labels: 1, B"),
-        ("bce", '{"text": "a", "label": 2}', "label 2.0, expected one from 0 to 1"),
+        ("bce", '{"text": "a", "label": 2}', "label 2.0: expected 0 to 1"),
+        ("bce", '{"text": "a"}', "field 'label' is missing"),
+        ("mse", '{"text": "a", "label": 1e39}', "label 1e+39: expected -3e+38 to 3e+38"),
         ("mse", '{"text": "a", "label": "1"}', "field 'label' is '1' (expected float)"),
-        ("mse", '{"text": "a", "label": NaN}', "label nan, expected one that is finite"),
+        ("mse", '{"text": "a", "label": NaN}', "label nan: expected -3e+38 to 3e+38"),
     ],
 )
 def test_broken_lines(kind, line, message, tmp_path):
     path, good = tmp_path / "x.jsonl", GOOD.get(kind, GOOD["texts"])
     path.write_text(f"{good}\n\n{line}\n{good}\n")
+    kinds = dict(task="words") if kind == "words" else dict(task="texts", loss_kind=kind)
     with pytest.raises(ValueError) as error:
-        read = partial(read_words, field="labels", column=-1) if kind == "words" else read_texts
-        args = [] if kind == "words" else [kind]
-        number_labels(read(str(path), *args), ["1", "B"], str(path))
+        read_examples(str(path), settings(**kinds, labels=["1", "B"]))
     assert f"{path} line 3: " in str(error.value) and message in str(error.value)
 
 
@@ -655,8 +614,8 @@ def test_columns(tmp_path):
         {"words": ["Peter"], "labels": ["I-PER"], "lines": [7]},
     ]  # fmt: skip
     assert read_words(str(path), "labels", 1)[0]["labels"] == ["NNP", "VBZ"]
-    with pytest.raises(ValueError, match="eng.testa line 4: label 'O' is none of the 2 labels"):
-        number_labels(examples, ["I-ORG", "I-PER"], str(path))
+    with pytest.raises(ValueError, match="eng.testa line 4: label 'O' is none of the 2 labels: I"):
+        read_examples(str(path), settings(labels=["I-ORG", "I-PER"]))
     path.write_text("a X\nb\n")
     with pytest.raises(ValueError, match="eng.testa line 2: 1 columns, no label in -1"):
         read_words(str(path), "labels", -1)
@@ -672,35 +631,28 @@ def test_pairs_with_negatives_become_labelled_texts(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--task=word"], "task='word': expected one of 'words', 'texts'"),
-        (["--label_position=next"], "label_position='next'"),
-        (["--loss_kind=mse"], "words have the labels of softmax"),
-        (["--lora_rank=2", "--freeze_backbone=False"], "LoRA freezes the backbone"),
-        (["--device_batch_size=3"], "batch_size=8 must be k x device_batch_size=3"),
-        (["--data=nowhere.jsonl"], "nowhere.jsonl"),
-        (["--init_from=nowhere/at/all"], "nowhere/at/all"),
-        (["--label_names=('A','B')"], "data.jsonl line"),
-        (["--eval_only=True"], "unknown key 'eval_only'"),
-        (["--fsdp=full"], "start with torchrun"),
-        (["--train_also=norm"], "goes with LoRA"),
-        (["--num_epochs=1"], "max_steps=6, num_epochs=1.0; expected one of"),
-        (["--pooling=max", "--task=texts"], "pooling='max'"),
-        (["--max_length=2"], "leaves no room"),
-        (["--eval_data={other}"], "other.jsonl line 2: label 'Z' is none of the 3 labels"),
-        (["--out_dir={unbroken}"], "--resume=True goes on"),
-        (["--out_dir={unbroken}", "--resume=True", "--data={other}", "--eval_data="],
-         "was trained with labels="),
-    ],
-)  # fmt: skip
-def test_bad_settings_say_what_is_expected(tiny, unbroken, tmp_path, more, message):
+@pytest.mark.parametrize(("more", "message"), [
+    (["--task=word"], "task='word': expected one of 'words', 'texts'"),
+    (["--label_position=next"], "label_position='next'"),
+    (["--loss_kind=mse"], "loss_kind='mse': expected one of 'softmax'"),
+    (["--lora_rank=2", "--freeze_backbone=False"], "LoRA freezes the backbone"),
+    (["--device_batch_size=3"], "batch_size=8 must be k x device_batch_size=3"),
+    (["--data=nowhere.jsonl"], "nowhere.jsonl"),
+    (["--init_from=nowhere/at/all"], "nowhere/at/all"),
+    (["--label_names=('A','B')"], "data.jsonl line"),
+    (["--num_epochs=1"], "max_steps=6, num_epochs=1.0; expected one of"),
+    (["--pooling=max", "--task=texts"], "pooling='max'"),
+    (["--max_length=2"], "leaves no room"),
+    (["--eval_data={other}"], "other.jsonl line 2: label 'Z' is none of the 3 labels"),
+    (["--init_from={llama}", "--prediction_head=True"], "is for ModernBERT, this is a llama"),
+    (["--out_dir={unbroken}", "--resume=True", "--data={other}", "--eval_data="],
+     "was trained with {'labels': ['A', 'B', 'C']}"),
+])  # fmt: skip
+def test_bad_settings_say_what_is_expected(tiny, unbroken, folders, tmp_path, more, message):
     lines = [{"words": ["tan"], "labels": ["A"]}, {"words": ["tan"], "labels": ["Z"]}]
     other = write_jsonl(tmp_path / "other.jsonl", lines)
-    with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as error:
-        run(tiny, tmp_path, *(key.format(other=other, unbroken=unbroken) for key in more))
-    assert message in str(error.value)
+    more = [key.format(other=other, unbroken=unbroken, llama=folders["llama"]) for key in more]
+    harness.assert_refused(message, SCRIPT, tiny, tmp_path / "out", *more)
 
 
 def test_labels_are_sorted():
@@ -764,7 +716,7 @@ def test_conll2003_from_columns_and_from_the_hubs_schema(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "2 sentences, 8 words, 5 names; expected 14,041, 203,621, 23,499: NOT the data" in shown
     for name in ("train", "val", "test"):
-        assert harness.read_jsonl(tmp_path / "a" / f"{name}.jsonl") == WANTED
+        assert read_jsonl(tmp_path / "a" / f"{name}.jsonl") == WANTED
     (tmp_path / "eng.testa").write_text("EU NNP I-NP\n")
     with pytest.raises(ValueError, match="eng.testa line 1: 3 columns, expected 4"):
         prepare.main(["--input", str(tmp_path), "--out", str(tmp_path / "a")])
@@ -782,7 +734,7 @@ def test_conll2003_from_columns_and_from_the_hubs_schema(tmp_path, capsys):
         dataset.to_parquet(tmp_path / "hub" / f"{split}-00000-of-00001.parquet")
     prepare.main(["--dataset", str(tmp_path / "hub"), "--out", str(tmp_path / "b")])
     for name in ("train", "val", "test"):
-        assert harness.read_jsonl(tmp_path / "b" / f"{name}.jsonl") == WANTED
+        assert read_jsonl(tmp_path / "b" / f"{name}.jsonl") == WANTED
 
 
 def test_universal_dependencies(tmp_path):
@@ -797,10 +749,10 @@ def test_universal_dependencies(tmp_path):
     upos = [{"words": ["I", "do", "n't"], "labels": ["PRON", "AUX", "PART"]},
             {"words": ["New York"], "labels": ["PROPN"]}]  # fmt: skip
     for name in ("train", "val", "test"):
-        assert harness.read_jsonl(tmp_path / "out" / f"{name}.jsonl") == upos
+        assert read_jsonl(tmp_path / "out" / f"{name}.jsonl") == upos
     one = str(tmp_path / "one.jsonl")
     prepare.main(["--input", str(tmp_path / "en_x-ud-dev.conllu"), "--out", one, "--tags", "xpos"])
-    assert harness.read_jsonl(one)[0]["labels"] == ["PRP", "VBP", "RB"]
+    assert read_jsonl(one)[0]["labels"] == ["PRP", "VBP", "RB"]
     (tmp_path / "en_x-ud-dev.conllu").write_text("1\tI\tI\tPRON\n")
     with pytest.raises(ValueError, match="dev.conllu line 1: 4 columns, expected 10"):
         prepare.main(["--input", str(tmp_path), "--out", str(tmp_path / "out")])

@@ -105,9 +105,6 @@ def test_each_step_reads_the_next_batch_of_one_file(tmp_path):
     assert len(drawn[1]) > len(drawn[2]) > len(drawn[0]) > 0  # by their number of lines
     even = order.choose_files(files, 3000, 0.0, 5)
     assert all(900 < n < 1100 for n in np.bincount(even))
-    numbers = {tuple(order.pair_rng(*key).integers(9**9, size=2))
-               for key in itertools.product(range(3), repeat=4)}  # fmt: skip
-    assert len(numbers) == 81
 
 
 # ---- token files ----

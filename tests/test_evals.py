@@ -18,26 +18,19 @@ import metrics
 from attention import make_seqs
 from data import open_pairs
 from embedder import Embedder
+from evals.token_retrieval import baseline_scores
 from formats.huggingface import from_pretrained
+from harness import WORDS, ndcg
 from spans import read_spans
 from token_scores import windows_of
 from tokenizer import Template, load_tokenizer, tokenize_passage
 
 SCRIPT = "evals/token_retrieval.py"
-WORDS = [f"{a}{b}" for a in ("ta", "mo", "ri", "su", "ke") for b in ("n", "lo", "ma", "s")]
-
-
-def loop_ndcg(order, right):
-    gain = sum(1 / math.log2(r + 2) for r, i in enumerate(order) if i in right)
-    return gain / sum(1 / math.log2(r + 2) for r in range(min(len(right), len(order))))
-
-
-# ---- metrics ----
 
 
 def test_rankings_by_hand():
     got = metrics.ranked([7, 4, 9, 1], [1, 4])
-    assert got == {"acc": 0, "mrr": 0.5, "ndcg": pytest.approx(loop_ndcg([7, 4, 9, 1], [1, 4]))}
+    assert got == {"acc": 0, "mrr": 0.5, "ndcg": pytest.approx(ndcg([7, 4, 9, 1], {1: 1, 4: 1}))}
     assert metrics.ranked([2], {2, 3, 5}) == {"acc": 1, "mrr": 1, "ndcg": pytest.approx(
         1 / (1 + 1 / math.log2(3) + 1 / 2))}  # fmt: skip
     assert metrics.ranked([2, 3], [9]) == {"acc": 0, "mrr": 0, "ndcg": 0}
@@ -51,7 +44,7 @@ def test_token_metrics_equal_loops():
         words = rng.choice(WORDS, 3 + 5 * trial).tolist()
         passage = "\n ".join(words)
         ends = np.cumsum([len(w) + 2 for w in words]) - 2
-        spans = np.array([[e - len(w), e] for e, w in zip(ends, words, strict=True)])
+        spans = np.array([[e - len(w), e] for e, w in zip(ends, words)])
         n = len(spans)
         gold = np.sort(rng.choice(n, 1 + trial % 3, replace=False))
         record = {"passage": passage, "spans": spans[gold].tolist(), "answer": None}
@@ -61,7 +54,7 @@ def test_token_metrics_equal_loops():
         truth = np.isin(np.arange(n), gold)
         assert got["ap"] == pytest.approx(average_precision_score(truth, scores))
         order = sorted(range(n), key=lambda j: -scores[j])
-        assert got["ndcg"] == pytest.approx(loop_ndcg(order, gold))
+        assert got["ndcg"] == pytest.approx(ndcg(order, dict.fromkeys(gold, 1)))
         size = [len(w) for w in words]
         for ratio in (4, 2):
             kept = set(order[: -(-n // ratio)])
@@ -78,9 +71,9 @@ def test_baselines_equal_loops(toy_tokens):
     passage = "Tan is a tama. The tan, a tan! Rilo sun\nmos tan_rilo  kema. Rilo? "
     record, tokenizer = {"passage": passage, "query": "Rilo TAN x tan"}, f"{toy_tokens}/tokenizer"
     _, _, spans = tokenize_passage(load_tokenizer(tokenizer), passage, "", Template())
-    found = metrics.baseline_scores(record, spans, np.random.default_rng(0))
-    sentences = ["Tan is a tama. ", "The tan, a tan! ", "Rilo sun\n", "mos tan_rilo  kema. ",
-                 "Rilo? ", ""]  # fmt: skip
+    found = baseline_scores(record, spans, np.random.default_rng(0))
+    sentences = "Tan is a tama. |The tan, a tan! |Rilo sun\n|mos tan_rilo  kema. |Rilo? |"
+    sentences = sentences.split("|")
     bags = [re.findall(r"\w+", x.lower()) for x in sentences]
     mean = sum(map(len, bags)) / len(bags)
     want = []
@@ -95,7 +88,7 @@ def test_baselines_equal_loops(toy_tokens):
     assert max(want) > 0.5
     for j, (start, end) in enumerate(spans.tolist()):
         at = 0
-        for sentence, score in zip(sentences, want, strict=True):
+        for sentence, score in zip(sentences, want):
             if at <= start < at + len(sentence):
                 assert found["bm25"][j] == pytest.approx(score, abs=1e-5)
             at += len(sentence)
@@ -103,9 +96,6 @@ def test_baselines_equal_loops(toy_tokens):
         shared = word is not None and word[0].lower() in ("tan", "rilo")
         assert found["overlap"][j] == pytest.approx(float(shared), abs=1e-5), passage[start:end]
     assert (np.diff(found["first"]) < 0).all() and len(set(found["random"])) == len(spans)
-
-
-# ---- token retrieval ----
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +111,7 @@ def config(folders, tmp_path_factory):
         words = rng.choice(WORDS, 5 + (i * 13) % 37).tolist()
         starts = np.cumsum([0] + [len(w) + 1 for w in words]).tolist()
         for word in rng.permutation(sorted(set(words)))[: 1 + i % 4]:
-            spans = [[a, a + len(w)] for a, w in zip(starts, words, strict=False) if w == word]
+            spans = [[a, a + len(w)] for a, w in zip(starts, words) if w == word]
             line = {"query": f"{word} tan", "passage": " ".join(words), "spans": spans}
             lines.append(line | ({"answer": spans[0]} if len(lines) % 3 else {}))
     path = harness.write_jsonl(f"{folder}/x.jsonl", lines)
@@ -140,7 +130,7 @@ def plain_scores(model, tokenizer, record, window):
     for start, stop, first, last in windows_of(len(ids), window, window // 3, True):
         part = model(torch.tensor(ids[start:stop]), make_seqs([stop - start]))
         hidden += part[first - start : last - start]
-    for vector, (a, b) in zip(hidden, both["offset_mapping"], strict=True):
+    for vector, (a, b) in zip(hidden, both["offset_mapping"]):
         a, b = (x - len("<read: ") for x in (a, b))
         if max(a, 0) < min(b, len(record["passage"])):
             if any(a < end and b > start for start, end in record["spans"]):
@@ -163,10 +153,7 @@ def test_token_retrieval_equals_loops(window, config, tmp_path, capsys):
         logs = scores / 0.3 - np.log(np.exp(scores / 0.3).sum())
         found = {"loss": -logs[gold].mean(), "acc": order[0] in gold}
         found["ap"] = average_precision_score(np.isin(np.arange(len(scores)), gold), scores)
-        found["ndcg"] = loop_ndcg(order, gold)
-        for ratio in (4, 2):
-            kept = set(order[: -(-len(order) // ratio)])
-            found[f"recall_{ratio}x"] = len(kept & set(gold)) / len(gold)
+        found["recall_4x"] = len(set(gold) & set(order[: -(-len(order) // 4)])) / len(gold)
         for name, value in found.items():
             totals.setdefault(name, []).append(value)
     saved = json.loads((tmp_path / "results.json").read_text())

@@ -7,7 +7,6 @@ import copy
 import glob
 import json
 import os
-import random
 import re
 import shutil
 from functools import partial
@@ -17,10 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from tokenizers import processors
 
-import common
 import harness
 import lora
 import optim
@@ -31,7 +28,7 @@ from attention import make_seqs
 from checkpoint import latest_checkpoint
 from embedder import Embedder
 from formats.huggingface import from_pretrained, save_pretrained
-from harness import ROOT, configured, losses, write_config
+from harness import ROOT, assert_close, assert_equal_bits, configured, losses, write_config
 from model import Transformer
 from tokenizer import load_tokenizer, vocab_size_of
 from tokens import open_tokens, read_row
@@ -56,20 +53,6 @@ def tiny(toy_tokens, folders, tmp_path_factory):
 def run(config, out_dir, *more):
     harness.run(SCRIPT, config, out_dir, *more)
     return losses(out_dir)
-
-
-@pytest.fixture(scope="module")
-def unbroken(tiny, tmp_path_factory):
-    """The run on one rank that others are compared with."""
-    out_dir = tmp_path_factory.mktemp("unbroken")
-    run(tiny, out_dir)
-    return out_dir
-
-
-def assert_same_tensors(a, b):
-    """Bit by bit. (Not the files: the order of notes in an adapter's header is not fixed.)"""
-    a, b = load_file(a), load_file(b)
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def settings(**changes):
@@ -262,9 +245,7 @@ def test_mask_tokens(tiny, folders, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_new_mask_token_trains_and_is_saved(
-    tied, tiny, folders, tmp_path, monkeypatch, capsys
-):
+def test_a_new_mask_token_trains_and_is_saved(tied, tiny, folders, tmp_path):
     """Its row is in the adapter and in the merged folder; whole, and stopped and resumed."""
     base, plain = str(tmp_path / "base"), from_pretrained(folders["llama"])
     tokenizer = load_tokenizer(folders["llama"])
@@ -284,15 +265,8 @@ def test_a_new_mask_token_trains_and_is_saved(
     row = done.model.embed.weight[n].detach()
     assert done.s.mask_id == n and len(done.model.embed.weight) == n + 1
     assert (row - plain.embed.weight.detach().mean(0)).abs().max() > 1e-3  # it has moved
-    calls = []
-    monkeypatch.setattr(common, "catch_stop", lambda: lambda: calls.append(1) or len(calls) > 3)
-    run(tiny, tmp_path / "b", *more)
-    out = capsys.readouterr().out
-    assert f"saved {tmp_path}/b/step3" in out and "--resume=True" in out
-    assert max(losses(tmp_path / "b")) == 3 and not os.path.exists(tmp_path / "b/merged")
-    monkeypatch.undo()
-    assert run(tiny, tmp_path / "b", *more, "--resume=True") == losses(tmp_path / "a")
-    assert_same_tensors(*(tmp_path / x / "step8/adapter_model.safetensors" for x in "ab"))
+    harness.stopped_and_resumed(SCRIPT, tiny, tmp_path / "b", 3, *more)
+    assert_equal_bits(tmp_path / "b", tmp_path / "a")
     texts = ["tan mon<mask> rin", "sulo kema"]
     load = partial(Embedder.load, device="cpu", dtype="fp32")
     vectors = [load(str(tmp_path / path)).encode(texts) for path in ("a", "a/merged")]
@@ -304,7 +278,7 @@ def test_a_new_mask_token_trains_and_is_saved(
 def test_sample_reads_one_place_before(unbroken):
     for name in ("step8", "merged"):  # an adapter, and a model
         net, tokenizer, folder = sample.load(f"{unbroken}/{name}")
-        notes = sample.read_notes(folder)
+        notes = sample.read_json(folder, "mntp.json")
         assert notes == {"mask": "[MASK]", "mask_id": tokenizer.mask_token_id, "at": -1}
         assert not net.config.causal
         bare = copy.deepcopy(tokenizer)  # as a decoder's: another token was its mask
@@ -352,18 +326,9 @@ def test_every_weight_trains_and_the_folder_has_them(tiny, tmp_path):
     assert not torch.equal(back.get_parameter("norm.weight"), first.get_parameter("norm.weight"))
 
 
-def test_killed_and_resumed_is_bit_equal(tiny, tmp_path, capsys):
-    whole = run(tiny, tmp_path / "whole", "--max_steps=20")
-    process = harness.start(1, SCRIPT, tiny, tmp_path / "broken", "--max_steps=20")
-    harness.kill_at_step(process, tmp_path / "broken", random.randint(6, 14))
-    capsys.readouterr()
-    resumed = run(tiny, tmp_path / "broken", "--max_steps=20", "--resume=True")
-    step = int(re.search(r"resumed .*, after step (\d+)", capsys.readouterr().out)[1])
-    assert step < 20 and resumed == whole
-    evals = [losses(tmp_path / name, "eval_loss") for name in ("whole", "broken")]
-    assert evals[0] == evals[1] and sorted(evals[0]) == [4, 8, 12, 16, 20]
-    for name in ("step20/adapter_model.safetensors", "merged/model.safetensors"):
-        assert_same_tensors(tmp_path / "whole" / name, tmp_path / "broken" / name)
+def test_killed_and_resumed_is_bit_equal(tiny, tmp_path):
+    harness.assert_killed_and_resumed_is_bit_equal(SCRIPT, tiny, tmp_path, (6, 14),
+                                                   "--max_steps=20")  # fmt: skip
 
 
 def test_two_ranks_equal_one(tiny, tmp_path):
@@ -382,58 +347,43 @@ def test_two_ranks_equal_one(tiny, tmp_path):
     argvs.append(arguments(tiny, tmp_path / "bf16", "--fsdp=full", "--dtype=bf16", "--max_steps=2",
                            "--train_also=norm"))  # fmt: skip
     harness.run_ranks(2, argvs)
-    want = from_pretrained(str(tmp_path / "one" / "merged")).state_dict()
     for kind in kinds:
-        for column, close in {"loss": 1e-5, "eval_loss": 1e-5, "gnorm": 1e-4}.items():
-            one = losses(tmp_path / "one", column)
-            assert losses(tmp_path / kind, column) == pytest.approx(one, rel=close), (kind, column)
-        have = from_pretrained(str(tmp_path / kind / "merged")).state_dict()
-        for name in want:
-            assert (have[name] - want[name]).norm() <= 1e-4 * want[name].norm(), (kind, name)
+        assert_close(tmp_path / kind, tmp_path / "one", "merged", weights=1e-4, loss=1e-5,
+                     eval_loss=1e-5, gnorm=1e-4)  # fmt: skip
         whole, half = tmp_path / (kind + "-constant"), tmp_path / (kind + "-half")
-        assert losses(half) == losses(whole) and losses(whole) != losses(tmp_path / kind)
-        assert_same_tensors(*(x / "step8/adapter_model.safetensors" for x in (whole, half)))
+        assert losses(whole) != losses(tmp_path / kind)
+        assert_equal_bits(half, whole)
     assert sorted(losses(tmp_path / "bf16")) == [1, 2]
 
 
-def test_show_batch_and_dry_run(tiny, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(tiny, tmp_path, "--show_batch=True")
-    shown = capsys.readouterr().out
+def test_show_batch_and_dry_run(tiny, unbroken, tmp_path):
+    shown, dry = harness.shown_and_dry(SCRIPT, tiny, unbroken, tmp_path)
     assert "--- text 1:" in shown and "[MASK]" in shown and "\033[7m" in shown
-    assert not os.listdir(tmp_path)
-    harness.run(SCRIPT, tiny, tmp_path / "dry", "--dry_run=True")
-    out = capsys.readouterr().out
-    assert re.search(r"dry run: [\d.]+ s/step, [\d,.]+ tok/s, peak memory [\d.]+ GB", out)
-    assert not os.path.exists(tmp_path / "dry")
+    assert re.search(r"s/step, [\d,.]+ tok/s, peak .* device_batch_tokens up to .* fits", dry)
 
 
-def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="4th such step"):
-        run(tiny, tmp_path, "--learning_rate=1e30", "--schedule=constant", "--save_interval=1")
-    out = capsys.readouterr().out
+def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path):
+    keys = ["--learning_rate=1e30", "--schedule=constant"]
+    out = harness.printed_before_the_4th_bad_step(SCRIPT, tiny, tmp_path, *keys)
     assert re.search(r"step 2: loss (nan|inf)", out) and "Rows of" in out
     assert latest_checkpoint(str(tmp_path), "step")
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--batch_tokens=700"], "batch_tokens=700 must be k x device_batch_tokens=256"),
-        (["--device_batch_tokens=32"], "device_batch_tokens=32 must be a multiple of max_seq_len"),
-        (["--data=data/pydocs"], "data/pydocs"),
-        (["--mask_prob=0"], "mask_prob=0.0: expected a share"),
-        (["--init_from=nowhere/at/all"], "no such folder"),
-        (["--num_epochs=3"], "max_steps=8, num_epochs=3.0; expected one of"),
-        (["--mask_token=<msk>"], "mask_token='<msk>': expected a token of the vocabulary"),
-        (["--mask_token=new", "--train_also=embed"], "has '[MASK]' already"),
-        (["--lora_targets=query"], "query"),
-        (["--eval_tokens=63"], "no row of 64 to evaluate on"),
-        (["--init_from={tmp}/bare"], "no language modelling head"),
-        (["--init_from={encoder}"], "is an encoder, and fills masks"),
-        (["--data={tmp}/data"], "has another tokenizer than"),
-    ],
-)
+@pytest.mark.parametrize(("more", "message"), [
+    (["--batch_tokens=700"], "batch_tokens=700 must be k x device_batch_tokens=256"),
+    (["--device_batch_tokens=32"], "device_batch_tokens=32 must be a multiple of max_seq_len"),
+    (["--data=data/pydocs"], "data/pydocs"),
+    (["--mask_prob=0"], "mask_prob=0.0: expected a share"),
+    (["--init_from=nowhere/at/all"], "no such folder"),
+    (["--num_epochs=3"], "max_steps=8, num_epochs=3.0; expected one of"),
+    (["--mask_token=<msk>"], "mask_token='<msk>': expected a token of the vocabulary"),
+    (["--mask_token=new", "--train_also=embed"], "has '[MASK]' already"),
+    (["--lora_targets=query"], "query"),
+    (["--eval_tokens=63"], "no row of 64 to evaluate on"),
+    (["--init_from={tmp}/bare"], "no language modelling head"),
+    (["--init_from={encoder}"], "is an encoder, and fills masks"),
+    (["--data={tmp}/data"], "has another tokenizer than"),
+])  # fmt: skip
 def test_bad_settings_say_what_is_expected(tiny, toy_tokens, folders, tmp_path, more, message):
     base = folders["llama-bidirectional"]  # the head of a tied one cannot be missing
     model, tokenizer = from_pretrained(base), load_tokenizer(base)
@@ -444,9 +394,7 @@ def test_bad_settings_say_what_is_expected(tiny, toy_tokens, folders, tmp_path, 
     tokenizer.add_tokens(["more"])
     tokenizer.save_pretrained(tmp_path / "data/tokenizer")
     more = [x.format(tmp=tmp_path, encoder=folders["modernbert"]) for x in more]
-    with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as error:
-        run(tiny, tmp_path / "out", *more)
-    assert message in str(error.value)
+    harness.assert_refused(message, SCRIPT, tiny, tmp_path / "out", *more)
 
 
 # ---- configs and data ----

@@ -5,7 +5,6 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -21,50 +20,29 @@ import harness
 import pretrain_mlm
 from attention import make_seqs
 from formats.huggingface import from_pretrained
-from harness import kill_at_step, losses, run_ranks, saved, start, wait_for_step
+from harness import assert_close, assert_equal_bits, losses, saved, start, wait_for_step
 from pretrain_mlm import corrupt
 from token_rows import train_batches
 from tokens import open_tokens, read_row
 
-TINY = """
-model_size = "modernbert-tiny"
-vocab_size = 512
-max_seq_len = 64
-batch_tokens = 768  # 12 rows: divisible by 1, 2 and 3 ranks
-device_batch_tokens = 256
-max_steps = 8
-learning_rate = 3e-3
-log_interval = 1
-eval_interval = 4
-eval_tokens = 640
-save_interval = 4
-dtype = "fp32"
-"""
+SCRIPT = "pretrain_mlm.py"
+arguments = partial(harness.arguments, SCRIPT)
+TINY = dict(
+    model_size="modernbert-tiny", vocab_size=512, max_seq_len=64, max_steps=8, learning_rate=3e-3,
+    batch_tokens=768, device_batch_tokens=256,  # 12 rows: divisible by 1, 2 and 3 ranks
+    log_interval=1, eval_interval=4, eval_tokens=640, save_interval=4, dtype="fp32",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def tiny(toy_tokens, tmp_path_factory):
     """A config file for the smallest run."""
-    path = tmp_path_factory.mktemp("config") / "tiny.py"
-    path.write_text(TINY + f"data = {str(toy_tokens)!r}\n")
-    return str(path)
-
-
-SCRIPT = "pretrain_mlm.py"
-arguments = partial(harness.arguments, SCRIPT)
+    return harness.write_config(tmp_path_factory.mktemp("config"), **TINY, data=toy_tokens)
 
 
 def run(config, out_dir, *more):
     harness.run(SCRIPT, config, out_dir, *more)
     return losses(out_dir)
-
-
-@pytest.fixture(scope="module")
-def unbroken(tiny, tmp_path_factory):
-    """The run on one rank that others are compared with."""
-    out_dir = tmp_path_factory.mktemp("unbroken")
-    run(tiny, out_dir)
-    return out_dir
 
 
 # ---- what is asked of the model ----
@@ -170,93 +148,72 @@ def test_accumulation_equals_one_batch(tiny, unbroken, tmp_path):
     assert whole != losses(unbroken)  # dropout acts
 
 
-def test_killed_and_resumed_is_bit_equal(tiny, tmp_path, capsys):
-    whole = run(tiny, tmp_path / "whole", "--max_steps=20")
-    process = start(1, SCRIPT, tiny, tmp_path / "broken", "--max_steps=20")
-    kill_at_step(process, tmp_path / "broken", random.randint(6, 14))
-    capsys.readouterr()
-    resumed = run(tiny, tmp_path / "broken", "--max_steps=20", "--resume=True")
-    step = int(re.search(r"resumed .*, after step (\d+)", capsys.readouterr().out)[1])
-    assert step < 20 and resumed == whole
-    evals = [losses(tmp_path / name, "eval_loss") for name in ("whole", "broken")]
-    assert evals[0] == evals[1] and sorted(evals[0]) == [4, 8, 12, 16, 20]
-    assert saved(tmp_path / "broken", 20) == saved(tmp_path / "whole", 20)
+def test_killed_and_resumed_is_bit_equal(tiny, tmp_path):
+    harness.assert_killed_and_resumed_is_bit_equal(SCRIPT, tiny, tmp_path, (6, 14),
+                                                   "--max_steps=20")  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_saves_and_says_how_to_go_on(number, tiny, tmp_path):
-    process = start(1, SCRIPT, tiny, tmp_path, "--save_interval=1000", "--max_steps=9999")
-    wait_for_step(process, tmp_path, 3)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, out
-    last = max(losses(tmp_path))
-    assert f"saved {tmp_path}/step{last}" in out
-    command = out.splitlines()[-1].partition("this goes on: ")[2].split()
-    assert command[0] == "python" and command[1:] == [*process.args[1:], "--resume=True"]
+def test_a_stopped_run_saves_and_says_how_to_go_on(tiny, tmp_path):
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    more = ["--save_interval=1000", "--max_steps=9999"]
+    processes = [start(1, SCRIPT, tiny, tmp_path / n.name, *more) for n in numbers]
+    for number, process in zip(numbers, processes, strict=True):
+        wait_for_step(process, tmp_path / number.name, 3)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, out
+        last = max(losses(tmp_path / number.name))
+        assert f"saved {tmp_path}/{number.name}/step{last}" in out
+        command = out.splitlines()[-1].partition("this goes on: ")[2].split()
+        assert command[0] == "python" and command[1:] == [*process.args[1:], "--resume=True"]
 
 
 def test_a_torn_checkpoint_is_skipped(tiny, unbroken, tmp_path, capsys):
     run(tiny, tmp_path)
     weights = tmp_path / "step8" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    resumed = run(tiny, tmp_path, "--resume=True")
+    run(tiny, tmp_path, "--resume=True")
     out = capsys.readouterr().out
     assert "step8 skipped" in out and "after step 4" in out
-    assert resumed == losses(unbroken)
+    assert_equal_bits(tmp_path, unbroken)
 
 
 def test_three_ranks_killed_and_resumed_are_bit_equal(tiny, tmp_path):
     # Qwen's gradients arrive in another order than its parameters are listed: DDP reorders its
     # buckets after the first backward
-    more = ["--max_steps=20", "--attn_dropout=0.1", "--model_size=qwen3-tiny"]
-    whole = start(3, SCRIPT, tiny, tmp_path / "whole", *more)
-    out, _ = whole.communicate(timeout=200)
-    assert whole.returncode == 0, out[-3000:]
-    broken = start(3, SCRIPT, tiny, tmp_path / "broken", *more)
-    kill_at_step(broken, tmp_path / "broken", random.randint(6, 12))
-    resumed = start(3, SCRIPT, tiny, tmp_path / "broken", *more, "--resume=True")
-    out, _ = resumed.communicate(timeout=200)
-    assert resumed.returncode == 0, out[-3000:]
-    assert int(re.search(r"resumed .*, after step (\d+)", out)[1]) < 20
-    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
-    assert saved(tmp_path / "broken", 20) == saved(tmp_path / "whole", 20)
+    more = ["--max_steps=14", "--attn_dropout=0.1", "--model_size=qwen3-tiny"]
+    harness.assert_killed_and_resumed_is_bit_equal(SCRIPT, tiny, tmp_path, (5, 9), *more, ranks=3)
 
 
-def test_two_ranks_equal_one(tiny, tmp_path):
+def test_two_ranks_equal_one(tiny, folders, tmp_path):
     """DDP, FSDP and ZeRO-1, each whole and in two halves: the losses and weights of one rank."""
     more = ["--out_dropout=0.0", "--optimizer=stable_adamw", "--device_batch_tokens=192"]
-    one = run(tiny, tmp_path / "one", *more)
+    fresh = [*more, "--stop_step=2", "--eval_interval=0"]
+    scratch = run(tiny, tmp_path / "scratch-one", *fresh)
+    argvs = [arguments(tiny, tmp_path / "scratch", *fresh, "--fsdp=full")]
+    more += [f"--init_from={folders['modernbert']}"]
+    run(tiny, tmp_path / "one", *more)
     adamw = run(tiny, tmp_path / "adamw", *more, "--optimizer=adamw")
     kinds = {"ddp": [], "fsdp": ["--fsdp=full"], "zero1": ["--zero1=True", "--optimizer=adamw"]}
-    argvs = []
     for kind, flags in kinds.items():
         argvs.append(arguments(tiny, tmp_path / kind, *more, *flags))
         half = arguments(tiny, tmp_path / (kind + "-half"), *more, *flags)
         argvs += [half + ["--stop_step=4"], half + ["--resume=True"]]
-    run_ranks(2, argvs)
-    want = from_pretrained(str(tmp_path / "one" / "step8")).state_dict()
+    harness.run_ranks(2, argvs)
+    assert losses(tmp_path / "scratch") == pytest.approx(scratch, rel=1e-5)
     for kind in ("ddp", "fsdp"):
-        assert losses(tmp_path / kind) == pytest.approx(one, rel=1e-5), kind
-        assert losses(tmp_path / kind, "gnorm") == pytest.approx(
-            losses(tmp_path / "one", "gnorm"), rel=1e-4
-        )
-        have = from_pretrained(str(tmp_path / kind / "step8")).state_dict()
-        for name in want:
-            assert (have[name] - want[name]).norm() <= 1e-3 * want[name].norm(), (kind, name)
+        assert_close(tmp_path / kind, tmp_path / "one", "step8", loss=1e-5, gnorm=1e-4)
     assert losses(tmp_path / "zero1") == pytest.approx(adamw, rel=1e-5)
     for kind in kinds:
-        whole, half = tmp_path / kind, tmp_path / (kind + "-half")
-        assert losses(half) == losses(whole) and saved(half, 8) == saved(whole, 8), kind
+        assert_equal_bits(tmp_path / (kind + "-half"), tmp_path / kind)
 
 
-def test_other_objective_lora_and_muon(tiny, unbroken, tmp_path):
+def test_other_objective_lora_and_muon(tiny, folders, tmp_path):
     """Encoder -> decoder (Ettin's cross-objective), continued with LoRA, resumed; Muon."""
     from transformers import AutoModelForCausalLM
 
-    encoder = os.path.join(unbroken, "step8")
     more = ["--objective=clm", "--max_steps=4", "--optimizer=muon", "--attn_dropout=0.25"]
-    run(tiny, tmp_path / "clm", f"--init_from={encoder}", *more)
+    run(tiny, tmp_path / "clm", f"--init_from={folders['modernbert']}", *more)
     decoder = str(tmp_path / "clm" / "step4")
     ids = torch.arange(5, 45)
     ours = from_pretrained(decoder).eval()
@@ -270,16 +227,14 @@ def test_other_objective_lora_and_muon(tiny, unbroken, tmp_path):
     # the base is the checkpoint that the run began with, whatever its out_dir gains meanwhile
     keys = [f"--init_from={tmp_path / 'clm'}", "--objective=clm", "--lora_rank=4"]
     keys += ["--train_also=norm"]
-    whole = run(tiny, tmp_path / "lora", *keys)
+    run(tiny, tmp_path / "lora", *keys)
     run(tiny, tmp_path / "half", *keys, "--stop_step=4")
     newer = shutil.copytree(decoder, tmp_path / "clm" / "step5")
     weights = load_file(newer / "model.safetensors")
     moved = {k: w + 0.1 for k, w in weights.items()}
     save_file(moved, newer / "model.safetensors", {"format": "pt"})
-    assert run(tiny, tmp_path / "half", *keys, "--resume=True") == whole
-    assert saved(tmp_path / "half", 8, name := "adapter_model.safetensors") == saved(
-        tmp_path / "lora", 8, name
-    )
+    run(tiny, tmp_path / "half", *keys, "--resume=True")
+    assert_equal_bits(tmp_path / "half", tmp_path / "lora")
     config = json.loads(saved(tmp_path / "half", 8, "adapter_config.json"))
     assert config["base_model_name_or_path"] == decoder
 
@@ -298,21 +253,15 @@ def test_data_order_is_what_the_run_sees(tiny, toy_tokens, tmp_path, capsys):
         assert (ids[steps == step] == seen.numpy()).all()
 
 
-def test_show_batch_and_dry_run(tiny, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(tiny, tmp_path, "--show_batch=True")
-    shown = capsys.readouterr().out
+def test_show_batch_and_dry_run(tiny, unbroken, tmp_path):
+    shown, dry = harness.shown_and_dry(SCRIPT, tiny, unbroken, tmp_path)
     assert "--- text 0:" in shown and "[MASK]" in shown
-    harness.run(SCRIPT, tiny, tmp_path / "dry", "--dry_run=True")
-    out = capsys.readouterr().out
-    assert re.search(r"dry run: [\d.]+ s/step, [\d,.]+ tok/s, peak memory [\d.]+ GB", out)
-    assert not os.path.exists(tmp_path / "dry" / "step8")
+    assert re.search(r"s/step, [\d,.]+ tok/s, peak .* device_batch_tokens up to .* fits", dry)
 
 
-def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="4th such step"):
-        run(tiny, tmp_path, "--learning_rate=1e30", "--schedule=constant", "--save_interval=1")
-    out = capsys.readouterr().out
+def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path):
+    keys = ["--learning_rate=1e30", "--schedule=constant"]
+    out = harness.printed_before_the_4th_bad_step(SCRIPT, tiny, tmp_path, *keys)
     assert "step 2: loss nan" in out and "Rows of" in out
 
 
@@ -341,9 +290,7 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path, capsys)
     ],
 )
 def test_bad_settings_say_what_is_expected(tiny, tmp_path, more, message):
-    with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as error:
-        run(tiny, tmp_path, *more)
-    assert message in str(error.value)
+    harness.assert_refused(message, SCRIPT, tiny, tmp_path, *more)
 
 
 def test_muon_under_fsdp_is_refused(tiny, tmp_path, monkeypatch):
@@ -351,8 +298,3 @@ def test_muon_under_fsdp_is_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("common.setup_distributed", lambda: (0, 2, 0, torch.device("cpu")))
     with pytest.raises(SystemExit, match="muon.* does not go with fsdp"):
         run(tiny, tmp_path, "--optimizer=muon", "--fsdp=full")
-
-
-def test_a_run_is_not_overwritten(tiny, unbroken):
-    with pytest.raises(SystemExit, match="--resume=True"):
-        run(tiny, unbroken)

@@ -4,7 +4,6 @@ padded batches, isolation, and tiny runs of the script, whole, killed and resume
     python -m pytest tests/test_reconstruct.py
 """
 
-import random
 import re
 from contextlib import nullcontext
 from functools import partial
@@ -18,20 +17,18 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-import common
 import harness
 import sample
 import train_reconstruct as R
 from data import open_pairs, read_pair
 from embedder import Embedder
 from formats.huggingface import from_pretrained, hf_module, save_pretrained
-from harness import configured, losses, saved, write_config
+from harness import WORDS, assert_close, assert_equal_bits, configured, losses, write_config
 from pairs import pairs_of_step
 from tokenizer import Template, load_tokenizer
 
 SCRIPT = "train_reconstruct.py"
 arguments, run = partial(harness.arguments, SCRIPT), partial(harness.run, SCRIPT)
-WORDS = [f"{a}{b}" for a in ("ta", "mo", "ri", "su", "ke") for b in ("n", "lo", "ma", "s")]
 
 
 def settings(**changes):
@@ -143,9 +140,7 @@ def only(encoded, pairs):
 
 @pytest.mark.parametrize("write_template", [False, True])
 @pytest.mark.parametrize("name", ["tied", "untied"])
-def test_loss_and_gradients_equal_two_padded_calls(
-    name, write_template, pair_files, doubled, decoders
-):
+def test_loss_and_gradients_equal_two_calls(name, write_template, pair_files, doubled, decoders):
     folder = decoders[name]
     s = settings(write_template=write_template, pool_instruction=write_template)
     ours, tokenizer = from_pretrained(folder).double(), load_tokenizer(folder)
@@ -281,13 +276,6 @@ def tiny(llama, pair_files, tmp_path_factory):
     return write_config(tmp_path_factory.mktemp("config"), **keys)
 
 
-@pytest.fixture(scope="module")
-def unbroken(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unbroken")
-    run(tiny, folder)
-    return folder
-
-
 def test_losses_and_weights_are_those_of_the_reference(unbroken, tiny, tmp_path):
     """0.8 and 0.2, each over its own count of targets: the logged norm is that of the gradient."""
     for step, loss in losses(unbroken).items():
@@ -337,37 +325,17 @@ def test_what_is_saved_is_all_that_trained(llama, tiny, pair_files, tmp_path):
     assert max(losses(tmp_path / "two")) == 2
 
 
-def assert_same_bits(a, b, step=6):
-    for column in ("loss", "gnorm", "eval_loss", "eval_d2q_none_loss"):
-        assert losses(a, column) == losses(b, column)
-    assert saved(a, step) == saved(b, step)
-
-
-def test_killed_and_resumed_is_bit_equal(tiny, decoders, tmp_path, capsys):
+def test_killed_and_resumed_is_bit_equal(tiny, decoders, tmp_path):
     # a tied head here; the untied one resumes with the ranks
     more = ["--max_steps=30", f"--init_from={decoders['tied']}"]
-    run(tiny, tmp_path / "whole", *more)
-    process = harness.start(1, SCRIPT, tiny, tmp_path / "broken", *more)
-    harness.kill_at_step(process, tmp_path / "broken", random.randint(4, 20))
-    capsys.readouterr()
-    run(tiny, tmp_path / "broken", *more, "--resume=True")
-    step = int(re.search(r"resumed .*, after step (\d+)", capsys.readouterr().out)[1])
-    assert 3 <= step < 30 and 27 in losses(tmp_path / "whole", "eval_loss")
-    assert_same_bits(tmp_path / "broken", tmp_path / "whole", 30)
+    harness.assert_killed_and_resumed_is_bit_equal(SCRIPT, tiny, tmp_path, (4, 20), *more)
 
 
-def test_lora_stopped_and_resumed_is_bit_equal_and_saved_whole(
-    tiny, llama, tmp_path, monkeypatch, capsys
-):
-    keys, calls = ["--lora_rank=4", "--train_also=embed,head", "--lora_dropout=0.2"], []
+def test_lora_stopped_and_resumed_is_bit_equal_and_saved_whole(tiny, llama, tmp_path):
+    keys = ["--lora_rank=4", "--train_also=embed,head", "--lora_dropout=0.2"]
     model = run(tiny, tmp_path / "whole", *keys).model.eval()
-    monkeypatch.setattr(common, "catch_stop", lambda: lambda: calls.append(1) or len(calls) > 4)
-    run(tiny, tmp_path / "half", *keys)
-    assert f"saved {tmp_path}/half/step4" in capsys.readouterr().out
-    assert max(losses(tmp_path / "half")) == 4
-    monkeypatch.undo()
-    run(tiny, tmp_path / "half", *keys, "--resume=True")
-    assert_same_bits(tmp_path / "half", tmp_path / "whole")
+    harness.stopped_and_resumed(SCRIPT, tiny, tmp_path / "half", 4, *keys)
+    assert_equal_bits(tmp_path / "half", tmp_path / "whole")
     merged = from_pretrained(str(tmp_path / "whole" / "step6"))
     assert torch.equal(merged.lm_head.weight, model.lm_head.weight)
     assert not torch.equal(merged.lm_head.weight, from_pretrained(llama).lm_head.weight)
@@ -376,15 +344,7 @@ def test_lora_stopped_and_resumed_is_bit_equal_and_saved_whole(
         assert torch.allclose(net(batch), R.Reconstruction(model)(batch), rtol=1e-5)
 
 
-def equal_runs(got, want):
-    """Losses to 1e-5, weights to what Adam makes of that."""
-    close = dict(loss=1e-5, gnorm=1e-4, eval_loss=1e-4, eval_q2d_none_loss=1e-4)
-    for column, tolerance in close.items():
-        expected = losses(want, column)
-        assert expected and losses(got, column) == pytest.approx(expected, rel=tolerance), got
-    a, b = (from_pretrained(str(folder / "step6")).state_dict() for folder in (got, want))
-    for name in b:
-        assert (a[name] - b[name]).norm() <= 1e-3 * b[name].norm(), (got, name)
+CLOSE = dict(loss=1e-5, gnorm=1e-4, eval_loss=1e-4, eval_q2d_none_loss=1e-4)
 
 
 def test_two_ranks_equal_one(tiny, decoders, unbroken, tmp_path):
@@ -402,68 +362,61 @@ def test_two_ranks_equal_one(tiny, decoders, unbroken, tmp_path):
         one = tmp_path / f"{kind}-one" if kind in ("tied", "lora") else unbroken
         if one != unbroken:
             run(tiny, one, *flags, "--fsdp=")
-        equal_runs(tmp_path / kind, one)
-    assert_same_bits(tmp_path / "half", tmp_path / "fsdp")
+        assert_close(tmp_path / kind, one, "step6", **CLOSE)
+    assert_equal_bits(tmp_path / "half", tmp_path / "fsdp")
 
 
 def test_three_ranks_resumed_are_bit_equal(tiny, unbroken, tmp_path):
     half = arguments(tiny, tmp_path / "half")
     harness.run_ranks(3, [arguments(tiny, tmp_path / "three"), half + ["--max_steps=3"],
                           half + ["--resume=True"]])  # fmt: skip
-    equal_runs(tmp_path / "three", unbroken)
-    assert_same_bits(tmp_path / "half", tmp_path / "three")
+    assert_close(tmp_path / "three", unbroken, "step6", **CLOSE)
+    assert_equal_bits(tmp_path / "half", tmp_path / "three")
 
 
-def test_show_batch_and_dry_run(tiny, unbroken, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(tiny, tmp_path, "--show_batch=True")
-    shown = capsys.readouterr().out
+def test_show_batch_and_dry_run(tiny, unbroken, tmp_path):
+    shown, dry = harness.shown_and_dry(SCRIPT, tiny, unbroken, tmp_path)
     assert "<document 0>[CLS]tan" in shown and "--- document 3:" in shown
     assert re.search(r"<query 1>\[CLS\]tan\x1b\[7m .* mos\[SEP\]\x1b\[0m", shown)
-    before = sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("*"))
-    run(tiny, unbroken, "--dry_run=True", "--eval_interval=0")
-    out = capsys.readouterr().out
-    assert re.search(r"dry run: [\d.]+ s/step, .* ex/s, .* peak memory .* GB; .* [\d,]+ fits", out)
-    assert sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("*")) == before
+    assert re.search(r"s/step, .* ex/s, .* peak memory .* GB; .* [\d,]+ fits", dry)
 
 
-def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path, capsys):
-    keys = ["--learning_rate=1e30", "--warmup_steps=0", "--save_interval=1", "--max_steps=20"]
-    with pytest.raises(SystemExit, match="4th such step"):
-        run(tiny, tmp_path, *keys, "--eval_interval=0")
-    out = capsys.readouterr().out
+def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path):
+    keys = ["--learning_rate=1e30", "--warmup_steps=0", "--max_steps=20", "--eval_interval=0"]
+    out = harness.printed_before_the_4th_bad_step(SCRIPT, tiny, tmp_path, *keys)
     assert out.count("gradient norm nan: skipped") == 4 and "train.jsonl" in out
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--device_batch_size=5"], "batch_size=12 must be k x device_batch_size=5"),
-        (["--passage_max_length=256"], "one more of the model's 256 positions"),
-        (["--suffix=", "--init_from={tmp}/bare"], "texts would end in 'a', with no EOS to learn"),
-        (["--query_instruction=('a','b')"], "query_instruction: 2 texts for 1 data files"),
-        (["--eval_lines=1"], "two lines or more"),
-        (["--num_epochs=1"], "max_steps=6, num_epochs=1.0; expected one of"),
-        (["--init_from={tmp}/headless"], "has no language modelling head"),
-        (["--init_from={encoder}"], "is an encoder: expected a causal model"),
-        (["--data={tmp}/broken.jsonl"], "broken.jsonl line 13: field 'pos' is missing"),
-        (["--query_max_length=4"], "max_length 4 leaves no room for the text"),
-    ],
-)
-def test_bad_settings_say_what_is_expected(tiny, llama, folders, tmp_path, more, message):
+@pytest.fixture(scope="module")
+def odd(llama, folders, tmp_path_factory):
+    """A folder of what cannot be used: models without a head and without an EOS, broken lines."""
+    folder = tmp_path_factory.mktemp("odd")
     model, tokenizer = from_pretrained(llama), load_tokenizer(llama)
+    save_pretrained(model, str(folder / "bare"))
     model.drop_head()
-    tokenizer.save_pretrained(tmp_path / "headless")
-    save_pretrained(model, str(tmp_path / "headless"))
+    save_pretrained(model, str(folder / "headless"))
+    tokenizer.save_pretrained(folder / "headless")
     tokenizer.backend_tokenizer.post_processor = None
-    save_pretrained(from_pretrained(llama), str(tmp_path / "bare"))
-    tokenizer.save_pretrained(tmp_path / "bare")
+    tokenizer.save_pretrained(folder / "bare")
     lines = [{"query": "a", "pos": ["b"]}] * 12 + [{"query": "a"}]
-    harness.write_jsonl(tmp_path / "broken.jsonl", lines)
-    more = [x.format(tmp=tmp_path, encoder=folders["modernbert"]) for x in more]
-    with pytest.raises((SystemExit, ValueError)) as error:
-        run(tiny, tmp_path / "out", *more)
-    assert message in str(error.value)
+    harness.write_jsonl(folder / "broken.jsonl", lines)
+    return partial(str.format, tmp=folder, encoder=folders["modernbert"])
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--device_batch_size=5"], "batch_size=12 must be k x device_batch_size=5"),
+    (["--passage_max_length=256"], "one more of the model's 256 positions"),
+    (["--suffix=", "--init_from={tmp}/bare"], "texts would end in 'a', with no EOS to learn"),
+    (["--query_instruction=('a','b')"], "query_instruction: 2 texts for 1 data files"),
+    (["--eval_lines=1"], "two lines or more"),
+    (["--num_epochs=1"], "max_steps=6, num_epochs=1.0; expected one of"),
+    (["--init_from={tmp}/headless"], "has no language modelling head"),
+    (["--init_from={encoder}"], "is an encoder: expected a causal model"),
+    (["--data={tmp}/broken.jsonl"], "broken.jsonl line 13: field 'pos' is missing"),
+    (["--query_max_length=4"], "max_length 4 leaves no room for the text"),
+])  # fmt: skip
+def test_bad_settings_say_what_is_expected(tiny, odd, tmp_path, more, message):
+    harness.assert_refused(message, SCRIPT, tiny, tmp_path / "out", *map(odd, more))
 
 
 # ---- sample.py --reconstruct ----
@@ -521,12 +474,11 @@ def test_learned_pairs_are_written_from_the_embedding_alone(tiny, tmp_path, monk
 # ---- configs ----
 
 
-@pytest.mark.parametrize(
-    ("base", "batch"),
-    [("meta-llama/Llama-3.2-1B-Instruct", 512), ("meta-llama/Llama-3.2-3B-Instruct", 1024),
-     ("meta-llama/Meta-Llama-3.1-8B-Instruct", 512), ("Qwen/Qwen2.5-1.5B-Instruct", 1024),
-     ("Qwen/Qwen3-0.6B", 512)],
-)  # fmt: skip
+@pytest.mark.parametrize(("base", "batch"), [
+    ("meta-llama/Llama-3.2-1B-Instruct", 512), ("meta-llama/Llama-3.2-3B-Instruct", 1024),
+    ("meta-llama/Meta-Llama-3.1-8B-Instruct", 512), ("Qwen/Qwen2.5-1.5B-Instruct", 1024),
+    ("Qwen/Qwen3-0.6B", 512),
+])  # fmt: skip
 def test_stages_chain(base, batch):
     one = configured(SCRIPT, "reconstruct_anchor", f"--init_from={base}")
     assert one["batch_size"] == batch and batch % (one["device_batch_size"] * 8) == 0

@@ -7,7 +7,6 @@ loss against a loop, memory, and tiny runs, whole, killed and resumed, on 1 and 
 import json
 import math
 import os
-import random
 import re
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-import common
 import evals.token_retrieval
 import harness
 import passages as P
@@ -31,13 +29,12 @@ from attention import make_seqs
 from data import open_pairs
 from embedder import Embedder
 from formats.huggingface import from_pretrained
-from harness import ROOT, kill_at_step, losses, run_ranks, saved, write_jsonl
+from harness import ROOT, WORDS, assert_close, assert_equal_bits, losses, run_ranks, write_jsonl
 from spans import covered, find_runs, gold_tokens, read_spans
 from token_scores import score_tokens, windows_of
 from tokenizer import Template, load_tokenizer, tokenize, tokenize_passage
 
 SCRIPT = "train_token_retrieval.py"
-WORDS = [f"{a}{b}" for a in ("ta", "mo", "ri", "su", "ke") for b in ("n", "lo", "ma", "s")]
 
 
 # ---- windows ----
@@ -135,32 +132,25 @@ def test_spans_to_tokens_and_back(toy_tokens, template):
                 assert text in tokenizer.decode([ids[rows[i]] for i in inside])
 
 
-def test_offsets_that_lie_are_found(toy_tokens):
-    tokenizer = load_tokenizer(f"{toy_tokens}/tokenizer")
+def test_offsets_that_lie_are_found(toy_tokens, monkeypatch):
+    tokenizer, s = load_tokenizer(f"{toy_tokens}/tokenizer"), settings()
     _, _, spans = tokenize_passage(tokenizer, TEXT, "", Template())
     record = {"passage": TEXT, "spans": [[2, 7]], "where": "x.jsonl line 3"}
     with pytest.raises(ValueError, match=r"x.jsonl line 3: span \[2, 7\], 'na\xefve', comes back"):
         gold_tokens(record, spans[5:])
     with pytest.raises(ValueError, match="comes back from its tokens as ''"):
         gold_tokens(record, spans[:0])
-
-
-@pytest.mark.parametrize("by", [-6, 6])
-def test_offsets_that_have_moved_are_found(by, toy_tokens, monkeypatch):
-    tokenizer, s = load_tokenizer(f"{toy_tokens}/tokenizer"), settings()
     passage = "tan molo rima suke kes tan"
     record = dict(query="ta", passage=passage, spans=[[4, 8]], answer=None, where="x line 3")
     good = P.encode_passage([record], tokenizer, s)
     inside = good.spans[good.gold.numpy()]
     assert passage[inside[:, 0].min() : inside[:, 1].max()].strip() == "molo"
-
-    def moved(*args):
-        ids, rows, spans = tokenize_passage(*args)
-        return ids, rows, (spans + by).clip(0, len(passage))
-
-    monkeypatch.setattr(P, "tokenize_passage", moved)
-    with pytest.raises(ValueError, match="x line 3: span .4, 8., 'molo', comes back"):
-        P.encode_passage([record], tokenizer, s)
+    for by in (-6, 6):  # the tokenizer's offsets have moved
+        ids, rows, spans = tokenize_passage(tokenizer, passage, s.passage_instruction, s.template)
+        moved = ids, rows, (spans + by).clip(0, len(passage))
+        monkeypatch.setattr(P, "tokenize_passage", lambda *args, moved=moved: moved)
+        with pytest.raises(ValueError, match="x line 3: span .4, 8., 'molo', comes back"):
+            P.encode_passage([record], tokenizer, s)
 
 
 # ---- the loss ----
@@ -444,41 +434,19 @@ def test_memory_grows_with_the_length_of_a_passage():
 
 # ---- whole runs ----
 
-TINY = """
-prefix = "<"
-suffix = ">"
-query_instruction = "ask: "
-passage_instruction = "read: "
-query_max_length = 24
-batch_size = 12
-queries_per_passage = 3
-device_batch_tokens = 100
-temperature = 0.1
-max_steps = 6
-warmup_steps = 2
-learning_rate = 1e-3
-log_interval = 1
-eval_interval = 3
-save_interval = 3
-dtype = "fp32"
-"""
-run = partial(harness.run, SCRIPT)
-arguments = partial(harness.arguments, SCRIPT)
+TINY = dict(
+    prefix="<", suffix=">", query_instruction="ask: ", passage_instruction="read: ",
+    query_max_length=24, batch_size=12, queries_per_passage=3, device_batch_tokens=100,
+    temperature=0.1, max_steps=6, warmup_steps=2, learning_rate=1e-3, log_interval=1,
+    eval_interval=3, save_interval=3, dtype="fp32",
+)  # fmt: skip
+run, arguments = partial(harness.run, SCRIPT), partial(harness.arguments, SCRIPT)
 
 
 @pytest.fixture(scope="module")
 def tiny(model_folder, files, tmp_path_factory):
-    path = tmp_path_factory.mktemp("config") / "tiny.py"
-    data = f"init_from = {model_folder!r}\ndata = {files[0]!r}\neval_data = {files[1]!r}\n"
-    path.write_text(TINY + data)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def unbroken(tiny, tmp_path_factory):
-    out_dir = tmp_path_factory.mktemp("unbroken")
-    run(tiny, out_dir)
-    return out_dir
+    keys = TINY | dict(init_from=model_folder, data=files[0], eval_data=files[1])
+    return harness.write_config(tmp_path_factory.mktemp("config"), **keys)
 
 
 def test_training_finds_the_words_of_the_query(tiny, tmp_path, capsys):
@@ -529,48 +497,22 @@ def test_all_that_trained_is_saved(tiny, model_folder, tmp_path):
         assert np.array_equal(a, b)
 
 
-def test_killed_and_resumed_is_bit_equal(tiny, tmp_path, capsys):
+def test_killed_and_resumed_is_bit_equal(tiny, tmp_path):
     more = ["--max_steps=24", "--batch_size=4", "--save_interval=3", "--eval_interval=11"]
     more += ["--lora_rank=4", "--lora_dropout=0.2", "--train_also=embed,norm"]
     more += ["--passage_window=12", "--window_overlap=4", "--device_batch_tokens=30"]
-    run(tiny, tmp_path / "whole", *more)
-    process = harness.start(1, SCRIPT, tiny, tmp_path / "broken", *more)
-    kill_at_step(process, tmp_path / "broken", random.randint(4, 16))
-    capsys.readouterr()
-    run(tiny, tmp_path / "broken", *more, "--resume=True")
-    step = int(re.search(r"resumed .*, after step (\d+)", capsys.readouterr().out)[1])
-    assert 3 <= step < 24
-    assert 22 in losses(tmp_path / "broken", "eval_loss")
-    equal_bits(tmp_path / "broken", tmp_path / "whole", 24)
-
-
-def equal_bits(got, want, step=6):
-    for column in ("loss", "gnorm", "lr", "eval_loss", "eval_ndcg"):
-        assert losses(got, column) == losses(want, column), column
-    assert saved(got, step) == saved(want, step)
-
-
-def equal_runs(got, want):
-    """Losses to 1e-5, weights to what Adam makes of that."""
-    for column, tolerance in dict(loss=1e-5, gnorm=1e-4, eval_loss=1e-4, acc=1e-9).items():
-        expected = losses(want, column)
-        assert expected and losses(got, column) == pytest.approx(expected, rel=tolerance), got
-    a, b = (from_pretrained(str(folder / "step6")).state_dict() for folder in (got, want))
-    for name in b:
-        assert (a[name] - b[name]).norm() <= 1e-3 * b[name].norm(), (got, name)
+    harness.assert_killed_and_resumed_is_bit_equal(SCRIPT, tiny, tmp_path, (4, 16), *more)
 
 
 def test_two_ranks_equal_one(tiny, tmp_path):
     windows = ["--passage_window=12", "--window_overlap=4", "--device_batch_tokens=30"]
     kinds = {
-        "ddp": [],
-        "fsdp": ["--fsdp=full"],
-        "parts": windows,
+        "ddp": [], "fsdp": ["--fsdp=full"], "parts": windows,
         "parts-fsdp": [*windows, "--fsdp=full"],
         "lora": ["--lora_rank=4", "--lora_dropout=0", "--train_also=embed,norm", "--fsdp=full"],
         "idle": ["--batch_size=2", "--fsdp=full"],  # often one passage alone: a rank has none
         "idle-ddp": ["--batch_size=2"],
-    }
+    }  # fmt: skip
     argvs = []
     for kind, flags in kinds.items():
         argvs.append(arguments(tiny, tmp_path / kind, *flags))
@@ -583,43 +525,27 @@ def test_two_ranks_equal_one(tiny, tmp_path):
     run_ranks(2, argvs)
     for kind in kinds:
         one = {"fsdp": "ddp", "parts-fsdp": "parts", "idle-ddp": "idle"}.get(kind, kind)
-        equal_runs(tmp_path / kind, tmp_path / f"{one}-one")
-    equal_bits(tmp_path / "half", tmp_path / "whole")
+        assert_close(tmp_path / kind, tmp_path / f"{one}-one", "step6", loss=1e-5, gnorm=1e-4,
+                     eval_loss=1e-4, acc=1e-9)  # fmt: skip
+    assert_equal_bits(tmp_path / "half", tmp_path / "whole")
 
 
-def test_a_signal_saves_and_exits(tiny, unbroken, tmp_path, monkeypatch, capsys):
-    calls = []
-    monkeypatch.setattr(common, "catch_stop", lambda: lambda: calls.append(1) or len(calls) > 4)
-    run(tiny, tmp_path)
-    out = capsys.readouterr().out
-    assert f"saved {tmp_path}/step4" in out and max(losses(tmp_path)) == 4
-    assert f"--out_dir={tmp_path} --resume=True" in out
-    monkeypatch.undo()
-    run(tiny, tmp_path, "--resume=True")
-    equal_bits(tmp_path, unbroken)
+def test_a_signal_saves_and_exits(tiny, unbroken, tmp_path):
+    harness.stopped_and_resumed(SCRIPT, tiny, tmp_path, 4)
+    assert_equal_bits(tmp_path, unbroken)
 
 
-def test_show_batch_and_dry_run(tiny, unbroken, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(tiny, tmp_path, "--show_batch=True")
-    shown = capsys.readouterr().out
+def test_show_batch_and_dry_run(tiny, unbroken, tmp_path):
+    shown, dry = harness.shown_and_dry(SCRIPT, tiny, unbroken, tmp_path)
     assert re.search(r"train.jsonl line \d+: \d+ tokens of the passage, \d+ gold", shown)
     assert "\x1b[7m" in shown and "--- query: <ask:" in shown.replace("[CLS]", "")
-    before = sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("*"))
-    run(tiny, unbroken, "--dry_run=True")
-    out = capsys.readouterr().out
-    assert re.search(r"dry run: [\d.]+ s/step, [\d.,]+ ex/s, .* peak memory [\d.]+ GB", out)
-    assert sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("*")) == before
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(SystemExit, match="--resume=True"):
-        run(tiny, unbroken)  # a run is not overwritten
+    assert re.search(r"s/step, [\d.,]+ ex/s, [\d.,]+ tok/s, peak memory", dry)
 
 
-def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path, capsys):
-    keys = ["--learning_rate=1e38", "--warmup_steps=0", "--save_interval=1", "--max_steps=20"]
-    with pytest.raises(SystemExit, match="4th such step"):
-        run(tiny, tmp_path, *keys, "--eval_interval=0")
-    assert re.search(r"step 2: loss nan, .*train.jsonl: \[\d+", capsys.readouterr().out)
+def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path):
+    keys = ["--learning_rate=1e38", "--warmup_steps=0", "--max_steps=20", "--eval_interval=0"]
+    out = harness.printed_before_the_4th_bad_step(SCRIPT, tiny, tmp_path, *keys)
+    assert re.search(r"step 2: loss nan, .*train.jsonl: \[\d+", out)
 
 
 def test_rope_scaling_reaches_the_model_and_its_folder(tiny, tmp_path):
@@ -632,7 +558,7 @@ def test_rope_scaling_reaches_the_model_and_its_folder(tiny, tmp_path):
         model = run(tiny, out_dir, *keys, *more, "--resume=True").model
         for m in (model, from_pretrained(str(out_dir / "step6"))):
             assert m.config.rope["global"]["scaling"] == want and m.config.max_seq_len == 1024
-        equal_bits(out_dir, whole)
+        assert_equal_bits(out_dir, whole)
 
 
 # ---- bad input ----
@@ -676,6 +602,4 @@ def test_broken_lines_name_file_line_and_field(change, message, tiny, tmp_path):
     (["--query_max_length=5"], "max_length 5 leaves no room"),
 ])  # fmt: skip
 def test_bad_settings_say_what_is_expected(tiny, tmp_path, more, message):
-    with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as error:
-        run(tiny, tmp_path, *more)
-    assert message in str(error.value)
+    harness.assert_refused(message, SCRIPT, tiny, tmp_path, *more)

@@ -1,17 +1,15 @@
 """sample.py: against transformers and plain loops.
 
     pytest tests/test_use.py
-
-About 10 s on 2 CPU cores, most of it two started scripts.
 """
 
 import math
-import os
-import runpy
+import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -19,19 +17,18 @@ import transformers
 import lora
 import sample
 from attention import make_seqs
-from conftest import ROOT
+from embedder import Embedder
 from formats.huggingface import from_pretrained, resolve_folder
+from harness import ROOT, execute, write_jsonl
 from tokenizer import load_tokenizer
 
+SCRIPT = f"{ROOT}/sample.py"
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
 def loaded(folder):
     return from_pretrained(folder).eval(), load_tokenizer(folder)
-
-
-# ---- filters and sampling ----
 
 
 def loop_top_k(row, k):
@@ -62,7 +59,7 @@ def test_filters_equal_plain_loops():
         assert torch.equal(got[1:], want[1:])
         assert (got > -math.inf).any(-1).all()
         # the smallest set that reaches p: it does, and without its least probable it does not
-        for row, kept in zip(logits.softmax(-1), got > -math.inf, strict=True):
+        for row, kept in zip(logits.softmax(-1), got > -math.inf):
             assert row[kept].sum() >= p > row[kept].sum() - row[kept].min()
     # a mass that is reached exactly is enough
     halves = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).double().log()
@@ -85,9 +82,6 @@ def test_draws_have_the_probabilities_that_were_asked_for():
     assert sample.draw(logits[None], 0, 0, 1.0, generators[:1]) == [0]
 
 
-# ---- generation ----
-
-
 @pytest.mark.parametrize("family", ["llama", "modernbert-decoder", "mistral"])
 def test_greedy_generation_equals_transformers(family, folders):
     net, tokenizer = loaded(folders[family])
@@ -96,10 +90,8 @@ def test_greedy_generation_equals_transformers(family, folders):
     ids = torch.tensor([prompt])
 
     def reference(eos):
-        out = theirs.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
-            eos_token_id=eos, pad_token_id=2,
-        )  # fmt: skip
+        options = dict(max_new_tokens=24, do_sample=False, eos_token_id=eos, pad_token_id=2)
+        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
         return out[0, len(prompt) :].tolist()
 
     long = reference(None)  # past every local window
@@ -108,9 +100,8 @@ def test_greedy_generation_equals_transformers(family, folders):
     eos = long[10]
     short = reference(eos)
     assert len(short) <= 11 and short[-1] == eos
-    assert sample.generate(net, prompt, 24, temperature=0, num_samples=2, eos_ids={eos}) == [
-        short, short
-    ]  # fmt: skip
+    ended = sample.generate(net, prompt, 24, temperature=0, num_samples=2, eos_ids={eos})
+    assert ended == [short, short]
 
 
 def test_a_sample_is_a_function_of_its_seed(folders):
@@ -134,8 +125,9 @@ def test_prompts(folders):
     assert eos_ids == {tokenizer.sep_token_id}
     net.config.hf["eos_token_id"] = [7, 8]
     assert sample.encode_prompt(net, tokenizer, "tan")[1] == {tokenizer.sep_token_id, 7, 8}
-    with pytest.raises(SystemExit, match="256 positions"):
-        sample.encode_prompt(net, tokenizer, "tan " * 300)
+    with pytest.raises(SystemExit, match="300 tokens, the model 256 positions"):
+        sample.generate(net, [5] * 300, 1)
+    assert len(sample.generate(net, [5] * 250, 9)[0]) == 6
     bidirectional, _ = loaded(folders["modernbert"])
     with pytest.raises(SystemExit, match=r"bidirectional.*--text with a \[MASK\]"):
         sample.encode_prompt(bidirectional, tokenizer, "tan")
@@ -144,23 +136,18 @@ def test_prompts(folders):
             sample.generate(net, [0], 1, **wrong)
 
 
-# ---- fills ----
-
-
 @pytest.mark.parametrize("family", ["modernbert", "llama-bidirectional"])
 def test_fills_equal_transformers(family, folders):
     net, tokenizer = loaded(folders[family])
-    auto = transformers.AutoModelForMaskedLM
-    auto = auto if family == "modernbert" else transformers.AutoModelForCausalLM
-    theirs = auto.from_pretrained(folders[family]).eval()
+    auto = "AutoModelForMaskedLM" if family == "modernbert" else "AutoModelForCausalLM"
+    theirs = getattr(transformers, auto).from_pretrained(folders[family]).eval()
     texts = ["tan [MASK] mo", "[MASK]", "rilo rima " * 9 + "[MASK] suke[MASK] ta"]
-    results = sample.fill(net, tokenizer, texts, 5)
+    results = sample.fill(net, tokenizer, texts, 5, {})
     assert [len(places) for _, places, _, _ in results] == [1, 1, 2]
     for ids, places, p, best in results:
         with torch.no_grad():
-            logits = theirs(
-                input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=int)
-            ).logits[0]
+            mask = torch.ones(1, len(ids), dtype=int)
+            logits = theirs(input_ids=torch.tensor([ids]), attention_mask=mask).logits[0]
         assert [i for i, token in enumerate(ids) if token == tokenizer.mask_token_id] == places
         want = logits[places].softmax(-1).topk(5)
         assert torch.equal(best, want.indices)
@@ -170,7 +157,7 @@ def test_fills_equal_transformers(family, folders):
 def test_the_mask_takes_the_space_before_it(folders, capsys):
     """As the word does that it stands for: no lone space token, and none lost when filled."""
     net, tokenizer = loaded(folders["modernbert"])
-    [(ids, places, _, _)] = sample.fill(net, tokenizer, ["tan [MASK] mo"], 5)
+    [(ids, places, _, _)] = sample.fill(net, tokenizer, ["tan [MASK] mo"], 5, {})
     word, after = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (" lo", " mo"))
     tan = tokenizer("tan", add_special_tokens=False)["input_ids"]
     assert ids == [0, *tan, tokenizer.mask_token_id, *after, 1]
@@ -187,88 +174,92 @@ def test_the_mask_takes_the_space_before_it(folders, capsys):
 def test_fill_errors(folders):
     net, tokenizer = loaded(folders["modernbert"])
     with pytest.raises(SystemExit, match=r"no \[MASK\] to fill in the text 'tan mo'"):
-        sample.fill(net, tokenizer, ["tan [MASK]", "tan mo"], 5)
+        sample.fill(net, tokenizer, ["tan [MASK]", "tan mo"], 5, {})
     with pytest.raises(SystemExit, match="causal.*--prompt"):
-        sample.check_fills(loaded(folders["llama"])[0], tokenizer, {})
+        sample.fill(loaded(folders["llama"])[0], tokenizer, ["[MASK]"], 5, {})
     tokenizer.mask_token = None
     with pytest.raises(SystemExit, match="no mask token"):
-        sample.check_fills(net, tokenizer, {})
+        sample.fill(net, tokenizer, ["[MASK]"], 5, {})
     with pytest.raises(SystemExit, match="no language modelling head"):
         sample.load(folders["modernbert-headless"])
 
 
-# ---- which model ----
-
-
 def test_newest_model(tmp_path):
     for name in ("step500", "ext800", "step90", ".tmp-step2000"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
+        write_jsonl(tmp_path / name / "config.json", [{}])
     (tmp_path / "step3000").mkdir()  # nothing in it
     assert resolve_folder(str(tmp_path)) == str(tmp_path / "ext800")
-    assert resolve_folder(str(tmp_path / "step90")) == str(tmp_path / "step90")
     with pytest.raises(FileNotFoundError, match="no config.json, and no checkpoint"):
         resolve_folder(str(tmp_path / "step3000"))
 
 
 def test_an_adapter_is_read_with_its_base(folders, tmp_path):
-    net, tokenizer = loaded(folders["modernbert"])
+    base = folders["modernbert"]
+    net, tokenizer = loaded(base)
     lora.inject(net, 4, 8.0, 0.0, "all")
     for p in net.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, 0, 0.1)
-    lora.save_adapter(net, str(tmp_path / "step5"), folders["modernbert"])
-    tokenizer.save_pretrained(tmp_path / "step5")
-    both, _, folder = sample.load(str(tmp_path))
-    assert folder == str(tmp_path / "step5")
-    tokens = torch.arange(20)
+    folder = str(tmp_path / "step5")
+    lora.save_adapter(net, folder, base)
+    tokenizer.save_pretrained(folder)
+    both, _, found = sample.load(str(tmp_path))
+    assert found == folder
     with torch.no_grad():
-        want = net.eval()(tokens, make_seqs([20]))
-        base = loaded(folders["modernbert"])[0](tokens, make_seqs([20]))
-        got = both(tokens, make_seqs([20]))
+        models = (net.eval(), both, loaded(base)[0])
+        want, got, base = (model(torch.arange(20), make_seqs([20])) for model in models)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
     assert (want - base).abs().max() > 0.1
 
 
-# ---- the scripts as users start them ----
-
-
 def start(*arguments, stdin=""):
-    command = [sys.executable, "sample.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True)
+    command = [sys.executable, SCRIPT, *arguments]
+    run = subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
 def test_scripts(folders, tmp_path):
     shutil.copytree(folders["modernbert"], tmp_path / "step12")
-    run = start(f"--model={tmp_path}", "--text=-", stdin="tan [MASK]\nmo [MASK] ri\n")
-    assert run.returncode == 0, run.stderr
-    assert "step12: modernbert, bidirectional, 0." in run.stdout
-    assert run.stdout.count("%") == 10 and "mask 2:" in run.stdout and "best: tan" in run.stdout
-
-    run = start(f"--model={folders['llama']}", "--prompt=tan molo", "--num_samples=2",
-                "--max_new_tokens=7")  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert "--- sample 2: " in run.stdout and run.stdout.count("\ntan molo") == 2
+    out = start(f"--model={tmp_path}", "--text=-", stdin="tan [MASK]\nmo [MASK] ri\n")
+    assert "step12: modernbert, bidirectional, 0." in out
+    assert out.count("%") == 10 and "mask 2:" in out and "best: tan" in out
+    more = ["--prompt=tan molo", "--num_samples=2", "--max_new_tokens=7"]
+    out = start(f"--model={folders['llama']}", *more)
+    assert "--- sample 2: " in out and out.count("\ntan molo") == 2
 
 
-def main(monkeypatch, *arguments):
-    """The script in this process."""
-    monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])
-    runpy.run_path(os.path.join(ROOT, "sample.py"), run_name="__main__")
-
-
-def test_a_file_of_lines_is_filled_line_by_line(folders, tmp_path, monkeypatch, capsys):
+def test_a_file_of_lines_is_filled_line_by_line(folders, tmp_path, capsys):
     path = tmp_path / "lines.txt"
     path.write_text("tan [MASK] mo\n\n  rima [MASK]\n")
-    main(monkeypatch, f"--model={folders['modernbert']}", f"--file={path}", "--num_fills=2")
+    execute([SCRIPT, f"--model={folders['modernbert']}", f"--file={path}", "--num_fills=2"])
     out = capsys.readouterr().out
     assert "\ntan [MASK] mo\n" in out and "\nrima [MASK]\n" in out and out.count("best:") == 2
 
 
 @pytest.mark.parametrize("uses", [
     [], ["--text=a", "--file=b"], ["--prompt=a", "--file=b"], ["--rank=a", "--compress=b"],
-    ["--text=a", "--prompt=b"], ["--reconstruct=a", "--rank=b", "--file=c"],
+    ["--reconstruct=a", "--rank=b", "--file=c"],
 ])  # fmt: skip
-def test_one_use_at_a_time(uses, monkeypatch):
+def test_one_use_at_a_time(uses):
     with pytest.raises(SystemExit, match="give --model=... and one of --text="):
-        main(monkeypatch, "--model=no/such", *uses)
+        execute([SCRIPT, "--model=no/such", *uses])
+
+
+@pytest.mark.parametrize("kind", ["lines", "pairs"])
+def test_rank_is_the_order_by_cosine(kind, folders, tmp_path, capsys):
+    model, texts = folders["llama"], ["tan molo", "kes", "suke rima mo", "ris"]
+    file = "--file=" + str(tmp_path / "x.txt")
+    (tmp_path / "x.txt").write_text("\n".join(texts))
+    if kind == "pairs":
+        pairs = [{"query": f"q {text}", "pos": [text, "no"]} for text in texts]
+        file = f"--rank_pairs={write_jsonl(tmp_path / 'x.jsonl', pairs)}"
+    execute([SCRIPT, f"--model={model}", "--rank=tan kes", file, "--num_ranked=3"])
+    vectors = Embedder.load(model, dtype="fp32").encode(["tan kes", *texts])
+    scores = vectors[1:] @ vectors[0]
+    printed = re.findall(r"(?m)^\d\. (\S+)  (.*)\n(?: {10}(.*)\n)?", capsys.readouterr().out)
+    want = [texts[i] for i in np.argsort(-scores)[:3]]
+    assert [row[0] for row in printed] == [f"{x:.3f}" for x in sorted(scores, reverse=True)[:3]]
+    assert [row[1].removeprefix("q ") for row in printed] == want
+    assert [row[2] for row in printed] == (want if kind == "pairs" else [""] * 3)
+

@@ -7,6 +7,7 @@ Compress a passage for a question: which of its characters are kept, and a page 
 sample.py --compress is the command. The scores are those of token_scores.score_tokens.
 """
 
+import itertools
 import math
 import re
 from html import escape
@@ -19,26 +20,25 @@ from token_scores import score_tokens
 
 
 def units_of(passage, spans, unit):
-    """Token spans [n, 2] -> (tokens of each unit [[first, end), ..], characters of each [[start,
-    end), ..]), in order. Tokens: each is a unit. Words: what stands between spaces; words that
-    share a token are one unit, and a token of nothing but spaces is in none."""
-    if unit == "tokens":
-        return [(i, i + 1) for i in range(len(spans))], spans.tolist()
-    if unit != "words":
+    """Token spans [n, 2] -> units [(first token, end, [first character, end]), ..] in order, ends
+    exclusive. Tokens: each is a unit. Words: what stands between spaces; words that share a token
+    are one unit, and a token of nothing but spaces is in none."""
+    if unit not in ("words", "tokens"):
         raise ValueError(f"unit {unit!r}: expected words or tokens")
+    if unit == "tokens":
+        return [(i, i + 1, span) for i, span in enumerate(spans.tolist())]
     words = [match.span() for match in re.finditer(r"\S+", passage)]
-    tokens, places, w = [], [], 0
+    units, w = [], 0
     for i, (start, end) in enumerate(spans.tolist()):
         while w < len(words) and words[w][1] <= start:
             w += 1
         held = [word for word in words[w : w + end - start] if word[0] < end]  # perhaps several
-        if held and places and held[0][0] < places[-1][1]:  # the same word as the last token's
-            tokens[-1] = (tokens[-1][0], i + 1)
-            places[-1][1] = held[-1][1]
-        elif held:
-            tokens.append((i, i + 1))
-            places.append([held[0][0], held[-1][1]])
-    return tokens, places
+        if held:
+            first, place = i, [held[0][0], held[-1][1]]
+            if units and place[0] < units[-1][2][1]:  # the same word as the last token's
+                first, _, (place[0], _) = units.pop()
+            units.append((first, i + 1, place))
+    return units
 
 
 def keep(scores, spans, passage, ratio, unit="words", neighbours=0):
@@ -52,21 +52,21 @@ def keep(scores, spans, passage, ratio, unit="words", neighbours=0):
     """
     if not ratio >= 1 or neighbours < 0:
         raise ValueError(f"expected {ratio=} >= 1 and {neighbours=} >= 0")
-    budget = math.ceil(len(scores) / ratio)
-    tokens, places = units_of(passage, spans, unit)
-    if min((end - first for first, end in tokens), default=0) > budget:
-        tokens, places = units_of(passage, spans, "tokens")
-    best = np.array([scores[first:end].max() for first, end in tokens])
-    near = sorted(range(-neighbours, neighbours + 1), key=abs)  # 0, -1, 1, -2, 2
-    left, kept = budget, set()
+    left = math.ceil(len(scores) / ratio)
+    units = units_of(passage, spans, unit)
+    if min((end - first for first, end, _ in units), default=0) > left:
+        units = units_of(passage, spans, "tokens")
+    best = np.array([scores[first:end].max() for first, end, _ in units])
+    near, kept = sorted(range(-neighbours, neighbours + 1), key=abs), set()  # 0, -1, 1, -2, 2
     for i in np.argsort(-best, kind="stable").tolist():
-        for j in (i + k for k in near):
-            size = tokens[j][1] - tokens[j][0] if 0 <= j < len(tokens) else math.inf
+        for j in (i + k for k in near if 0 <= i + k < len(units)):
+            size = units[j][1] - units[j][0]
             if j not in kept and size <= left:
                 kept.add(j)
                 left -= size
             if i not in kept:
                 break  # no neighbours of what did not fit
+    places = [place for _, _, place in units]
     between = [[places[i][1], places[i + 1][0]] for i in kept if i + 1 in kept]
     return join_spans([places[i] for i in kept] + between)
 
@@ -120,19 +120,17 @@ def page(query, passage, scores, of_tokens, kept, gold=()):
     heat = np.full(len(passage) + 1, -1)  # [characters], the step of each
     low, high = np.median(scores), scores.max()
     steps = (9 * (scores - low) / max(high - low, 1e-9)).clip(0, 9).round().astype(int)
-    for (start, end), step in zip(of_tokens.tolist(), steps, strict=True):
+    for (start, end), step in zip(of_tokens.tolist(), steps):
         heat[start:end] = np.maximum(heat[start:end], step)  # a character may have several
     in_kept, in_gold = (covered(spans, len(heat)) for spans in (kept, gold))
     state = np.stack((heat, in_kept, in_gold))  # [3, characters]
     cuts = (np.flatnonzero((state[:, 1:] != state[:, :-1]).any(0)) + 1).tolist()
     parts = []
-    for start, end in zip([0, *cuts], [*cuts, len(passage)], strict=True):
+    for start, end in itertools.pairwise([0, *cuts, len(passage)]):
         step, bold, underlined = state[:, start].tolist()
         names = [f"h{step}"] * (step > 0) + ["k"] * bold + ["g"] * underlined
-        text = escape(passage[start:end])
-        parts.append(f'<span class="{" ".join(names)}">{text}</span>' if names else text)
-    before = np.append(0, in_kept.cumsum())  # kept characters in front of each
-    n_kept = int((before[of_tokens[:, 1]] > before[of_tokens[:, 0]]).sum())
+        parts.append(f'<span class="{" ".join(names)}">{escape(passage[start:end])}</span>')
+    n_kept = sum(in_kept[start:end].any() for start, end in of_tokens)
     facts = f"{n_kept:,} of {len(scores):,} tokens kept"
     facts += f"; of the gold {share_of(kept, gold):.0%}" if gold else ""
     ground = "".join(f".h{i} {{ background: rgb(var(--heat) / {i / 14:.2f}) }}" for i in range(10))

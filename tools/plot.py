@@ -45,25 +45,25 @@ def plot(folders, keys, out):
     names = list(dict.fromkeys(key.removeprefix("eval_") for key in keys))  # a panel each
     size = (8, 1 + 3.5 * len(names))
     fig, axes = plt.subplots(len(names), 1, figsize=size, sharex=True, squeeze=False)
-    for ax, name in zip(axes[:, 0], names, strict=True):
-        for key in (key for key in keys if key.removeprefix("eval_") == name):
-            for i, folder in enumerate(folders):
-                steps, values = read_curve(folder, key)
-                run = os.path.basename(os.path.normpath(folder))
-                style = {"color": f"C{i % 10}", "label": f"{run} {key}"}
-                if key.startswith("eval_"):
-                    ax.plot(steps, values, "o:", markeredgecolor="black", zorder=3, **style)
-                else:
-                    ax.plot(steps, values, color=style["color"], alpha=0.25, linewidth=1)
-                    values = values if key == "lr" else smooth(values)
-                    ax.plot(steps, values, linewidth=1.8, **style)
+    for key in keys:
+        name = key.removeprefix("eval_")
+        ax = axes[names.index(name), 0]
+        for i, folder in enumerate(folders):
+            steps, values = read_curve(folder, key)
+            run = os.path.basename(os.path.normpath(folder))
+            style = {"color": f"C{i % 10}", "label": f"{run} {key}"}
+            if key != name:
+                ax.plot(steps, values, "o:", markeredgecolor="black", zorder=3, **style)
+            else:
+                ax.plot(steps, values, color=style["color"], alpha=0.25, linewidth=1)
+                values = values if key == "lr" else smooth(values)
+                ax.plot(steps, values, linewidth=1.8, **style)
         ax.set_ylabel(name)
         ax.grid(alpha=0.3)
         ax.legend()
     axes[-1, 0].set_xlabel("step")
     fig.tight_layout()
     fig.savefig(out, dpi=150)
-    plt.close(fig)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ two CPU cores a model of 150M weights takes 10 seconds, one of 1B a minute or tw
 import argparse
 import contextlib
 import io
-import math
 import os
 import sys
 import tempfile
@@ -22,10 +21,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 import transformers
 
 import common
-from attention import attention, choose_backend, make_seqs
+from attention import BACKENDS, attention, choose_backend, make_seqs
 from embedder import Embedder
 from formats.huggingface import ARCHITECTURES, from_pretrained, resolve_folder, save_pretrained
 from model import Transformer
@@ -44,41 +44,44 @@ PROBES = [
 ]
 
 
-NOT_THERE = "NeoBERT is not in transformers; the code published with it is not run here"
-
-
 @dataclass
 class Case:
-    """What the checks look at."""
+    """What the checks look at: a model, its folder, and texts of random tokens."""
 
     net: Transformer
     folder: str
-    tokens: torch.Tensor  # [T]
-    lengths: list[int]
-    hidden: torch.Tensor  # [T, C]
+    texts: list[torch.Tensor]  # [n] each
+    hidden: list[torch.Tensor]  # [n, C] each
 
 
 # ---- texts and comparisons ----
 
 
 def random_texts(c, device):
-    """(tokens [T], lengths): ragged, two equal neighbours, one longer than the local window."""
+    """Ragged, two equal neighbours, one longer than the local window."""
     # a window of thousands (Mistral) would cost minutes here; `backend_agrees` reaches it
     longest = c.window + 16 if 0 < c.window <= 256 else 80
     lengths = [min(n, c.max_seq_len) for n in (8, 12, 12, longest, 1, 5)]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(c.vocab_size, (sum(lengths),), generator=generator)
-    return tokens.to(device), lengths
+    return tokens.to(device).split(lengths)
 
 
-def states(net, tokens, lengths):
-    """Hidden states [T, C] of a packed row."""
-    return net(tokens, make_seqs(lengths, tokens.device))
+def states(net, texts):
+    """Hidden states [n, C] of each text, in one packed row."""
+    lengths = [len(text) for text in texts]
+    return net(torch.cat(texts), make_seqs(lengths, texts[0].device)).split(lengths)
 
 
-def outputs(net, tokens, lengths):
+def moves(case, texts):
+    """How far each hidden state moves if the texts become these: [n] of each."""
+    pairs = zip(states(case.net, texts), case.hidden)
+    return [(changed - before).abs().amax(-1) for changed, before in pairs]
+
+
+def outputs(net, texts):
     """Logits [T, V], or hidden states [T, C] of a model without a head."""
-    hidden = states(net, tokens, lengths)
+    hidden = torch.cat(states(net, texts))
     return hidden if net.config.head == "none" else net.logits(hidden)
 
 
@@ -90,160 +93,146 @@ def compare(found, expected):
     return difference <= limit, figure
 
 
-def transformers_outputs(case, folder):
-    """`outputs` of transformers' model of the folder, in fp32, on each text alone: no padding could
-    hide or make a difference. ValueError where it would make up missing weights."""
+def compare_with_transformers(case, folder):
+    """`compare` with transformers' model of the folder, in fp32, on each text alone: no padding
+    could hide or make a difference."""
     c = case.net.config
+    if c.family == "neobert":
+        return None, "NeoBERT is not in transformers; the code published with it is not run here"
     cls = getattr(transformers, ARCHITECTURES[c.family][c.head == "none"])
     model, info = cls.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
     )
-    if info["missing_keys"]:
-        raise ValueError(f"transformers finds no {', '.join(sorted(info['missing_keys']))}")
-    model.to(case.tokens.device).eval()
-    texts = [text[None] for text in case.tokens.split(case.lengths)]  # [1, n] each
-    out = [model(input_ids=text, attention_mask=torch.ones_like(text)) for text in texts]
+    if info["missing_keys"]:  # it would make them up
+        return False, f"transformers finds no {', '.join(sorted(info['missing_keys']))}"
+    model.to(case.texts[0].device).eval()
     field = "last_hidden_state" if c.head == "none" else "logits"
-    return torch.cat([one[field][0] for one in out])  # [T, V or C]
+    expected = []
+    for text in case.texts:
+        ids = text[None]  # [1, n]
+        expected.append(model(input_ids=ids, attention_mask=torch.ones_like(ids))[field][0])
+    return compare(outputs(case.net, case.texts), torch.cat(expected))  # [T, V or C]
 
 
 # ---- the checks: each returns (True, False or None for skipped, the figure) ----
 
 
 def equals_transformers(case):
-    c = case.net.config
-    if c.family == "neobert":
-        return None, NOT_THERE
-    expected = transformers_outputs(case, case.folder)
-    ok, figure = compare(outputs(case.net, case.tokens, case.lengths), expected)
-    if max(case.lengths) <= c.window:
-        figure += f"; no text reaches the window of {c.window} tokens"
+    ok, figure = compare_with_transformers(case, case.folder)
+    window = case.net.config.window
+    if max(map(len, case.texts)) <= window:
+        figure += f"; no text reaches the window of {window} tokens"
     return ok, figure
 
 
 def direction(case):
     """Another last token in each text: what do the hidden states before it know of that?"""
-    c, lengths, changed = case.net.config, case.lengths, case.tokens.clone()
-    ends = torch.tensor(lengths).cumsum(0) - 1
-    changed[ends] = (changed[ends] + 1) % c.vocab_size
-    moved = (states(case.net, changed, lengths) - case.hidden).abs().amax(-1).cpu()  # [T]
-    if not moved[ends].min() > 0:
+    c = case.net.config
+    changed = [torch.cat((text[:-1], (text[-1:] + 1) % c.vocab_size)) for text in case.texts]
+    moved = moves(case, changed)
+    if not all(text[-1] > 0 for text in moved):
         return False, "a text's last hidden state does not depend on its last token"
     if c.causal:
-        moved[ends] = 0
-        largest = moved.max().item()
-        if largest:
-            return False, f"states before the last token move by {largest:.1e} when it changes"
-        return True, f"{len(moved) - len(ends)} states before the last token are bit-equal"
+        largest = torch.cat([text[:-1] for text in moved]).max().item()
+        return largest == 0, f"another last token moves the states before it by {largest:.1e}"
     # the first state, or where all layers are local the first that sees the end through one layer
-    reach = max(lengths) if "global" in c.layer_kinds else c.window
-    moves = {}  # length -> the least move of such texts
-    for n, end in zip(lengths, ends.tolist(), strict=True):
-        moves[n] = min(moves.get(n, math.inf), moved[end - min(n - 1, reach)].item())
-    shown = ", ".join(f"{moves[n]:.1e} in {n} tokens" for n in (lengths[0], max(lengths)))
-    at = "first" if reach >= max(lengths) else f"{reach}th last"
-    return min(moves.values()) > 0, f"another last token moves the {at} state by {shown}"
+    longest = max(map(len, moved))
+    reach = longest if "global" in c.layer_kinds else c.window
+    least = min(text[-1 - min(len(text) - 1, reach)].item() for text in moved)
+    at = "first" if reach >= longest else f"{reach}th last"
+    return least > 0, f"another last token moves the {at} state by {least:.1e} and more"
 
 
 def packed_equals_alone(case):
-    texts = case.tokens.split(case.lengths)
-    return compare(case.hidden, torch.cat([states(case.net, text, [len(text)]) for text in texts]))
+    alone = [states(case.net, [text])[0] for text in case.texts]
+    return compare(torch.cat(case.hidden), torch.cat(alone))
 
 
 def isolation(case):
     """Other tokens in every second text; the texts between them must not notice."""
-    noticed, lengths = [], case.lengths
+    moved, vocab_size = [], case.net.config.vocab_size
     for odd in (0, 1):
-        texts = list(case.tokens.split(lengths))
-        texts[odd::2] = [(text + 1) % case.net.config.vocab_size for text in texts[odd::2]]
-        changed = states(case.net, torch.cat(texts), lengths).split(lengths)
-        for i, (after, before) in enumerate(zip(changed, case.hidden.split(lengths), strict=True)):
-            same = torch.equal(after, before)
-            if i % 2 == odd and same:
-                return False, f"text {i} does not depend on its own tokens"
-            if i % 2 != odd and not same:
-                noticed.append((after - before).abs().max().item())
-    if noticed:
-        return False, f"{len(noticed)} texts move by up to {max(noticed):.1e} with their neighbours"
-    return True, f"{len(lengths)} texts are bit-equal whatever their neighbours are"
+        texts = list(case.texts)
+        texts[odd::2] = [(text + 1) % vocab_size for text in texts[odd::2]]
+        largest = [text.max().item() for text in moves(case, texts)]
+        if not min(largest[odd::2]) > 0:
+            return False, "a text does not depend on its own tokens"
+        moved += largest[1 - odd :: 2]
+    figure = f"{len(moved)} texts move by up to {max(moved):.1e} with their neighbours"
+    return all(x == 0 for x in moved), figure
 
 
 def masked_softmax(q, k, v, causal, window):
-    """Attention over one text by its definition. q [n, H, D], k and v [n, H_kv, D], in fp64."""
-    q, k, v = (x.cpu().double() for x in (q, k, v))
-    i, j = torch.arange(len(q))[:, None], torch.arange(len(q))[None, :]
+    """Attention over the whole square of one text, in fp64. q [n, H, D], k and v [n, H_kv, D]."""
+    i, j = torch.arange(len(q))[:, None], torch.arange(len(q))
     left, right = (len(q) if w < 0 else w for w in window)
-    hidden = (j < i - left) | (j > i + right) | (causal & (j > i))  # [n, n]
-    out = torch.empty_like(q)
-    for h in range(q.size(1)):
-        kv = h * k.size(1) // q.size(1)  # neighbouring heads share k and v
-        scores = q[:, h] @ k[:, kv].T / math.sqrt(q.size(2))  # [n, n]
-        out[:, h] = scores.masked_fill(hidden, -math.inf).softmax(-1) @ v[:, kv]
-    return out
+    seen = (j >= i - left) & (j <= i + right) & ((j <= i) | (not causal))  # [n, n]
+    q, k, v = (x.cpu().double().transpose(0, 1)[None] for x in (q, k, v))  # [1, H, n, D]
+    out = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+    return out[0].transpose(0, 1)
 
 
 def backend_agrees(case, backend):
     """Its attention against masked_softmax, with each kind of layer's own mask; and where it is
     another one than sdpa, the whole model against sdpa's, in bf16."""
-    net, c, device = case.net, case.net.config, case.tokens.device
+    net, c, device = case.net, case.net.config, case.texts[0].device
     dtype, tolerance = (torch.float32, 1e-5) if backend == "sdpa" else (torch.bfloat16, 1e-2)
     try:
         choose_backend(backend, device, dtype, gqa=c.n_head != c.n_kv_head)
     except ValueError as error:
         return None, str(error).partition("cannot run: ")[2]
-    masks = list(dict.fromkeys((c.causal, block.attn.window) for block in net.blocks))
     beyond = min(c.window, 4096) + 100  # longer than the window, and than a block of queries
     lengths, n_kv = [7, 300, 300, 1, beyond], min(c.n_kv_head, 2)
     n_head = n_kv * (c.n_head // c.n_kv_head)  # all heads alike: two groups of them will do
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (
+    qkv = [
         torch.randn(sum(lengths), n, c.head_dim, generator=generator).to(device, dtype)
         for n in (n_head, n_kv, n_kv)
-    )
-    texts = list(zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True))
-    ok, worst = True, 0.0
-    for causal, window in masks:
-        expected = torch.cat([masked_softmax(*text, causal, window) for text in texts])
-        found = attention(q, k, v, make_seqs(lengths, device), causal, window, 0.0, backend)
-        difference = (found.cpu().double() - expected).abs().max().item()
-        ok &= difference <= tolerance * expected.abs().max().item()
-        worst = max(worst, difference)
-    shown = ", ".join(f"{'causal ' if causal else ''}{window}" for causal, window in masks)
-    figure = f"largest difference {worst:.1e} from a masked softmax, windows {shown}"
+    ]
+    texts = list(zip(*(x.split(lengths) for x in qkv)))
+    seqs, errors = make_seqs(lengths, device), []
+    windows = list({block.attn.window for block in net.blocks})
+    for window in windows:
+        expected = torch.cat([masked_softmax(*text, c.causal, window) for text in texts])
+        found = attention(*qkv, seqs, c.causal, window, 0.0, backend).cpu().double()
+        errors.append((found - expected).abs().max() / expected.abs().max())
+    worst = torch.stack(errors).max().item()  # NaN if there is one
+    figure = f"{worst:.1e} of the largest value from a masked softmax, windows {windows}"
     if backend == "sdpa":
-        return ok, figure
+        return worst <= tolerance, figure
 
-    hidden = {}
+    hidden = []
     for net.backend in (backend, "sdpa"):
         with torch.autocast(device.type, dtype):
-            hidden[net.backend] = states(net, case.tokens, case.lengths).float()
-    apart = ((hidden[backend] - hidden["sdpa"]).norm() / hidden["sdpa"].norm()).item()
-    return ok and apart < 0.03, f"{figure}; the model, {apart:.1%} from sdpa's (3%)"
+            hidden.append(torch.cat(states(net, case.texts)).float())
+    apart = ((hidden[0] - hidden[1]).norm() / hidden[1].norm()).item()
+    ok = worst <= tolerance and apart < 0.03
+    return ok, f"{figure}; the model, {apart:.1%} from sdpa's (3%)"
 
 
 def save_and_reload(case):
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(case.net, folder)
-        again = from_pretrained(folder).to(case.tokens.device).eval()
-        before, after = case.net.state_dict(), again.state_dict()
-        wrong = before.keys() ^ after.keys()
-        wrong |= {k for k in before.keys() & after.keys() if not torch.equal(before[k], after[k])}
+        again = from_pretrained(folder).to(case.texts[0].device).eval()
+        before, after, none = case.net.state_dict(), again.state_dict(), torch.empty(0)
+        names = sorted(before | after)
+        wrong = [k for k in names if not torch.equal(before.get(k, none), after.get(k, none))]
         if wrong:
-            return False, f"{len(wrong)} tensors are not as saved: {', '.join(sorted(wrong)[:3])}"
-        found = outputs(case.net, case.tokens, case.lengths)
-        if not torch.equal(outputs(again, case.tokens, case.lengths), found):
+            return False, f"{len(wrong)} tensors are not as saved: {', '.join(wrong[:3])}"
+        if not torch.equal(outputs(again, case.texts), outputs(case.net, case.texts)):
             return False, "the same weights, other outputs: config.json lost something"
         del again, after
-        bits = f"{len(before)} tensors and the outputs are bit-equal; transformers: "
-        if case.net.config.family == "neobert":
-            return True, bits + "skipped, " + NOT_THERE.partition(";")[0]
-        ok, figure = compare(found, transformers_outputs(case, folder))
-        return ok, bits + figure
+        ok, figure = compare_with_transformers(case, folder)
+    same = f"{len(names)} tensors and the outputs are bit-equal; transformers: {figure}"
+    return ok is not False, same
+
+
+def has(case, name):
+    return os.path.exists(os.path.join(case.folder, name))
 
 
 def tokenizer_fits(case):
-    files = ("tokenizer.json", "tokenizer_config.json")
-    if not any(os.path.exists(os.path.join(case.folder, name)) for name in files):
+    if not (has(case, "tokenizer.json") or has(case, "tokenizer_config.json")):
         return None, "there is no tokenizer in the folder"
     tokenizer, vocab_size = load_tokenizer(case.folder), case.net.config.vocab_size
     check_tokenizer(tokenizer, vocab_size)
@@ -269,20 +258,18 @@ def same_ids(case):
     """An embedder's ids, by which it was trained, are those of the folder's plain tokenizer."""
     # for sentence-transformers the suffix is in the post-processor, which keeps it in cut texts;
     # other tokenizers get it as text, and whole
-    modules, ours = (
-        os.path.exists(os.path.join(case.folder, name))
-        for name in ("modules.json", "nanoembed.json")
-    )
-    if not (modules or ours):
+    modules = has(case, "modules.json")
+    if not (modules or has(case, "nanoembed.json")):
         return None, "no embedder's folder"
     with contextlib.redirect_stdout(io.StringIO()):
         embedder = Embedder.load(case.folder, device="cpu", dtype="fp32")
     embedder.max_length = embedder.max_length if modules else 10**9
     plain = transformers.AutoTokenizer.from_pretrained(case.folder)
-    template, instructions = embedder.template, sorted(set(embedder.prompts.values()))
+    prefix, suffix = embedder.template.prefix, "" if modules else embedder.template.suffix
+    instructions = set(embedder.prompts.values())
     for instruction in instructions:
         for text in PROBES:
-            joined = template.prefix + instruction + text + ("" if modules else template.suffix)
+            joined = prefix + instruction + text + suffix
             ids = plain(joined, truncation=modules, max_length=embedder.max_length)["input_ids"]
             if ids != embedder.tokenize([text], instruction)[0][0]:
                 return False, f"{joined!r} has other ids by transformers"
@@ -294,34 +281,24 @@ def check(name, device):
     """Yields (check, True, False or None for skipped, the figure), each as soon as it is known."""
     try:
         folder = resolve_folder(name)
-        if not os.path.exists(os.path.join(folder, "config.json")):
-            raise FileNotFoundError(
-                f"no config.json in {folder}: expected a model, such as the step500 of a run (an "
-                "adapter is none: it goes with a base)"
-            )
         net = from_pretrained(folder).to(device).eval()
     except Exception as error:
         yield "the weights are read", False, in_one_line(error)
         return
-    c, n = net.config, sum(p.numel() for p in net.parameters())
-    kind = "causal" if c.causal else "bidirectional"
-    about = f"{c.family}, {kind}, {c.n_layer} layers, {n / 1e6:.1f}M weights"
-    yield "the weights are read", True, f"{about}; none missing or left over"
-    tokens, lengths = random_texts(c, device)
-    case = Case(net, folder, tokens, lengths, states(net, tokens, lengths))
-    what = "hidden states" if c.head == "none" else "logits"
+    yield "the weights are read", True, f"none missing or left over: {net.describe()}"
+    c, texts = net.config, random_texts(net.config, device)
+    case = Case(net, folder, texts, states(net, texts))
     checks = {
-        f"{what} equal transformers'": equals_transformers,
-        f"{kind}, truly": direction,
+        f"{'hidden states' if c.head == 'none' else 'logits'} equal transformers'":
+            equals_transformers,
+        f"{'causal' if c.causal else 'bidirectional'}, truly": direction,
         "packed = each text alone": packed_equals_alone,
         "no text sees another": isolation,
-        "attention: sdpa": partial(backend_agrees, backend="sdpa"),
-        "attention: varlen": partial(backend_agrees, backend="varlen"),
-        "attention: flash_attn": partial(backend_agrees, backend="flash_attn"),
+        **{f"attention: {b}": partial(backend_agrees, backend=b) for b in reversed(BACKENDS)},
         "save -> reload": save_and_reload,
         "tokenizer": tokenizer_fits,
         "training ids = encode ids": same_ids,
-    }
+    }  # fmt: skip
     for title, function in checks.items():
         try:
             ok, figure = function(case)

@@ -194,7 +194,7 @@ def set_up(args, parent: int | None):
 
     if parent:
         threading.Thread(target=watch, daemon=True).start()
-    tokenizer = load_tokenizer(args.tokenizer, args.revision)
+    tokenizer = load_tokenizer(args.tokenizer)
     encode = fast_encode(tokenizer, verbose=parent is None)
     vocab_size = vocab_size_of(tokenizer)
     return tokenizer
@@ -265,8 +265,7 @@ def arguments(argv=None):
     add("--split", default="train", help='of the data set; "train[:1%%]" works')
     add("--streaming", action="store_true", help="read the data set without storing it")
     add("--field", default="text", help="where the text is in JSON, in columns")
-    add("--tokenizer", required=True, help="folder or name on the hub")
-    add("--revision", help="of the tokenizer")
+    add("--tokenizer", required=True, help="folder, or owner/name[@revision] on the hub")
     add("--out", required=True, help="folder for train.bin and so on")
     add("--val_docs", type=int, default=1000, help="documents for val.bin; 0: none")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
