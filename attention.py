@@ -111,8 +111,7 @@ def sdpa_packed(q, k, v, lengths, causal, window, dropout_p):
     """torch's scaled_dot_product_attention text by text; neighbours of equal length in one call.
 
     A T x T mask costs 12 times as much, padding 2.5 times (measured on 2 CPU cores). `split` and
-    `cat` rather than slices: their backward is one copy, that of a slice is a zeroed [T, H, D].
-    """
+    `cat` rather than slices: their backward is one copy, that of a slice is a zeroed [T, H, D]."""
     runs = [(n, len(list(same))) for n, same in groupby(lengths)]  # length, neighbours that have it
     parts = zip(*(x.split([n * b for n, b in runs]) for x in (q, k, v)))
     out = []

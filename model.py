@@ -2,16 +2,19 @@
 One transformer for encoders and decoders, over packed rows.
 
 A batch is one flat row of tokens, all texts end to end, and `Seqs` (see attention.py), which says
-where each text begins. There is no padding and no mask tensor: two switches per layer, `causal`
-and `window = (left, right)`, give every mask of the field. Llama, Mistral, Qwen2, Qwen3,
-ModernBERT, ModernBERT-decoder and NeoBERT differ in `ModelConfig` only.
+where each text begins. There is no padding and no mask tensor: `causal`, and for each layer
+`window = (left, right)`, the tokens that it sees on each side (-1: all), give the mask of each
+family. Llama, Mistral, Qwen2, Qwen3, ModernBERT, ModernBERT-decoder and NeoBERT differ in
+`ModelConfig` only.
 
-Shapes: B texts, T tokens of the packed row, C n_embd, H heads, D head_dim, V vocabulary, L labels.
+Shapes: B texts, T tokens of the packed row, C n_embd, H heads, D head_dim, V vocabulary,
+L tokens whose logits are asked for, A tokens whose embedding is replaced.
 """
 
 import math
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -54,12 +57,11 @@ class Attention(nn.Module):
         self.kind, self.window = c.layer_kinds[layer], c.window_of(layer)
         self.attn_dropout, self.out_dropout = c.attn_dropout, c.out_dropout
         n_q, n_kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+        linear = partial(nn.Linear, c.n_embd, bias=c.qkv_bias)
         if c.fused_qkv:
-            self.qkv_proj = nn.Linear(c.n_embd, n_q + 2 * n_kv, bias=c.qkv_bias)
+            self.qkv_proj = linear(n_q + 2 * n_kv)
         else:
-            self.q_proj = nn.Linear(c.n_embd, n_q, bias=c.qkv_bias)
-            self.k_proj = nn.Linear(c.n_embd, n_kv, bias=c.qkv_bias)
-            self.v_proj = nn.Linear(c.n_embd, n_kv, bias=c.qkv_bias)
+            self.q_proj, self.k_proj, self.v_proj = linear(n_q), linear(n_kv), linear(n_kv)
         self.o_proj = nn.Linear(n_q, c.n_embd, bias=c.out_bias)
         if c.qk_norm:
             self.q_norm = Norm(c.head_dim, "rms", c.norm_eps)
@@ -92,11 +94,11 @@ class MLP(nn.Module):
         super().__init__()
         c = self.config = config
         self.act = {"silu": F.silu, "gelu": F.gelu}[c.activation]
+        linear = partial(nn.Linear, c.n_embd, bias=c.mlp_bias)
         if c.fused_mlp:
-            self.gate_up_proj = nn.Linear(c.n_embd, 2 * c.n_hidden, bias=c.mlp_bias)
+            self.gate_up_proj = linear(2 * c.n_hidden)
         else:
-            self.gate_proj = nn.Linear(c.n_embd, c.n_hidden, bias=c.mlp_bias)
-            self.up_proj = nn.Linear(c.n_embd, c.n_hidden, bias=c.mlp_bias)
+            self.gate_proj, self.up_proj = linear(c.n_hidden), linear(c.n_hidden)
         self.down_proj = nn.Linear(c.n_hidden, c.n_embd, bias=c.mlp_bias)
 
     def forward(self, x):  # [T, C]
@@ -154,7 +156,7 @@ class Transformer(nn.Module):
         self.tie()
         self.gradient_checkpointing = False
         self.backend = "sdpa"  # it runs everywhere; scripts call set_backend
-        self.stream_dtype = None  # of the residual stream; None: as the embedding gives it
+        self.stream_dtype = None  # of the hidden states between blocks; None: the embedding's
         self.warned = False  # of a text that is too long
 
     def tie(self):
@@ -165,15 +167,15 @@ class Transformer(nn.Module):
         """tokens [T] int64 of a packed row ->
 
         - hidden [T, C] after the final norm,
-        - with `rows` [L] int64: logits [L, V] at these rows of the hidden states,
-        - with `rows` and `targets` [L] int64: (sum of cross-entropies, sum of hits) at these rows.
+        - with `rows` [L] int64, indices into the T tokens: logits [L, V] at these tokens,
+        - with `rows` and `targets` [L] int64: (sum of cross-entropies, number of hits) there.
 
-        vectors [A, C], through which gradients flow, replace the embeddings at rows `at` [A] int64.
-        """
+        vectors [A, C] replace the token embeddings at the indices `at` [A] int64; gradients flow
+        into them (used by train_reconstruct.py)."""
         x = self.embed(tokens)  # [T, C]
         if vectors is not None:
             x = x.index_copy(0, at, vectors.to(x.dtype))
-        # bf16 under LoRA, also where the embedding is fp32
+        # a frozen bf16 model stays in bf16, also where the embedding itself trains, in fp32
         x = self.embed_norm(x.to(self.stream_dtype or x.dtype))
         rope = self.rope(seqs)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
@@ -213,8 +215,8 @@ class Transformer(nn.Module):
         return out
 
     def set_dropout(self, attn=None, out=None):
-        """For this run; the config, and with it a saved folder, keeps the model's own.
-        None: as it is."""
+        """Dropout rates for this run; None leaves one as it is. The config, and with it a saved
+        folder, keeps the model's own."""
         for block in self.blocks:
             if attn is not None:
                 block.attn.attn_dropout = attn
@@ -222,11 +224,10 @@ class Transformer(nn.Module):
                 block.attn.out_dropout = out
 
     def set_backend(self, wanted, device, dtype):
-        """See choose_backend. Dropout counts where the model is to be trained: call `eval` before
-        if it is not, and `set_dropout` before if it is."""
-        c = self.config
+        """Chooses the attention backend, see choose_backend. Not every backend has dropout, so
+        call `set_dropout`, and `eval` where the model will not be trained, before this."""
         dropout_p = self.blocks[0].attn.attn_dropout if self.training else 0.0
-        gqa = c.n_head != c.n_kv_head
+        gqa = self.config.n_head != self.config.n_kv_head
         self.backend = choose_backend(wanted, device, dtype, dropout_p, gqa)
 
     def describe(self):
@@ -258,8 +259,9 @@ class Transformer(nn.Module):
         c.vocab_size = self.embed.num_embeddings = vocab_size
 
     def flops_per_token(self, seq_len):
-        """Floating-point operations of forward and backward for one token of a text of seq_len:
-        6 a weight that multiplies, 12 D H a key seen (PaLM, arXiv 2204.02311, appendix B)."""
+        """Floating-point operations of forward and backward for one token of a text of seq_len: 6
+        for each weight of the blocks' matrices, 12 H D for each key that it sees, which under a
+        causal mask are half of them on average (PaLM, arXiv 2204.02311, appendix B)."""
         c = self.config
         n = sum(p.numel() for b in self.blocks for p in b.parameters() if p.dim() == 2)
         seen = 0
@@ -293,7 +295,7 @@ class ModelConfig:
     head_dim: int = 0  # 0: n_embd / n_head
     causal: bool = True
     layer_kinds: list = None  # "global" or "local" per layer; None: all global
-    window: int = 0  # of local layers, Hugging Face's number: see window_of
+    window: int = 0  # tokens a local layer sees: on each side, or if causal, itself included
     rope: dict = None  # {"global": {"theta", "scaling"}, "local": ...}; None: theta 10,000
     rope_pairs: str = "half"  # or "adjacent"
     norm: str = "rms"  # or "layer"
@@ -321,9 +323,8 @@ class ModelConfig:
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.layer_kinds = self.layer_kinds or ["global"] * self.n_layer
         kinds = set(self.layer_kinds)
-        global_only = self.family in ("llama", "neobert")
-        mixed_mistral = self.family == "mistral" and len(kinds) == 2
-        if "local" in kinds and (self.window < 1 or global_only or mixed_mistral):
+        no_key = self.family in ("llama", "neobert") or self.family == "mistral" and len(kinds) == 2
+        if "local" in kinds and (self.window < 1 or no_key):
             raise ValueError(f"a {self.family} cannot have local layers {kinds} of {self.window}")
         if self.family == "modernbert" and self.causal:  # transformers has its decoder apart
             self.family, self.fused_qkv = "modernbert-decoder", False
@@ -393,8 +394,7 @@ def from_scratch(size, **changes):
     """A freshly initialised model of a size in SIZES; `changes` are ModelConfig fields.
 
     normal: std .02 (Llama); uniform: +-.02 (NeoBERT); megatron: truncated normal .02 at 2 sigma and
-    .02 / sqrt(2 layers) for what writes to the residual stream (Ettin).
-    """
+    .02 / sqrt(2 layers) for what writes to the residual stream (Ettin)."""
     if size not in SIZES:
         raise ValueError(f"model_size={size!r}: expected one of {', '.join(SIZES)}")
     c = ModelConfig(**(SIZES[size] | changes))
@@ -421,18 +421,18 @@ def linear_cross_entropy(x, weight, bias, targets):
 
     x [L, C], weight [V, C], bias [V] or None, targets [L] int64 -> (loss fp32, hits int64). L = 0
     gives 0. The gradients are computed in the forward pass, for a chunk of rows at a time, so that
-    no [L, V] tensor lives.
-    """
+    no [L, V] tensor lives."""
     x, grad = to_compute(x), torch.is_grad_enabled()
     with torch.autocast(x.device.type, enabled=False):  # types are settled above
         return _LinearCrossEntropy.apply(x, weight, bias, targets, grad)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    # With p = exp(logits - max) and s = sum p:
+    # With p = exp(logits - max), not yet normalised, and s = sum p, softmax is p / s:
     #     loss = log s + max - logit[target]
     #     dx = (p / s) W - W[target],    dW = (p / s)^T x - onehot^T x
-    # p / s is never formed: s divides the small sides, dx rows and x rows.
+    # p / s would be one more [n, V]: s divides p W and x instead, which have C columns.
+    # grad: inside forward the gradient mode is always off, so the caller passes it.
     @staticmethod
     def forward(ctx, x, weight, bias, targets, grad):
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -447,10 +447,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # 64 MB of fp32 logits at a time on the CPU, 512 MB on a GPU
         step = max(1, 2 ** (24 if x.device.type == "cpu" else 27) // weight.size(0))
         # one buffer for all chunks: on the CPU fresh memory costs a page fault for each 4 kB
-        buffer = x.new_empty(min(step, x.size(0)), weight.size(0))
+        buffer = x.new_empty(min(step, x.size(0)), weight.size(0), dtype=wide)
         for start in range(0, x.size(0), step):
             x1, t1 = x[start : start + step], targets[start : start + step]  # [n, C], [n]
-            logits = torch.mm(x1, w.t(), out=buffer[: x1.size(0)]).to(wide)  # [n, V]
+            logits = buffer[: x1.size(0)]  # [n, V]
+            if x.dtype == wide:
+                torch.mm(x1, w.t(), out=logits)
+            else:
+                logits.copy_(x1 @ w.t())
             if bias is not None:
                 logits += bias
             top = logits.amax(dim=1, keepdim=True)  # [n, 1]

@@ -55,8 +55,7 @@ def learning_rate_at(step, s):
     warmup, stable, decay), and s.min_lr from there on.
 
     What is kept of the difference at t in 0..1: cosine (1 + cos(pi t))/2, linear 1 - t, sqrt
-    1 - sqrt(t) (Ettin's "1-sqrt"); s.decay_shape is wsd's.
-    """
+    1 - sqrt(t) (Ettin's "1-sqrt"); s.decay_shape is wsd's."""
     if step < s.warmup:
         return s.learning_rate * (step + 1) / s.warmup
     if s.schedule == "constant":

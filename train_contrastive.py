@@ -42,7 +42,7 @@ adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into it first (
 attention: str | None = None  # causal or bidirectional; None: the model's own
 attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
 max_seq_len: int | None = None  # positions the model is trained for; None: its own
-# of attention probabilities, for this run (SimCSE: 0.3); None: the model's own
+# dropout of attention probabilities in this run (SimCSE: 0.3); None: the model's own
 attn_dropout: float | None = None
 lora_rank = 0  # 0: every weight trains
 lora_alpha = 32.0
@@ -55,10 +55,10 @@ projection_dim = 128  # of multi-vector's token embeddings
 prefix = ""  # the template: prefix + instruction + text + suffix, saved with the model
 suffix = ""
 pool_instruction = True  # False: the pool is the text's own tokens, without the instruction
-normalize = True  # embeddings of length 1; False with scale for dot products
+normalize = True  # embeddings of length 1; False: plain dot products
 query_max_length = 512
 passage_max_length = 512
-# data: JSONL files, see data.py; one file a batch
+# data: JSONL files, see data.py; a batch takes all of its lines from one file
 data: tuple[str, ...] = ("data/pydocs/train.jsonl",)
 eval_data = "data/pydocs/val.jsonl"  # "": none
 # one instruction for all files, or one for each; the "prompt" of a line goes before it
@@ -68,19 +68,19 @@ sampling_alpha = 1.0  # a file is drawn with probability ~ (its lines) ** alpha
 group_size = 2  # passages a query: one positive, the others its negatives, fewer where it has fewer
 no_duplicates = False  # a pair whose text the batch has already gives way to a random one
 # loss
-temperature = 0.05  # InfoNCE's; scale = 1 / temperature
+temperature = 0.05  # scores are divided by it; sentence-transformers' scale is 1 / temperature
 both_directions = False  # passages choose among queries, too
 false_negative_margin: float | None = None  # drop passages above the positive's score + margin
 distill_weight = 0.0  # of KL to the teacher's pos_scores, neg_scores, over each query's group
 distill_temperature = 1.0  # of the teacher
 matryoshka_dims: tuple = ()  # e.g. (768, 256, 64): the mean of the losses at these widths
-query_flops = 5e-5  # of splade
+query_flops = 5e-5  # splade: weight of the FLOPS regulariser, which makes embeddings sparse
 passage_flops = 3e-5
 negatives_cross_device = True  # candidates of all ranks
 # batch
 batch_size = 64  # queries of one step, over all ranks; each with up to group_size passages
 device_batch_tokens = 16384  # of one forward on one device: a chunk; the loss is the same for any
-# length: one of the first two is the horizon of the schedule
+# length: set max_steps or num_epochs, the horizon of the schedule
 max_steps: int | None = None
 num_epochs: float | None = None
 stop_step: int | None = None  # ends the run before its horizon
@@ -117,6 +117,7 @@ show_batch = False
 
 
 # ---- the batch ----
+# `s` holds the settings: the keys above, and what common.start adds (rank, world_size, device, ..).
 # Every rank reads the texts of the whole batch, so that each knows which candidate belongs to whom;
 # it tokenizes and embeds its own share, a range of the queries and the passages of these.
 
@@ -125,7 +126,9 @@ show_batch = False
 class Batch:
     """A step's B queries and N passages. Both are numbered through the whole batch."""
 
-    encoded: list  # what `tokenize` gave for this rank's queries, then for its passages
+    # (ids, (start, end)) of each text, its tokens and the range of them that is pooled: this
+    # rank's queries, then its passages
+    encoded: list[tuple]
     chunks: list[list[int]]  # indices into encoded: texts that go through the model together
     n_queries: int  # of each rank
     n_passages: list[int]  # of the ranks
@@ -158,7 +161,7 @@ def contrast(scores, positive, s):
     """The loss of each query (or passage) against its candidates: to try another, write it here.
     InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, equation 4):
 
-        sum over b of -log( exp(s_b+ / tau) / sum over n of exp(s_bn / tau) )
+        sum over b of -log( exp(x_b+ / tau) / sum over n of exp(x_bn / tau) )
 
     scores [b, N], -inf for what may not be a negative; positive [b]: the index of the right one.
     """
@@ -177,26 +180,30 @@ def similarity(queries, passages):
     return (dots.amax(-1) * queries.any(-1)[:, None, :]).sum(-1)
 
 
-def may_be_negative(known, rows, candidates, n):
-    """-> bool [b, n]: which of n candidates may be negatives of the queries `rows` [b]. Those may
-    not that are known as right (known [K, 2]), or lie outside the range `candidates`."""
-    allowed = torch.zeros(len(rows), n, dtype=torch.bool, device=rows.device)
+def may_be_negative(known, anchors, candidates, n):
+    """-> bool [b, n]: which of n candidates may be negatives of each anchor. An anchor is a query
+    and a candidate a passage, or the other way round.
+
+    anchors [b]: ascending numbers in the batch; known [K, 2]: pairs (anchor, candidate) that are
+    right, so that the candidate is no negative; candidates: the slice that negatives come from.
+    """
+    allowed = torch.zeros(len(anchors), n, dtype=torch.bool, device=anchors.device)
     allowed[:, candidates] = True
-    query, candidate = known.t().contiguous()  # [K] each
-    at = torch.searchsorted(rows, query).clamp(max=len(rows) - 1)  # rows ascend
-    among = rows[at] == query
-    allowed[at[among], candidate[among]] = False
+    anchor, candidate = known.t().contiguous()  # [K] each
+    row = torch.searchsorted(anchors, anchor).clamp(max=len(anchors) - 1)
+    is_here = anchors[row] == anchor  # the pairs whose anchor is one of the b
+    allowed[row[is_here], candidate[is_here]] = False
     return allowed
 
 
 def mask_negatives(scores, positive, allowed, margin):
-    """scores [b, N], -inf for what is no negative: what is not allowed, and with a margin what
-    scores above the positive + margin."""
-    right = scores.gather(1, positive[:, None])  # [b, 1]
+    """scores [b, N] with -inf for what is no negative: what is not allowed, and with a margin what
+    scores above the positive + margin. The positive keeps its score, whatever the masks say."""
+    positive_score = scores.gather(1, positive[:, None])  # [b, 1]
     scores = scores.masked_fill(~allowed, -torch.inf)
     if margin is not None:
-        scores = scores.masked_fill(scores > right.detach() + margin, -torch.inf)
-    return scores.scatter(1, positive[:, None], right)
+        scores = scores.masked_fill(scores > positive_score.detach() + margin, -torch.inf)
+    return scores.scatter(1, positive[:, None], positive_score)
 
 
 def distillation(scores, group, teacher, s):
@@ -204,7 +211,9 @@ def distillation(scores, group, teacher, s):
 
     scores [b, N], group [b, G] with -1 for none, teacher [b, G] with nan for none.
     """
-    is_scored = ~teacher.isnan() | (group == group[:, :1])  # without scores the positive is alone
+    # A line without scores keeps its positive alone: both distributions are 1 there, so its KL is
+    # 0. The masks are -1e9, for -inf would give nan in teacher - student.
+    is_scored = ~teacher.isnan() | (group == group[:, :1])
     student = scores.gather(1, group.clamp(min=0)) / s.temperature  # [b, G]
     student = student.masked_fill(~is_scored, -1e9).log_softmax(1)
     teacher = teacher.nan_to_num() / s.distill_temperature
@@ -236,7 +245,7 @@ def block_loss(queries, passages, rows, batch, s):
         scores = similarity(q[rows], d)  # [b, N]
         masked = mask_negatives(scores, positive, allowed, s.false_negative_margin)
         part = contrast(masked, positive, s)
-        if s.both_directions:  # if (b, n) is no negative, then neither are passage n and query b
+        if s.both_directions:  # known pairs count both ways, the margin from query to passage
             back = may_be_negative(batch.known.flip(1), positive, ranges[0], len(queries))
             back = mask_negatives(similarity(d[positive], q), rows, back, None)  # [b, B]
             part = (part + contrast(back, rows, s)) / 2
@@ -250,35 +259,35 @@ def block_loss(queries, passages, rows, batch, s):
 
 
 def loss_and_grad(vectors, batch, s):
-    """The loss of this rank's queries among the passages of all ranks, and the gradient that the
-    whole batch's loss has by this rank's vectors [n, C] or [n, L, C] -> (loss, hits, d_vectors).
+    """The loss of this rank's queries among the passages of all ranks -> (loss, hits, d_vectors).
 
-    The batch's loss is the mean over its B queries, so the sum of what the ranks return. Scores
-    exist for a block of queries at a time.
+    d_vectors: world_size times the gradient of the batch's loss by this rank's vectors [n, C] or
+    [n, L, C]; DDP and FSDP, which average over ranks, take the factor away. The batch's loss is the
+    mean over its B queries, the sum of what the ranks return. Scores exist for a block of queries
+    at a time.
     """
     vectors, n = vectors.detach().requires_grad_(), batch.n_queries
     queries, passages = vectors[:n], vectors[n : n + batch.n_passages[s.rank]]
-    if vectors.dim() == 3:  # queries are shorter than passages
+    if vectors.dim() == 3:  # all are padded to the longest text: here to the longest query
         queries = queries[:, : max(end - start for _, (start, end) in batch.encoded[:n])]
     gathered = gather_rows(queries, [n] * s.world_size), gather_rows(passages, batch.n_passages)
     queries, passages = (x.detach().requires_grad_() for x in gathered)  # [B, ...], [N, ...]
-    n_scores = 1 if vectors.dim() == 2 else queries.size(1) * passages.size(1)  # of two texts
-    most = 2 ** (20 if vectors.device.type == "cpu" else 27)  # scores that exist at a time
+    n_dots = 1 if vectors.dim() == 2 else queries.size(1) * passages.size(1)  # of a pair of texts
+    limit = 2 ** (20 if vectors.device.type == "cpu" else 27)  # dot products that exist at a time
     rows = torch.arange(s.rank * n, (s.rank + 1) * n, device=vectors.device)
     total, hits = 0.0, 0
-    for block in rows.split(max(1, most // (len(passages) * max(1, n_scores)))):
+    for block in rows.split(max(1, limit // (len(passages) * max(1, n_dots)))):
         loss, block_hits = block_loss(queries, passages, block, batch, s)
         loss = loss / len(queries)
         loss.backward()
         total, hits = total + loss.item(), hits + int(block_hits)
     if s.pooling == "splade":
         penalty = s.query_flops * flops(queries) + s.passage_flops * flops(passages)
-        penalty = penalty / s.world_size  # each rank has all of it
+        penalty = penalty / s.world_size  # each rank computes all of it, and ranks are summed
         penalty.backward()
         total += penalty.item()
-    # a rank's vectors have a part of their gradient from the loss of every rank
+    # a rank's vectors occur in the losses of all ranks: this sums their gradients
     torch.autograd.backward(gathered, (queries.grad, passages.grad))
-    # times W, for DDP and FSDP take the mean over ranks
     return total, hits, s.world_size * vectors.grad
 
 
@@ -288,9 +297,10 @@ def loss_and_grad(vectors, batch, s):
 def cached_step(wrapped, batch, step, s):
     """Loss and gradients of one batch -> (this rank's share of the loss, its hits).
 
-    wrapped: the embedder, as DDP or fully_shard wrapped it. Memory holds the activations of one
-    chunk. The result does not depend on how texts are split into chunks, except for dropout, which
-    is seeded per chunk.
+    First all chunks are embedded without a graph, which gives the loss and its gradient by their
+    vectors; then each is embedded again and takes its part of that gradient into the weights. So
+    memory holds the activations of one chunk. The result does not depend on how texts are split
+    into chunks, except for dropout, which is seeded per chunk. wrapped: see common.wrap.
     """
 
     def embed(i):  # chunk i -> [n, C] or [n, L, C]
@@ -301,17 +311,17 @@ def cached_step(wrapped, batch, step, s):
     batch.group, batch.teacher, batch.known = (
         x.to(s.device) for x in (batch.group, batch.teacher, batch.known)
     )
-    one = len(batch.chunks) == 1  # all fits: its graph is kept, nothing is embedded again
-    with nullcontext() if one else torch.no_grad():
+    single = len(batch.chunks) == 1  # it fits in memory: its graph is kept, one pass is enough
+    with nullcontext() if single else torch.no_grad():
         vectors = embed_all(embed, batch.chunks)
     loss, hits, d_vectors = loss_and_grad(vectors, batch, s)
-    if one:
+    if single:
         vectors.backward(d_vectors)
         return loss, hits
     for i, chunk in enumerate(batch.chunks):
         common.sync_gradients(wrapped, i == len(batch.chunks) - 1)
         vectors = embed(i)
-        vectors.backward(d_vectors[chunk][:, : vectors.size(1)])
+        vectors.backward(d_vectors[chunk][:, : vectors.size(1)])  # as long as the chunk's texts
     return loss, hits
 
 
@@ -329,11 +339,11 @@ def evaluate(embedder, pairs, s):
 
     def embed(texts, prompts, max_length):
         shares = np.array_split(np.arange(len(texts)), s.world_size)
-        share = shares[s.rank] if len(shares[s.rank]) else [0]  # or one, which is not counted
+        share = shares[s.rank] if len(shares[s.rank]) else [0]  # a row needs a text: cut off below
         texts, prompts = ([x[i] for i in share] for x in (texts, prompts))
         encoded = encode(texts, prompts, max_length, embedder.tokenizer, s)
         chunks = chunks_of(encoded, s.device_batch_tokens)
-        if s.fsdp:
+        if s.fsdp:  # every rank must call the model equally often
             pad_chunks(encoded, chunks)
 
         def embed_chunk(i):
@@ -385,7 +395,7 @@ if __name__ == "__main__":
     )
 
     # ---- model (+ LoRA) ----
-    last = checkpoint.find(s)
+    last = checkpoint.find(s)  # what to resume, or None
     model, base, adapters = lora.load_for_training(s, last, s.attention)
     tokenizer = load_tokenizer(base)
     if s.pooling != "splade":
@@ -396,20 +406,17 @@ if __name__ == "__main__":
     if s.pooling == "tokens" and s.projection_dim:
         fresh = torch.nn.Linear(model.config.n_embd, s.projection_dim, bias=False)
         projection = read_settings(last or base).get("projection", fresh)
-        if projection.out_features != s.projection_dim:
-            raise SystemExit(f"projection_dim={s.projection_dim}: {base} projects to "
-                             f"{projection.out_features}")  # fmt: skip
+        if (dim := projection.out_features) != s.projection_dim:
+            raise SystemExit(f"projection_dim={s.projection_dim}: {base} projects to {dim}")
     prompts = {"query": s.query_instruction[0], "document": s.passage_instruction[0]}
     embedder = Embedder(
         model, tokenizer, s.pooling, s.template, prompts, s.normalize, s.passage_max_length,
         s.pool_instruction, projection, s.compute_dtype,
     ).to(s.device).train()  # fmt: skip
-    if max(s.matryoshka_dims, default=0) > embedder.dim:
-        raise SystemExit(f"matryoshka_dims={s.matryoshka_dims}: embeddings have {embedder.dim} "
-                         "numbers")  # fmt: skip
+    if max(s.matryoshka_dims, default=0) > (dim := embedder.dim):
+        raise SystemExit(f"matryoshka_dims={s.matryoshka_dims}: embeddings have {dim} numbers")
     if s.query_max_length != s.passage_max_length:
-        print0(f"queries are cut at {s.query_max_length} tokens here, and in use at "
-               f"{s.passage_max_length} as all texts are")  # fmt: skip
+        print0(f"queries are cut at {s.query_max_length} tokens here, in use as all texts")
     if max(len(set(s.query_instruction)), len(set(s.passage_instruction))) > 1 or any(
         read_pair(file, 0)["prompt"] is not None for file in files
     ):

@@ -292,8 +292,7 @@ def from_pretrained(name, attention=None, window=None, rope_theta=None, dtype=to
     window: of the local layers (see ModelConfig.window_of), 0 makes every layer global.
     rope_theta: for training at a longer context. dtype: of the weights in memory; None: that of the
     folder. ValueError for a missing, unexpected or misshapen weight; a folder without any language
-    modelling head, a classifier's too, gives a model without one.
-    """
+    modelling head, a classifier's too, gives a model without one."""
     folder = resolve_folder(name)
     hf = read_json(folder, "config.json")
     if not hf:

@@ -109,8 +109,10 @@ def theirs(case, causal=None, **changes):
 
 @torch.no_grad()
 def their_output(model, field="logits"):
-    """[T, V or C], each text alone"""
-    return torch.cat([model(input_ids=text[None])[field][0] for text in TOKENS.split(LENGTHS)])
+    texts = TOKENS.split(LENGTHS)
+    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)  # [B, longest]; no text has a 0
+    out = model(input_ids=ids, attention_mask=(ids > 0).long())[field]
+    return torch.cat([one[:n] for one, n in zip(out, LENGTHS)])  # [T, V or C]
 
 
 @torch.no_grad()

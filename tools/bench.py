@@ -33,11 +33,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.logging import disable_progress_bar
 
 import common
 import lora
@@ -53,6 +51,7 @@ LEARNING_RATE = 1e-3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # how far the first results, of fresh weights, may be apart: losses, or checksums near 1
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
+WEIGHTS = train_reconstruct.w_d2q, train_reconstruct.w_q2d
 NO_LABEL = -100  # what transformers calls a position that no loss looks at
 
 
@@ -128,10 +127,8 @@ def labels_transformers(job, rank=0, best=False):
     settings = {"attn_implementation": "sdpa", "sparse_prediction": True} if best else {}
     model, steps = cls.from_pretrained(job.folder, **settings).to(job.device).train(), []
     if rank:
-        model = get_peft_model(model, LoraConfig(
-            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        ))  # fmt: skip
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        model = get_peft_model(model, config)
     for batch in job.batches:
         ids, labels = padded(batch.inputs[0], 0, job), padded(batch.inputs[1], NO_LABEL, job)
         mask = (ids > 0).long()
@@ -176,9 +173,8 @@ def contrastive_st(job, mini_batch_size=None):
     scale = 1 / train_contrastive.temperature
     loss = losses.MultipleNegativesRankingLoss(model, scale)
     if mini_batch_size:
-        loss = losses.CachedMultipleNegativesRankingLoss(
-            model, scale, mini_batch_size=mini_batch_size
-        )
+        cached = losses.CachedMultipleNegativesRankingLoss
+        loss = cached(model, scale, mini_batch_size=mini_batch_size)
 
     def loss_of(batch):
         features = [batch_to_device(model.preprocess(x), job.device) for x in batch.inputs]
@@ -213,9 +209,6 @@ def checksum(vectors):
     return float(np.square((vectors * probe).sum(1)).mean())
 
 
-WEIGHTS = train_reconstruct.w_d2q, train_reconstruct.w_q2d
-
-
 def reconstruct_ours(job):
     """In micro-batches of 8 pairs, as the script accumulates: their sums are those of the batch."""
     yield
@@ -248,7 +241,7 @@ def reconstruct_transformers(job):
             anchors.append(hidden[torch.arange(len(ids)), mask.sum(1) - 1])  # [B, C]
         for weight, anchor, ids in zip(WEIGHTS, anchors[::-1], sides):
             embeds = torch.cat((anchor[:, None], model.get_input_embeddings()(ids)), 1)
-            labels = F.pad(ids, (1, 0), value=NO_LABEL)  # [B, 1 + longest], the anchor in front
+            labels = torch.nn.functional.pad(ids, (1, 0), value=NO_LABEL)  # [B, 1 + longest]
             mask = (labels != 0).long()
             labels = labels.masked_fill(labels == 0, NO_LABEL)
             out = model(inputs_embeds=embeds, attention_mask=mask, labels=labels)
@@ -263,11 +256,10 @@ def matmul(job):
     n = 2048 if job.device == "cpu" else 8192
     yield
     x = torch.randn(n, n, dtype=DTYPES[job.dtype], device=job.device)
-    out = torch.empty_like(x)
     yield
     while True:
         for _ in range(4):
-            torch.mm(x, x, out=out)
+            torch.mm(x, x)
         yield 4 * 2 * n**3
 
 
@@ -288,7 +280,7 @@ def token_batch(vocab_size, n, rng, lengths, labelled):
         chosen[0] = False
         labels.append(np.where(chosen, ids, NO_LABEL))
         ids[chosen] = 5
-    n_labels = sum(int((row != NO_LABEL).sum()) for row in labels)
+    n_labels = int((np.concatenate(labels) != NO_LABEL).sum())
     return Batch([texts, labels], [len(ids) for ids in texts], n_labels)
 
 
@@ -331,6 +323,7 @@ class Case:
 
 
 LLAMA = "llama-8x512"
+LLAMA_SHAPE = dict(n_layer=8, n_embd=512, n_head=8, n_hidden=1376, vocab_size=32000, tied=False)
 
 
 def texts_case(label, n, rounds, passes, sides, unit="pairs", lengths=(16, 256)):
@@ -347,14 +340,12 @@ BENCHES = {
         partial(token_batch, lengths=(16, 512), labelled=0.3),
         {"nanoembed": labels_ours,
          "transformers, best setting": partial(labels_transformers, best=True),
-         "transformers, default": labels_transformers}, {},
-    )],
+         "transformers, default": labels_transformers}, {})],
     "mntp": [Case(
         label, LLAMA, n, 10, "tokens", 2, partial(token_batch, lengths=lengths, labelled=0.2),
         {"nanoembed": partial(labels_ours, rank=16),
          "transformers + peft, all logits": partial(labels_transformers, rank=16)},
-        {"causal": False},
-    ) for label, n, lengths in (("mntp, chunks of 512", 8, (512, 512)),
+        {"causal": False}) for label, n, lengths in (("mntp, chunks of 512", 8, (512, 512)),
                                 ("mntp, 16 to 512 tokens", 16, (16, 512)))],
     "contrastive": [
         texts_case("contrastive", 64, 6, 3, {
@@ -367,8 +358,7 @@ BENCHES = {
     "reconstruct": [Case(
         "reconstruct", LLAMA, 16, 6, "pairs", 3, pair_batch,
         {"nanoembed, 2 micro-batches": reconstruct_ours,
-         "transformers, four padded forwards": reconstruct_transformers}, {},
-    )],
+         "transformers, four padded forwards": reconstruct_transformers}, {})],
     "memory": [texts_case("memory", 4096, 0, 4, CHUNKS, lengths=(16, 64))],
 }  # fmt: skip
 
@@ -389,10 +379,9 @@ def memory(device):
 def serve(pipe, side, job):
     """A side's process: one step for each message, answered by (seconds, result, peak bytes)."""
     torch.set_num_threads(job.threads)
-    disable_progress_bar()
     steps = side(job)
     next(steps)  # imports
-    before, _ = memory(job.device)
+    before = memory(job.device)[0]
     next(steps)  # loads
     pipe.send("ready")
     for _ in iter(pipe.recv, "end"):
@@ -468,7 +457,8 @@ def memory_growth(model, job, case):
     for n in (256, 1024, 4096):
         job.batches = [Batch([side[i : i + n] for side in batch.inputs], [])
                        for batch in batches for i in range(0, case.n, n)]  # fmt: skip
-        [(*_, (_, _, peak))] = take_turns(case.sides, job).values()
+        [turns] = take_turns(case.sides, job).values()
+        peak = max(peak for _, _, peak in turns)
         smallest = smallest or peak
         grown, vectors = peak - smallest, 2 * n * model.config.n_embd * 4  # fp32, of both sides
         print(f"batch {n:<6} vectors {vectors / 1e6:5.1f} MB   peak {peak / 1e6:7,.0f} MB"
@@ -491,23 +481,17 @@ def device_name(device):
 def make_model(case, folder):
     """Fresh weights, saved to the folder; without a head for sentence-transformers, too, where each
     word is a token."""
-    size, changes = case.size, case.changes
-    if size == LLAMA:
-        size, changes = "llama-tiny", changes | dict(
-            n_layer=8, n_embd=512, n_head=8, n_hidden=1376, vocab_size=32000, tied=False
-        )
     names = ("pad", "bos", "eos", "cls", "sep")  # 0 to 4 here: theirs need a larger vocabulary
     hf = {f"{name}_token_id": i for i, name in enumerate(names)}
-    model = from_scratch(size, out_dropout=0.0, hf=hf, **changes)
+    size, shape = ("llama-tiny", LLAMA_SHAPE) if case.size == LLAMA else (case.size, {})
+    model = from_scratch(size, out_dropout=0.0, hf=hf, **case.changes, **shape)
     if model.config.head != "none":
         save_pretrained(model, folder)
         return model
-    words = {"[PAD]": 0, "[UNK]": 1} | {f"w{i}": i for i in range(2, model.config.vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
-    )
+    words = {"[PAD]": 0} | {f"w{i}": i for i in range(1, model.config.vocab_size)}
+    backend = Tokenizer(models.WordLevel(words, "[PAD]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]")
     Embedder(model, tokenizer, max_length=256).save(folder)
     return model
 
@@ -524,6 +508,7 @@ def main():
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out_dir", default="out")
     args = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"  # in the processes to come
     packages = "torch", "transformers", "peft", "sentence-transformers"
     setting = {
         "bench": args.name, "step": f"training: AdamW (fused, lr {LEARNING_RATE}); no dropout",
@@ -555,11 +540,10 @@ def main():
                 more, sides[f"{case.label} {dtype}"] = run_case(model, job, case)
                 rows += more
     os.makedirs(args.out_dir, exist_ok=True)
-    path = os.path.join(args.out_dir, f"bench_{args.name}.json")
-    with open(path, "w") as f:
+    with open(f"{args.out_dir}/bench_{args.name}.json", "w") as f:
         setting["cases"] = cases
         json.dump({"setting": setting, "rows": rows, "sides": sides}, f, indent=1)
-    print("\nwritten to", path)
+    print("\nwritten to", f.name)
 
 
 if __name__ == "__main__":
