@@ -79,28 +79,28 @@ weight_decay = 0.0
 beta1 = 0.9
 beta2 = 0.999
 adam_eps = 1e-8
-grad_clip = 1.0
+grad_clip = 1.0  # largest norm of the gradient
 schedule = "linear"  # linear, cosine or constant, after the warmup
 warmup_steps: int | None = None  # in steps or as a share of the run; None: no warmup
 warmup_ratio: float | None = None
 # evaluation and checkpoints
-eval_interval = 200  # steps; 0: never
+eval_interval = 200  # steps between evaluations; 0: none
 eval_lines = 1000  # of eval_data, from its start; 0: all
 log_interval = 10
 save_interval = 1000  # steps; the last step is always saved
 keep_last = 1
-keep_best = False
+keep_best = False  # True: the one with the lowest eval loss stays, too
 resume = False
 tracker = ""
 # device
 dtype = "auto"  # bf16 (autocast, trained weights in fp32), fp32, or what the device is good at
 compile = False
-gradient_checkpointing = False
+gradient_checkpointing = False  # less memory, a third slower
 fsdp = ""  # full: weights, gradients and optimizer state are sharded over the ranks
 deterministic = False
 seed = 1337
 # look, and do not train
-dry_run = False
+dry_run = False  # two steps: memory, speed, time of the whole run
 show_batch = False
 
 

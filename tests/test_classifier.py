@@ -19,7 +19,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from sklearn.metrics import ndcg_score
-from tokenizers import normalizers, processors
+from tokenizers import normalizers
 
 import harness
 import train_classifier as T
@@ -251,32 +251,20 @@ def test_losses_and_gradients_equal_each_text_alone(case, tokenizer, folders, mo
         assert (grads[name] - p.grad).norm() <= 1e-9 * p.grad.norm(), name
 
 
-def test_pairs_are_the_tokenizers_own(tokenizer):
-    """With SEP between them, a pair has the ids of the tokenizer's template for pairs."""
-    batch = T.make_batch(TEXTS[:1], tokenizer, settings(task="texts"))
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]",
-        special_tokens=[("[CLS]", 0), ("[SEP]", 1)],
-    )  # fmt: skip
-    assert batch.tokens.tolist() == tokenizer(TEXTS[0]["text"], TEXTS[0]["pair"])["input_ids"]
-
-
 def test_text_metrics_equal_loops():
     rng = np.random.default_rng(0)
     y, z = rng.integers(0, 3, 60), rng.normal(size=(60, 3))
     guess = z.argmax(1)
     found = score_texts([{"targets": [int(i)]} for i in y], z, "softmax")
-    assert found["acc"] == pytest.approx(np.mean([a == b for a, b in zip(y, guess)]))
-    f1 = [2 * np.sum((y == k) & (guess == k)) / (np.sum(y == k) + np.sum(guess == k))
-          for k in range(3)]  # fmt: skip
+    assert found["acc"] == pytest.approx(np.mean(y == guess))
+    f1 = [2 * np.sum((y == k) & (guess == k)) / np.sum([y == k, guess == k]) for k in range(3)]
     assert found["f1"] == pytest.approx(np.mean(f1))
     a, b = (np.eye(3)[x] - np.eye(3)[x].mean(0) for x in (y, guess))  # Matthews: their correlation
     assert found["mcc"] == pytest.approx((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
 
     y, z = rng.random(40) < 0.4, rng.normal(size=(40, 1))
-    texts = [f"q{i // 5}" for i in range(40)]
     y[:5] = True  # a query without a wrong candidate is left out
-    examples = [{"text": text, "label": float(label)} for text, label in zip(texts, y)]
+    examples = [{"text": f"q{i // 5}", "label": float(label)} for i, label in enumerate(y)]
     found = score_texts(examples, z, "bce")
     hits = np.sum(y & (z[:, 0] > 0))
     assert found["f1"] == pytest.approx(2 * hits / (np.sum(y) + np.sum(z > 0)))
@@ -317,15 +305,14 @@ def test_saved_folders_are_transformers_or_ours(family, case, reason, folders, t
     classifier = make_classifier(folders[family], s).eval()
     if family in ("llama", "mistral"):  # their tokenizers have no padding
         tokenizer.pad_token = None
-    tensors = classifier.model.state_dict(), classifier.last_layers.state_dict()
-    save_classifier(str(tmp_path), classifier.model.config, tokenizer, s, *tensors)
-    # back: what an embedder or another stage starts from
-    again = from_pretrained(str(tmp_path))
+    weights, layers = classifier.model.state_dict(), classifier.last_layers.state_dict()
+    save_classifier(str(tmp_path), classifier.model.config, tokenizer, s, weights, layers)
+    again = from_pretrained(str(tmp_path))  # what an embedder or another stage starts from
     assert again.config.head == "none"
-    for key, p in again.state_dict().items():
-        assert torch.equal(p, classifier.model.state_dict()[key]), key
+    assert all(torch.equal(p, weights[key]) for key, p in again.state_dict().items())
     notes, last_layers = read_classifier(str(tmp_path))
-    assert all(torch.equal(last_layers[key], p) for key, p in tensors[1].items())
+    assert last_layers.keys() == layers.keys()
+    assert all(torch.equal(last_layers[key], p) for key, p in layers.items())
     path = tmp_path / "nanoembed_classifier.json"  # what earlier versions wrote is read, too
     path.write_text(path.read_text().replace("max_length", "max_seq_len"))
     assert read_classifier(str(tmp_path))[0]["max_length"] == notes["max_length"] == 64
@@ -408,7 +395,7 @@ def text_keys(tmp_path_factory):
 def results(folder):
     """The one file's in results.json."""
     (found,) = json.loads((folder / "results.json").read_text()).values()
-    return found
+    return found["metrics"] | {"task": found["task"]}
 
 
 def test_a_frozen_run_learns_and_changes_its_last_layer_alone(tiny, model_folder, tmp_path):
@@ -420,23 +407,20 @@ def test_a_frozen_run_learns_and_changes_its_last_layer_alone(tiny, model_folder
     assert list(curve) == list(range(1, 61)) and list(right) == [20, 40, 60]
     assert right[60] > 0.6 and curve[60] < 0.8 * curve[1]
     base, last = from_pretrained(model_folder), from_pretrained(str(tmp_path))
-    for key, p in last.state_dict().items():
-        assert torch.equal(p, base.state_dict()[key]), key
+    assert all(torch.equal(p, base.state_dict()[key]) for key, p in last.state_dict().items())
     assert last.config.attn_dropout == base.config.attn_dropout == 0.0  # the run's is not saved
-    found = results(tmp_path)
-    assert found["task"] == "words" and found["metrics"]["acc"] == right[60]
-    assert found["metrics"]["n"] == sum(len(x["words"]) for x in lines)
+    found, n = results(tmp_path), sum(len(x["words"]) for x in lines)
+    assert (found["task"], found["acc"], found["n"]) == ("words", right[60], n)
 
 
 def test_evaluation_later_gives_the_metrics_of_the_end(tiny, model_folder, unbroken, tmp_path):
     path = os.path.join(os.path.dirname(tiny), "eval_data.jsonl")
     keys = ["--dtype=fp32", f"--model={unbroken}", f"--eval_data={path}"]
     evaluate(tmp_path, *keys)
-    assert results(tmp_path) == results(unbroken) and results(unbroken)["metrics"]["missing"] > 0
+    assert results(tmp_path) == results(unbroken) and results(unbroken)["missing"] > 0
     assert os.listdir(tmp_path) == ["results.json"]
     evaluate(tmp_path, *keys, "--eval_lines=5")
-    n_words = sum(len(x["words"]) for x in read_jsonl(path)[:5])
-    assert results(tmp_path)["metrics"]["n"] == n_words
+    assert results(tmp_path)["n"] == sum(len(x["words"]) for x in read_jsonl(path)[:5])
     (tmp_path / "x.txt").write_text("-DOCSTART- O\n\ntan A\n")
     for more, message in (
         ([f"--eval_data={tmp_path}/x.txt", "--eval_lines=2"], "x.txt, 2 lines: there is no"),
@@ -510,8 +494,7 @@ def test_two_ranks_equal_one(tiny, text_keys, tmp_path):
         one = tmp_path / ("whole-one" if kind == "fsdp" else f"{kind}-one")
         harness.assert_close(tmp_path / kind, one, "step6", loss=1e-5, gnorm=1e-4, eval_loss=1e-4)
         a, b = (read_classifier(str(folder / "step6"))[1] for folder in (tmp_path / kind, one))
-        for name in b:
-            assert (a[name] - b[name]).norm() <= 1e-3 * b[name].norm(), (kind, name)
+        assert all((a[name] - b[name]).norm() <= 1e-3 * b[name].norm() for name in b), kind
     assert_equal_bits(tmp_path / "half", tmp_path / "unbroken")
 
 
@@ -548,6 +531,7 @@ def test_dropout_is_off_in_evaluation_and_in_a_frozen_model(tiny, tokenizer, tmp
 
 # ---- bad input ----
 
+
 @pytest.mark.parametrize(("kind", "line", "message"), [
     ("words", '{"words": ["a", "b"], "labels": ["A"]}', "2 words and 1 in 'labels'"),
     ("words", '{"words": [], "labels": []}', "0 words and 0"),
@@ -578,9 +562,8 @@ def test_broken_lines(kind, line, message, tmp_path):
 
 
 def test_columns(tmp_path):
-    path = tmp_path / "eng.testa"
-    text = "-DOCSTART- -X- O O\n\nEU NNP I-NP I-ORG\nrejects VBZ I-VP O\n\n\n"
-    path.write_text(text + "Peter NNP I-NP I-PER")
+    path, text = tmp_path / "eng.testa", "-DOCSTART- -X- O O\n\nEU NNP I-NP I-ORG\n"
+    path.write_text(text + "rejects VBZ I-VP O\n\n\nPeter NNP I-NP I-PER")
     examples = read_words(str(path), "labels", 3)
     assert examples == read_words(str(path), "labels", -1) == [
         {"words": ["EU", "rejects"], "labels": ["I-ORG", "O"], "lines": [3, 4]},

@@ -1,6 +1,5 @@
 """tools/verify.py: it passes on every family, and fails where the code or a folder is broken."""
 
-import json
 import math
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ import formats.huggingface as HF
 import model as M
 from conftest import ROOT
 from embedder import Embedder
+from formats import read_json, write_json
 from harness import FAMILIES, model_folder
 from tokenizer import Template, load_tokenizer
 from tools import verify
@@ -29,7 +29,9 @@ def verdicts(folder):
 
 
 def failures(folder):
-    return {title for title, ok in verdicts(folder)[0].items() if ok is False}
+    """{check that failed: its figure}"""
+    ok, figures = verdicts(folder)
+    return {title: figures[title] for title in ok if ok[title] is False}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -37,11 +39,9 @@ def test_verify_passes(family, folders):
     ok, figures = verdicts(folders[family])
     skipped = {"attention: varlen", "attention: flash_attn", "training ids = encode ids"}
     skipped |= {"logits equal transformers'"} if family == "neobert" else set()
-    assert {title for title in ok if ok[title] is None} == skipped
-    assert all(ok[title] for title in ok.keys() - skipped), figures
-    assert len(ok) == 11
+    assert ok == {title: None if title in skipped else True for title in ok}, figures
     causal = family in ("llama", "mistral", "qwen2", "qwen3", "modernbert-decoder")
-    assert ("causal, truly" if causal else "bidirectional, truly") in ok
+    assert len(ok) == 11 and ("causal, truly" if causal else "bidirectional, truly") in ok
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["for sentence-transformers", "ours alone"])
@@ -53,9 +53,9 @@ def test_verify_compares_an_embedders_ids(whole, folders, tmp_path):
     embedder.save(tmp_path, whole)
     ok, figures = verdicts(tmp_path)
     assert ok["training ids = encode ids"] is True, figures
-    settings = json.loads((tmp_path / "nanoembed.json").read_text())
+    settings = read_json(tmp_path, "nanoembed.json")
     settings["template"]["prefix"] = "<<< "
-    (tmp_path / "nanoembed.json").write_text(json.dumps(settings))
+    write_json(settings, tmp_path, "nanoembed.json")
     tokenizer.backend_tokenizer.post_processor = None
     tokenizer.save_pretrained(tmp_path)
     assert verdicts(tmp_path)[0]["training ids = encode ids"] is False
@@ -64,53 +64,48 @@ def test_verify_compares_an_embedders_ids(whole, folders, tmp_path):
 # ---- sabotage ----
 
 
-def swap_gate_and_up(mlp, x):
-    up, gate = mlp.gate_up_proj(x).chunk(2, dim=-1)
-    return mlp.down_proj(mlp.act(gate) * up)
-
-
 WEIGHT = "blocks.1.mlp.down_proj.weight"
-# what is broken: (where, what, real function -> its replacement, which checks of an encoder fail)
+# what is broken: (where, what, (real function, its arguments) -> result, what fails of an encoder)
 SABOTAGE = {
     "all texts of a row become one": (
-        A, "sdpa_packed", lambda real: lambda q, k, v, n, *rest: real(q, k, v, [sum(n)], *rest),
+        A, "sdpa_packed", lambda real, q, k, v, n, *more: real(q, k, v, [sum(n)], *more),
         COMPARED | {"packed = each text alone", "no text sees another", "attention: sdpa"}),
     "a trace of the row's mean in every output, far below any tolerance": (
-        A, "sdpa_packed", lambda real: lambda q, k, v, *r: real(q, k, v, *r) + 1e-6 * v.mean(),
+        A, "sdpa_packed", lambda real, q, k, v, *more: real(q, k, v, *more) + 1e-6 * v.mean(),
         {"no text sees another"}),
     "a wider window": (
         M.ModelConfig, "window_of",
-        lambda real: lambda c, i: (real(c, i)[0] + (real(c, i)[0] > 0), real(c, i)[1]), COMPARED),
+        lambda real, c, i: (real(c, i)[0] + (real(c, i)[0] > 0), real(c, i)[1]), COMPARED),
     "another theta": (
         M, "rope_frequencies",
-        lambda real: lambda rope, *rest: real(rope | {"theta": rope["theta"] * 1.1}, *rest),
+        lambda real, rope, *rest: real(rope | {"theta": rope["theta"] * 1.1}, *rest), COMPARED),
+    "gate and up swapped": (
+        M.MLP, "forward", lambda real, mlp, x: mlp.down_proj(torch.mul(*[
+            f(y) for f, y in zip((lambda y: y, mlp.act), mlp.gate_up_proj(x).chunk(2, -1))])),
         COMPARED),
-    "gate and up swapped": (M.MLP, "forward", lambda real: swap_gate_and_up, COMPARED),
     "the other direction": (
-        A, "sdpa_window",
-        lambda real: lambda q, k, v, causal, w, p: real(
+        A, "sdpa_window", lambda real, q, k, v, causal, w, p: real(
             q, k, v, not causal, (w[0], w[0] if causal else 0), p),
         COMPARED | {"bidirectional, truly", "attention: sdpa"}),
     "long texts forget the window": (
-        A, "sdpa_window", lambda real: lambda q, k, v, causal, w, p: real(
-            q, k, v, causal, w if q.size(2) <= 256 else (-1, -1), p),
-        {"attention: sdpa"}),
+        A, "sdpa_window", lambda real, q, k, v, causal, w, p: real(
+            q, k, v, causal, w if q.size(2) <= 256 else (-1, -1), p), {"attention: sdpa"}),
     "saved rows in another order": (
-        HF, "write_folder", lambda real: lambda folder, config, state: real(
-            folder, config, state | {WEIGHT: state[WEIGHT].flip(0)}),
-        {"save -> reload"}),
+        HF, "write_folder", lambda real, folder, config, state: real(
+            folder, config, state | {WEIGHT: state[WEIGHT].flip(0)}), {"save -> reload"}),
     "a key that is not saved": (
         HF, "config_to_hf",
-        lambda real: lambda c: {k: v for k, v in real(c).items() if k != "local_attention"},
+        lambda real, c: {k: v for k, v in real(c).items() if k != "local_attention"},
         {"save -> reload"}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("broken", SABOTAGE)
 def test_verify_fails_where_the_code_is_wrong(broken, folders, monkeypatch):
-    module, name, replace, expected = SABOTAGE[broken]
-    monkeypatch.setattr(module, name, replace(getattr(module, name)))
-    assert failures(folders["modernbert"]) == expected
+    module, name, replacement, expected = SABOTAGE[broken]
+    real = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *inputs: replacement(real, *inputs))
+    assert failures(folders["modernbert"]).keys() == expected
     if broken == "the other direction":  # a decoder that looks ahead
         assert "causal, truly" in failures(folders["llama"])
         assert "causal, truly" in failures(folders["mistral"])
@@ -120,8 +115,7 @@ def test_verify_fails_where_the_code_is_wrong(broken, folders, monkeypatch):
 
 
 @pytest.fixture
-def broken(folders, tmp_path):
-    """A copy of an encoder's folder, to be broken."""
+def broken(folders, tmp_path):  # a copy of an encoder's folder
     return shutil.copytree(folders["modernbert"], tmp_path / "step12")
 
 
@@ -129,28 +123,26 @@ def test_verify_fails_on_missing_and_bad_weights(broken, tmp_path):
     state = load_file(broken / "model.safetensors")
     weight = state.pop("model.layers.1.attn.Wo.weight")
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
-    ok, figures = verdicts(broken)
-    assert ok == {"the weights are read": False}
-    assert "is missing" in figures["the weights are read"]
+    [(title, figure)] = failures(broken).items()
+    assert title == "the weights are read" and "is missing" in figure
     state["model.layers.1.attn.Wo.weight"] = weight.index_fill(0, torch.tensor(3), math.nan)
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
-    assert {"logits equal transformers'", "no text sees another"} <= failures(broken)
+    assert {"logits equal transformers'", "no text sees another"} <= failures(broken).keys()
     (tmp_path / "empty").mkdir()
-    [(_, ok, figure)] = verify.check(str(tmp_path / "empty"), torch.device("cpu"))
-    assert ok is False and "no config.json" in figure
+    assert "no config.json" in failures(tmp_path / "empty")["the weights are read"]
 
 
 def test_verify_fails_on_a_tokenizer_that_does_not_fit(broken):
-    good = (broken / "tokenizer.json").read_text()
+    good = read_json(broken, "tokenizer.json")
     tokenizer = load_tokenizer(str(broken))
     tokenizer.add_tokens([f"<new {i}>" for i in range(400)])
     tokenizer.save_pretrained(broken)
-    ok, figures = verdicts(broken)
-    assert {t for t in ok if ok[t] is False} == {"tokenizer"}
-    assert "ids up to 711" in figures["tokenizer"] and "vocab_size is 512" in figures["tokenizer"]
+    [(title, figure)] = failures(broken).items()
+    assert title == "tokenizer"
+    assert "ids up to 711" in figure and "vocab_size is 512" in figure
     # without a decoder tokens are joined by spaces
-    (broken / "tokenizer.json").write_text(json.dumps(json.loads(good) | {"decoder": None}))
-    assert failures(broken) == {"tokenizer"}
+    write_json(good | {"decoder": None}, broken, "tokenizer.json")
+    assert failures(broken).keys() == {"tokenizer"}
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (broken / name).unlink()
     assert verdicts(broken)[0]["tokenizer"] is None
@@ -158,21 +150,18 @@ def test_verify_fails_on_a_tokenizer_that_does_not_fit(broken):
 
 def test_verify_fails_on_names_that_transformers_does_not_know(folders, tmp_path, monkeypatch):
     """We write and read them; it would make weights up."""
-    names = HF.NAMES["modernbert"] | {"attn.o_proj": "attn.out"}
-    monkeypatch.setitem(HF.NAMES, "modernbert", names)
+    monkeypatch.setitem(HF.NAMES["modernbert"], "attn.o_proj", "attn.out")
     model_folder(tmp_path, "modernbert", load_tokenizer(folders["modernbert"]))
-    ok, figures = verdicts(tmp_path)
-    assert {t for t in ok if ok[t] is False} == COMPARED
-    assert all("transformers finds no" in figures[t] for t in COMPARED)
+    figures = failures(tmp_path)
+    assert figures.keys() == COMPARED
+    assert all("transformers finds no" in figure for figure in figures.values())
     assert figures["save -> reload"].count("Wo.weight") == 3
 
 
 def test_command(folders, broken):
-    config = broken / "config.json"
-    config.write_text(config.read_text().replace('"vocab_size": 512', '"vocab_size": 500'))
-    run = subprocess.run(
-        [sys.executable, "-m", "tools.verify", broken], cwd=ROOT, capture_output=True, text=True
-    )
+    write_json(read_json(broken, "config.json") | {"vocab_size": 500}, broken, "config.json")
+    command = [sys.executable, "-m", "tools.verify", broken]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and "FAIL     the weights are read" in run.stdout, run.stdout
     assert "0 passed, 1 failed, 0 skipped" in run.stdout
     assert verify.main(folders["qwen3"]) == 0

@@ -7,8 +7,7 @@ Side by side with the peers: same weights, texts, precision and threads, in one 
     python -m tools.bench encode         # texts -> vectors, against sentence-transformers
     python -m tools.bench reconstruct    # against four padded forwards of transformers
     python -m tools.bench memory         # of the gradient cache, as the batch grows
-    python -m tools.bench mlm --dtype=both --rounds=20
-    python -m tools.bench mlm --device=cuda --dtype=bf16
+    python -m tools.bench mlm --device=cuda --dtype=both --rounds=20
 
 Each side runs in a process of its own and they take turns: a round is a step of ours, the same step
 of each peer and a plain matmul, so that whatever else the machine does meets all of them. Each
@@ -52,6 +51,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # how far the first results, of fresh weights, may be apart: losses, or checksums near 1
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 WEIGHTS = train_reconstruct.w_d2q, train_reconstruct.w_q2d
+LLAMA = "llama-8x512"
+LLAMA_SHAPE = dict(n_layer=8, n_embd=512, n_head=8, n_hidden=1376, vocab_size=32000, tied=False)
 NO_LABEL = -100  # what transformers calls a position that no loss looks at
 
 
@@ -64,8 +65,7 @@ class Batch:
 
 # ---- sides ----
 # A side is a generator. It yields when all is imported, when its model is loaded, and then what it
-# has computed after each step. `job` has the folder of the model, the batches (one for each step),
-# device, dtype and threads.
+# has computed after each step. `job`: the model's folder, the batches, device, dtype and threads.
 
 
 def half(job):
@@ -107,8 +107,7 @@ def labels_ours(job, rank=0):
         rows = (labels != NO_LABEL).nonzero()[:, 0]  # [L]
         before = rows - min(rank, 1)  # MNTP predicts from the position before
         steps.append([(tokens, make_seqs(batch.lengths, job.device), before, labels[rows])])
-    # the sum over the labels / their number
-    yield from train(model, lambda batch: model(*batch)[0] / len(batch[2]), steps, job)
+    yield from train(model, lambda batch: model(*batch)[0] / len(batch[3]), steps, job)  # a mean
 
 
 def padded(rows, fill, job):
@@ -131,8 +130,7 @@ def labels_transformers(job, rank=0, best=False):
         model = get_peft_model(model, config)
     for batch in job.batches:
         ids, labels = padded(batch.inputs[0], 0, job), padded(batch.inputs[1], NO_LABEL, job)
-        mask = (ids > 0).long()
-        steps.append([{"input_ids": ids, "labels": labels, "attention_mask": mask}])
+        steps.append([{"input_ids": ids, "labels": labels, "attention_mask": (ids > 0).long()}])
     yield from train(model, lambda batch: model(**batch).loss, steps, job)
 
 
@@ -322,10 +320,6 @@ class Case:
     changes: dict  # fields of ModelConfig
 
 
-LLAMA = "llama-8x512"
-LLAMA_SHAPE = dict(n_layer=8, n_embd=512, n_head=8, n_hidden=1376, vocab_size=32000, tied=False)
-
-
 def texts_case(label, n, rounds, passes, sides, unit="pairs", lengths=(16, 256)):
     make = partial(text_batch, lengths=lengths, sides=2 if unit == "pairs" else 1)
     changes = {"causal": False, "head": "none"}
@@ -416,7 +410,7 @@ def compare(model, job, case):
     """One case in one precision, its table printed -> (rows of the json, numbers of each side)."""
     turns = take_turns(case.sides | {"matmul": matmul}, job)
     results = {side: np.array([result for _, result, _ in turns[side]]) for side in turns}
-    seconds = {side: np.array([time for time, _, _ in turns[side][1:]]) for side in turns}
+    seconds = {side: np.array([elapsed for elapsed, _, _ in turns[side][1:]]) for side in turns}
     batches = job.batches[1:]  # the first warms up
     counts = [sum(b.lengths) if case.unit == "tokens" else case.n for b in batches]
     print(f"\n{case.label + ', ' + job.dtype:37} {case.unit + '/s':>9}    memory   ours against it")
@@ -450,9 +444,8 @@ def compare(model, job, case):
 
 
 def memory_growth(model, job, case):
-    """Peak memory against the batch, of the same pairs in many or few steps -> (rows, {}): growth
-    over the smallest batch as `ours`, the bytes of the cached vectors as `peer`, `memory_ratio` the
-    peak over the smallest's."""
+    """Peak memory of the same pairs in many or few steps -> (rows, {}): `ours` is what it is above
+    the smallest batch's, and `memory_ratio` their ratio, `peer` the bytes of the cached vectors."""
     batches, rows, smallest = job.batches, [], None
     for n in (256, 1024, 4096):
         job.batches = [Batch([side[i : i + n] for side in batch.inputs], [])
@@ -479,20 +472,19 @@ def device_name(device):
 
 
 def make_model(case, folder):
-    """Fresh weights, saved to the folder; without a head for sentence-transformers, too, where each
-    word is a token."""
+    """Fresh weights, saved; without a head for sentence-transformers, too, each word a token."""
     names = ("pad", "bos", "eos", "cls", "sep")  # 0 to 4 here: theirs need a larger vocabulary
     hf = {f"{name}_token_id": i for i, name in enumerate(names)}
     size, shape = ("llama-tiny", LLAMA_SHAPE) if case.size == LLAMA else (case.size, {})
     model = from_scratch(size, out_dropout=0.0, hf=hf, **case.changes, **shape)
-    if model.config.head != "none":
+    if model.config.head == "none":
+        words = {"[PAD]": 0} | {f"w{i}": i for i in range(1, model.config.vocab_size)}
+        backend = Tokenizer(models.WordLevel(words, "[PAD]"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]")
+        Embedder(model, tokenizer, max_length=256).save(folder)
+    else:
         save_pretrained(model, folder)
-        return model
-    words = {"[PAD]": 0} | {f"w{i}": i for i in range(1, model.config.vocab_size)}
-    backend = Tokenizer(models.WordLevel(words, "[PAD]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]")
-    Embedder(model, tokenizer, max_length=256).save(folder)
     return model
 
 
