@@ -9,7 +9,10 @@ read_examples adds "targets" to both, the labels as numbers.
 
 import math
 
+import numpy as np
+
 from data import open_pairs, read_jsonl, read_pair, require
+from metrics import ndcg
 from tokenizer import whole_backend
 
 
@@ -131,3 +134,50 @@ def label_set(examples):
         return (0, int(name), name) if name.removeprefix("-").isdecimal() else (1, 0, name)
 
     return sorted({label for example in examples for label in labels_of(example)}, key=place)
+
+
+def score_words(examples, found, names):
+    """found: for each example the numbers of its words' labels, -1 for a word without a token: that
+    is counted wrong, and is outside of all entities. -> (metrics, how many such words)."""
+    gold = [example["labels"] for example in examples]
+    guesses = [[names[i] if i >= 0 else None for i in labels] for labels in found]
+    pairs = [pair for rows in zip(gold, guesses) for pair in zip(*rows)]
+    metrics = {"acc": sum(label == guess for label, guess in pairs) / len(pairs)}
+    if any(name[:2] in ("B-", "I-") for name in names):
+        from seqeval.metrics import f1_score, precision_score, recall_score
+
+        inside = [["O" if guess is None else guess for guess in row] for row in guesses]
+        scores = {"f1": f1_score, "precision": precision_score, "recall": recall_score}
+        metrics |= {name: float(f(gold, inside, zero_division=0)) for name, f in scores.items()}
+    return metrics, sum(guess is None for _, guess in pairs)
+
+
+def score_texts(examples, logits, kind):
+    """logits [n, K] of all examples -> metrics: accuracy, macro F1 and Matthews; for bce F1 of the
+    1s at threshold 0 and nDCG@10 of the texts that share their "text" (a query's candidates, 2 or
+    more, not all of one label; equal scores share their gain); for mse Pearson and Spearman."""
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    scores = logits[:, 0]
+    if kind == "softmax":
+        gold, guess = [e["targets"][0] for e in examples], logits.argmax(1)
+        f1, mcc = f1_score(gold, guess, average="macro"), matthews_corrcoef(gold, guess)
+        metrics = {"acc": (guess == gold).mean(), "f1": f1, "mcc": mcc}
+    elif kind == "mse":
+        gold = [e["label"] for e in examples]
+        metrics = {"pearson": pearsonr(gold, scores)[0], "spearman": spearmanr(gold, scores)[0]}
+    else:
+        gold, queries, values = np.array([e["label"] for e in examples]), {}, []
+        yes, guess = gold > 0.5, scores > 0
+        metrics = {"acc": (yes == guess).mean(), "f1": f1_score(yes, guess)}
+        for i, example in enumerate(examples):
+            queries.setdefault(example["text"], []).append(i)
+        for rows in queries.values():  # of a query's candidates
+            if len(set(gold[rows])) > 1:
+                _, place, count = np.unique(-scores[rows], return_inverse=True, return_counts=True)
+                gains = np.bincount(place, gold[rows]) / count  # the mean gain of each score
+                values.append(ndcg(gains[np.sort(place)], gold[rows], 10))
+        if values:
+            metrics["ndcg"] = np.mean(values)
+    return {name: float(value) for name, value in metrics.items()}

@@ -148,7 +148,6 @@ class StableAdamW(torch.optim.Optimizer):
             torch._foreach_lerp_(m, g, [1 - b for b in beta1])
             torch._foreach_mul_(v, beta2)
             torch._foreach_addcmul_(v, g, g, [1 - b for b in beta2])
-
             u = torch._foreach_sqrt(v)  # the one temporary of the parameters' size
             torch._foreach_clamp_min_(u, group["eps"])  # sqrt(max(v, eps^2))
             torch._foreach_reciprocal_(u)

@@ -4,12 +4,17 @@ token's hidden state, which train_token_retrieval.py trains. A passage longer th
 windows: slices of the whole's ids, so that no token and no character moves.
 """
 
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from attention import make_seqs
+from metrics import ndcg
+from spans import covered
 from tokenizer import tokenize_passage
 
 
@@ -80,3 +85,36 @@ def score_tokens(embedder, queries, passage, window=0, overlap=0, progress=False
             inside = torch.from_numpy(rows[(rows >= first) & (rows < last)] - start).to(device)
             scores.append(cosines(vectors, hidden[inside]).cpu())
     return torch.cat(scores, dim=1).numpy(), spans
+
+
+def names_of(ratios):
+    """The names in what token_metrics returns, where a line has an answer."""
+    return ["ap", "ndcg"] + [f"{kind}_{r}x" for kind in ("recall", "f1", "answer") for r in ratios]
+
+
+def token_metrics(scores, gold, spans, record, ratios):
+    """What an order of a passage's n tokens is worth for one query -> {name: number}
+
+    scores [n]; gold: indices of the gold tokens; spans [n, 2]: the characters of each token.
+    ap and ndcg are of the whole order, gains 0 and 1. The others are of the best ceil(n / r)
+    tokens: recall_rx is the share of the gold tokens that is kept; f1_rx compares the characters
+    that are kept with those of the spans, spaces aside; answer_rx is 1 where every character of
+    the answer is kept.
+    """
+    order = np.argsort(-scores, kind="stable")
+    hits = np.isin(order, gold)  # [n] from the best token down
+    ranks = np.flatnonzero(hits) + 1
+    precisions = np.arange(1, len(gold) + 1) / ranks
+    out = {"ap": precisions.mean(), "ndcg": ndcg(hits, np.ones(len(gold)))}
+    passage = record["passage"]
+    written = np.array([not c.isspace() for c in passage])
+    wanted = covered(record["spans"], len(passage)) & written
+    for r in ratios:
+        n_kept = math.ceil(len(order) / r)
+        kept = covered(spans[order[:n_kept]], len(passage)) & written  # [characters]
+        out[f"recall_{r}x"] = hits[:n_kept].sum() / len(gold)
+        out[f"f1_{r}x"] = 2 * (kept & wanted).sum() / (kept.sum() + wanted.sum())
+        if record["answer"]:
+            start, end = record["answer"]
+            out[f"answer_{r}x"] = float((kept | ~written)[start:end].all())
+    return out

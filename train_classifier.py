@@ -32,8 +32,7 @@ from attention import Seqs
 from common import prefetch, print0
 from formats import classifier as folders
 from formats.huggingface import resolve_folder
-from labels import join_texts, labels_of, read_examples
-from metrics import score_texts, score_words
+from labels import join_texts, labels_of, read_examples, score_texts, score_words
 from model import Head
 from order import rows_of_step
 from pooling import Pool, pack, pool

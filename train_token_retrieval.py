@@ -28,10 +28,9 @@ from common import prefetch, print0
 from data import open_pairs
 from embedder import Embedder
 from formats.huggingface import config_from_hf, resolve_folder
-from metrics import names_of, token_metrics
 from passages import eval_batches, lines_of_batch, pack_texts, pad_batch, show_lines, train_batches
 from spans import find_runs
-from token_scores import cosines, windows_of
+from token_scores import cosines, names_of, token_metrics, windows_of
 from tokenizer import Template, load_tokenizer
 
 # ---- defaults ----

@@ -3,6 +3,8 @@
 #   python train_classifier.py configs/classifier_conll2003.py --label_field=pos \
 #       --init_from=princeton-nlp/Sheared-LLaMA-1.3B --attention=bidirectional \
 #       --adapters="['McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp']" --label_position=next_token
+#   python -m evals.classifier --model=out/classifier_conll2003_pos --label_field=pos \
+#       --eval_data=data/conll2003/test.jsonl
 # A causal model and an encoder are read where the word stands: same_token, the default.
 label_field = "ner"  # pos: 47 labels, chunk: 23, ner: 9
 out_dir = f"out/classifier_conll2003_{label_field}"
@@ -10,7 +12,7 @@ task = "words"
 init_from = "princeton-nlp/Sheared-LLaMA-1.3B"
 
 data = "data/conll2003/train.jsonl"
-eval_data = "data/conll2003/val.jsonl"  # and then --eval_only=True on data/conll2003/test.jsonl
+eval_data = "data/conll2003/val.jsonl"
 max_length = 256
 # the data set's own lists: val and test may have what train has not
 _pos = "\" '' # $ ( ) , . : `` CC CD DT EX FW IN JJ JJR JJS LS MD NN NNP NNPS NNS NN|SYM PDT POS "

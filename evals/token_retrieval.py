@@ -7,7 +7,7 @@ table with orders of the tokens that learn nothing.
     torchrun --standalone --nproc_per_node=8 -m evals.token_retrieval --model=out/x --eval_data=...
 
 The scores are those of use, token_scores.score_tokens; passages are not cut. Lines are as in
-train_token_retrieval.py, the numbers are those of metrics.token_metrics, means over the queries.
+train_token_retrieval.py, the numbers are means of token_scores.token_metrics over the queries.
 out_dir gets results.json and results.md.
 """
 
@@ -25,9 +25,8 @@ from data import open_pairs
 from embedder import Embedder
 from formats import write_json
 from formats.huggingface import pinned
-from metrics import names_of, token_metrics
 from spans import covered, find_runs, gold_tokens, read_spans, speller
-from token_scores import score_tokens
+from token_scores import names_of, score_tokens, token_metrics
 from tokenizer import tokenize_passage
 
 # ---- defaults ----

@@ -15,6 +15,7 @@ from sklearn.metrics import average_precision_score
 
 import harness
 import metrics
+import token_scores
 from attention import make_seqs
 from data import open_pairs
 from embedder import Embedder
@@ -50,7 +51,7 @@ def test_token_metrics_equal_loops():
         record = {"passage": passage, "spans": spans[gold].tolist(), "answer": None}
         record["answer"] = record["spans"][0] if trial % 2 else None
         scores = rng.normal(size=n)
-        got = metrics.token_metrics(scores, gold, spans, record, (4, 2))
+        got = token_scores.token_metrics(scores, gold, spans, record, (4, 2))
         truth = np.isin(np.arange(n), gold)
         assert got["ap"] == pytest.approx(average_precision_score(truth, scores))
         order = sorted(range(n), key=lambda j: -scores[j])
@@ -161,8 +162,8 @@ def test_token_retrieval_equals_loops(window, config, tmp_path, capsys):
     for name, values in totals.items():
         assert results["model"][name] == pytest.approx(np.mean(values), rel=1e-5), name
     assert list(results) == ["random", "first", "overlap", "bm25", "model"]
-    assert set(results["model"]) == {"loss", "acc", *metrics.names_of((4, 2))}
-    assert set(results["bm25"]) == set(metrics.names_of((4, 2)))
+    assert set(results["model"]) == {"loss", "acc", *token_scores.names_of((4, 2))}
+    assert set(results["bm25"]) == set(token_scores.names_of((4, 2)))
     assert saved["queries"] == len(lines) > 14 and saved["model"] == folder
     table, printed = (tmp_path / "results.md").read_text(), capsys.readouterr().out
     for order, numbers in results.items():

@@ -64,6 +64,11 @@ def test_verify_compares_an_embedders_ids(whole, folders, tmp_path):
 # ---- sabotage ----
 
 
+def swap_gate_and_up(real, mlp, x):
+    up, gate = mlp.gate_up_proj(x).chunk(2, dim=-1)
+    return mlp.down_proj(mlp.act(gate) * up)
+
+
 WEIGHT = "blocks.1.mlp.down_proj.weight"
 # what is broken: (where, what, (real function, its arguments) -> result, what fails of an encoder)
 SABOTAGE = {
@@ -79,10 +84,7 @@ SABOTAGE = {
     "another theta": (
         M, "rope_frequencies",
         lambda real, rope, *rest: real(rope | {"theta": rope["theta"] * 1.1}, *rest), COMPARED),
-    "gate and up swapped": (
-        M.MLP, "forward", lambda real, mlp, x: mlp.down_proj(torch.mul(*[
-            f(y) for f, y in zip((lambda y: y, mlp.act), mlp.gate_up_proj(x).chunk(2, -1))])),
-        COMPARED),
+    "gate and up swapped": (M.MLP, "forward", swap_gate_and_up, COMPARED),
     "the other direction": (
         A, "sdpa_window", lambda real, q, k, v, causal, w, p: real(
             q, k, v, not causal, (w[0], w[0] if causal else 0), p),

@@ -278,8 +278,8 @@ def token_batch(vocab_size, n, rng, lengths, labelled):
         chosen[0] = False
         labels.append(np.where(chosen, ids, NO_LABEL))
         ids[chosen] = 5
-    n_labels = int((np.concatenate(labels) != NO_LABEL).sum())
-    return Batch([texts, labels], [len(ids) for ids in texts], n_labels)
+    rows = np.flatnonzero(np.concatenate(labels) != NO_LABEL)
+    return Batch([texts, labels], [len(ids) for ids in texts], len(rows))
 
 
 def text_batch(vocab_size, n, rng, lengths, sides):
@@ -390,9 +390,9 @@ def take_turns(sides, job):
     """-> {name: [(seconds, result, peak bytes) of each round]}, a round a batch."""
     context, pipes = multiprocessing.get_context("spawn"), {}
     for name, side in sides.items():
-        pipes[name], theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, side, job), daemon=True).start()
-        theirs.close()  # so that a process that dies ends the wait for it
+        pipes[name], end = context.Pipe()
+        context.Process(target=serve, args=(end, side, job), daemon=True).start()
+        end.close()  # so that a process that dies ends the wait for it
     turns, names = {name: [] for name in sides}, list(sides)
     for pipe in pipes.values():
         pipe.recv()
@@ -425,9 +425,8 @@ def compare(model, job, case):
             memory_ratio = sides[ours]["memory"] / peak
             line += (f"   {ratio:.2f}x the speed (half of the rounds {low:.2f}-{high:.2f}), "
                      f"{memory_ratio:.2f}x the memory")  # fmt: skip
-            name = f"{case.label} {job.dtype}: {side}"
-            rows.append({"name": name, "ours": sides[ours][unit], "peer": speed, "ratio": ratio,
-                         "memory_ratio": memory_ratio})  # fmt: skip
+            rows.append({"name": f"{case.label} {job.dtype}: {side}", "ours": sides[ours][unit],
+                         "peer": speed, "ratio": ratio, "memory_ratio": memory_ratio})  # fmt: skip
         print(line)
 
     peaks = results["matmul"][1:] / seconds["matmul"]
@@ -517,12 +516,11 @@ def main():
             model = make_model(case, folder)
             vocab_size = model.config.vocab_size
             batches = [case.make(vocab_size, case.n, rng) for _ in range(case.rounds + 1)]
-            lengths = [n for batch in batches for n in batch.lengths]
+            tokens = [n for batch in batches for n in batch.lengths]  # of each text
             cases.append({
                 "case": case.label, "size": case.size, "vocab_size": vocab_size, "batch": case.n,
-                "rounds": case.rounds,
-                "lengths": f"{min(lengths)} to {max(lengths)} tokens, uniform",
-                "tokens": sum(lengths), "labels": sum(batch.n_labels for batch in batches),
+                "rounds": case.rounds, "lengths": f"{min(tokens)} to {max(tokens)} tokens, uniform",
+                "tokens": sum(tokens), "labels": sum(batch.n_labels for batch in batches),
             })  # fmt: skip
             for key, value in (setting | cases[-1]).items():
                 print(f"{key:21} {value:,}" if type(value) is int else f"{key:21} {value}")

@@ -93,16 +93,20 @@ def compare(found, expected):
     return difference <= limit, figure
 
 
-def compare_with_transformers(case, folder):
-    """`compare` with transformers' model of the folder, in fp32, on each text alone: no padding
-    could hide or make a difference."""
+# ---- the checks: each returns (True, False or None for skipped, the figure) ----
+
+
+def equals_transformers(case, folder=None):
+    """transformers' model of the folder, in fp32, on each text alone: no padding could hide or make
+    a difference."""
     c = case.net.config
     if c.family == "neobert":
         return None, "NeoBERT is not in transformers; the code published with it is not run here"
     cls = getattr(transformers, ARCHITECTURES[c.family][c.head == "none"])
     model, info = cls.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-    )
+        folder or case.folder, dtype=torch.float32, attn_implementation="sdpa",
+        output_loading_info=True,
+    )  # fmt: skip
     if info["missing_keys"]:  # it would make them up
         return False, f"transformers finds no {', '.join(sorted(info['missing_keys']))}"
     model.to(case.texts[0].device).eval()
@@ -111,17 +115,9 @@ def compare_with_transformers(case, folder):
     for text in case.texts:
         ids = text[None]  # [1, n]
         expected.append(model(input_ids=ids, attention_mask=torch.ones_like(ids))[field][0])
-    return compare(outputs(case.net, case.texts), torch.cat(expected))  # [T, V or C]
-
-
-# ---- the checks: each returns (True, False or None for skipped, the figure) ----
-
-
-def equals_transformers(case):
-    ok, figure = compare_with_transformers(case, case.folder)
-    window = case.net.config.window
-    if max(map(len, case.texts)) <= window:
-        figure += f"; no text reaches the window of {window} tokens"
+    ok, figure = compare(outputs(case.net, case.texts), torch.cat(expected))  # [T, V or C]
+    if max(map(len, case.texts)) <= c.window:
+        figure += f"; no text reaches the window of {c.window} tokens"
     return ok, figure
 
 
@@ -222,7 +218,7 @@ def save_and_reload(case):
         if not torch.equal(outputs(again, case.texts), outputs(case.net, case.texts)):
             return False, "the same weights, other outputs: config.json lost something"
         del again, after
-        ok, figure = compare_with_transformers(case, folder)
+        ok, figure = equals_transformers(case, folder)
     same = f"{len(names)} tensors and the outputs are bit-equal; transformers: {figure}"
     return ok is not False, same
 
@@ -276,18 +272,30 @@ def same_ids(case):
     return True, f"{len(PROBES)} texts, each with {len(instructions)} instructions"
 
 
+def attempt(function, *inputs):
+    """What it returns, or (False, its error): the other checks still tell something."""
+    try:
+        return function(*inputs)
+    except Exception as error:
+        return False, " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def read(name, device):
+    folder = resolve_folder(name)
+    net = from_pretrained(folder).to(device).eval()
+    texts = random_texts(net.config, device)
+    return True, Case(net, folder, texts, states(net, texts))
+
+
 @torch.no_grad()
 def check(name, device):
     """Yields (check, True, False or None for skipped, the figure), each as soon as it is known."""
-    try:
-        folder = resolve_folder(name)
-        net = from_pretrained(folder).to(device).eval()
-    except Exception as error:
-        yield "the weights are read", False, in_one_line(error)
+    ok, case = attempt(read, name, device)
+    if not ok:
+        yield "the weights are read", ok, case
         return
-    yield "the weights are read", True, f"none missing or left over: {net.describe()}"
-    c, texts = net.config, random_texts(net.config, device)
-    case = Case(net, folder, texts, states(net, texts))
+    c = case.net.config
+    yield "the weights are read", ok, f"none missing or left over: {case.net.describe()}"
     checks = {
         f"{'hidden states' if c.head == 'none' else 'logits'} equal transformers'":
             equals_transformers,
@@ -300,15 +308,7 @@ def check(name, device):
         "training ids = encode ids": same_ids,
     }  # fmt: skip
     for title, function in checks.items():
-        try:
-            ok, figure = function(case)
-        except Exception as error:  # whatever it is, it is no pass; the other checks still tell
-            ok, figure = False, in_one_line(error)
-        yield title, ok, figure
-
-
-def in_one_line(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())
+        yield title, *attempt(function, case)
 
 
 def main(name):
