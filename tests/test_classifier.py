@@ -151,7 +151,8 @@ def test_entity_scores_equal_loops():
         return {(m[0][0].upper(), *m.span()) for m in re.finditer("Pp*|p+|Ll*|l+", row)}
 
     gold, guess = ([entities(row) for row in rows] for rows in (numbers, found))
-    n_gold, n_guess, right = (sum(map(len, x)) for x in (gold, guess, map(set.__and__, gold, guess)))
+    both = [a & b for a, b in zip(gold, guess)]
+    n_gold, n_guess, right = (sum(map(len, rows)) for rows in (gold, guess, both))
     metrics, missing = score_words(examples, found, kinds)
     assert missing == np.sum(found == -1) > 30 and metrics["acc"] == np.mean(numbers == found)
     assert metrics["precision"] == pytest.approx(right / n_guess)

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,13 +25,22 @@ annotate = script("data/annotate.py")
 
 
 def gzipped(path):
-    with open(path, "rb") as f, gzip.open(f"{path}.gz", "wb") as z:
-        z.write(f.read())
+    Path(f"{path}.gz").write_bytes(gzip.compress(Path(path).read_bytes()))
     return f"{path}.gz"
 
 
 def quoted(line):
     return [line["passage"][start:end] for start, end in line["spans"]]
+
+
+def assert_told(told, *parts):
+    assert [part for part in parts if part not in told] == [], told
+
+
+def prepared(module, capsys, out, *argv):
+    """The lines that a script writes to the file `out`, and what it prints."""
+    module.main([*argv, f"--out={out}"])
+    return read(out), capsys.readouterr().out
 
 
 # ---- spans ----
@@ -50,19 +60,14 @@ def test_join_and_trim():
 
 
 def test_sentences():
-    text = (
-        "Mr. J. Smith of the U.S. Army paid $3.50 (approx. 3 euros) in Washington D.C. on 3 Feb. "
-        'He said: "It works!" Then he left for $3.50. É. Zola wrote no. 5... What? Yes.\n'
-        "A title\n\nNo end"
-    )
+    first = ("Mr. J. Smith of the U.S. Army paid $3.50 (approx. 3 euros) in Washington D.C. on "
+             '3 Feb. He said: "It works!"')  # fmt: skip
+    text = first + " Then he left for $3.50. É. Zola wrote no. 5... What? Yes.\nA title\n\nNo end"
     pieces = [text[start:end] for start, end in qa.sentences(text)]
-    assert "".join(pieces) == text
+    assert "".join(pieces) == text and qa.sentences("") == [(0, 0)]
     assert [piece.strip() for piece in pieces] == [
-        "Mr. J. Smith of the U.S. Army paid $3.50 (approx. 3 euros) in Washington D.C. on 3 Feb. "
-        'He said: "It works!"',
-        "Then he left for $3.50.", "É. Zola wrote no. 5...", "What?", "Yes.", "A title", "No end",
-    ]  # fmt: skip
-    assert qa.sentences("") == [(0, 0)]
+        first, "Then he left for $3.50.", "É. Zola wrote no. 5...", "What?", "Yes.", "A title",
+        "No end"]  # fmt: skip
 
 
 # ---- SQuAD ----
@@ -92,24 +97,21 @@ def test_squad(tmp_path, capsys):
         answered("where?", "Rhine", n_occurrences=2),
     ]
     path = squad_file(tmp_path, qas)
-    qa.main(["--format=squad", f"--input={path}", f"--out={tmp_path}/new/out.jsonl"])
-    lines = read(tmp_path / "new" / "out.jsonl")
+    argv, out = ["--format=squad", f"--input={path}"], tmp_path / "new" / "out.jsonl"
+    lines, told = prepared(qa, capsys, out, *argv)
     assert [line["query"] for line in lines] == ["how long?", "first?", "two sentences?"]
-    assert quoted(lines[0]) == ["Its cathedral took 632 years."]
-    assert quoted(lines[1]) == ["Köln lies on the Rhine."]
-    assert quoted(lines[2]) == ["It is tall 😀. The Rhine is long."]
+    assert [quoted(line) for line in lines] == [
+        ["Its cathedral took 632 years."], ["Köln lies on the Rhine."],
+        ["It is tall 😀. The Rhine is long."]]  # fmt: skip
     answers = [line["passage"][slice(*line["answer"])] for line in lines]
     assert answers == ["632 years", "Köln", "tall 😀. The Rhine"]
     assert all(line["passage"] == CONTEXT for line in lines)
-    told = capsys.readouterr().out
-    for expected in (
-        "out.jsonl: 3 questions", "left out, no answer: 1", "place of the answer not known: 1",
-        "left out, the answer is not where it should be: 1",
-    ):  # fmt: skip
-        assert expected in told
-    path = gzipped(path)
-    qa.main(["--format=squad", "--gold=answer", f"--input={path}", f"--out={tmp_path}/a.jsonl"])
-    assert [quoted(line) for line in read(tmp_path / "a.jsonl")] == [[a] for a in answers]
+    assert_told(told, "out.jsonl: 3 questions", "left out, no answer: 1",
+                "place of the answer not known: 1",
+                "left out, the answer is not where it should be: 1")  # fmt: skip
+    argv = ["--format=squad", "--gold=answer", f"--input={gzipped(path)}"]
+    lines, _ = prepared(qa, capsys, tmp_path / "a.jsonl", *argv)
+    assert [quoted(line) for line in lines] == [[a] for a in answers]
 
 
 def test_squad_from_the_hub(tmp_path, monkeypatch):
@@ -152,36 +154,30 @@ def qed_records():
     starts = [0, QED.index("It was"), QED.index("The book")]
     base = {"paragraph_text": QED, "sentence_starts": starts, "title_text": "Howl"}
     howl, sentence = span("howl", "who made howl"), "It was made by Miyazaki in Tokyo . "
-    miyazaki = span("Miyazaki")
+    answer = dict.fromkeys(("paragraph_reference", "sentence_reference"), span("Miyazaki"))
     refs = [span("It") | {"bridge": False}, span("a film") | {"bridge": False},
             {"start": -1, "end": -1, "string": "", "bridge": "of"}]  # fmt: skip
+    equal = [{"question_reference": howl, "sentence_reference": ref} for ref in refs]
     single = base | {
-        "question_text": "who made howl",
-        "original_nq_answers": [[span("Miyazaki in Tokyo")]],
-        "annotation": {
-            "explanation_type": "single_sentence",
-            "selected_sentence": span(sentence),
-            "answer": [dict.fromkeys(("paragraph_reference", "sentence_reference"), miyazaki)],
-            "referential_equalities": [
-                {"question_reference": howl, "sentence_reference": ref} for ref in refs],
-        },
+        "question_text": "who made howl", "original_nq_answers": [[span("Miyazaki in Tokyo")]],
+        "annotation": {"explanation_type": "single_sentence", "selected_sentence": span(sentence),
+                       "answer": [answer], "referential_equalities": equal},
     }  # fmt: skip
-    multi = base | {
-        "question_text": "who were they",
-        "original_nq_answers": [[span("Miyazaki")], [span("Jones")]],
-        "annotation": {"explanation_type": "multi_sentence"},  # no other key is there
-    }
+    multi = base | {"question_text": "who were they",
+                    "original_nq_answers": [[span("Miyazaki")], [span("Jones")]],
+                    "annotation": {"explanation_type": "multi_sentence"}}  # fmt: skip
     none = multi | {"annotation": {"explanation_type": "none"}}
 
-    short = {"paragraph": QED, "sentence_starts": starts, "selected_sentence": None, "refs": []}
-    shorts = [
-        short | {"question": "who made howl", "type": "single_sentence",
-                 "answers": [pair("Miyazaki")], "selected_sentence": pair(sentence),
-                 "refs": [{"paragraph": [ref["start"], ref["end"]]} for ref in refs]},
-        short | {"question": "who were they", "type": "multi_sentence",
-                 "answers": [pair("Miyazaki"), pair("Jones")]},
-        short | {"question": "who", "type": "none", "answers": [pair("Howl")]},
-    ]  # fmt: skip
+    def short(question, kind, *answers, **more):
+        plain = {"paragraph": QED, "sentence_starts": starts, "selected_sentence": None, "refs": []}
+        answers = [pair(text) for text in answers]
+        return plain | {"question": question, "type": kind, "answers": answers} | more
+
+    places = [{"paragraph": [ref["start"], ref["end"]]} for ref in refs]
+    shorts = [short("who made howl", "single_sentence", "Miyazaki", refs=places,
+                    selected_sentence=pair(sentence)),
+              short("who were they", "multi_sentence", "Miyazaki", "Jones"),
+              short("who", "none", "Howl")]  # fmt: skip
     return [single, multi, none], shorts
 
 
@@ -189,25 +185,23 @@ def test_qed(tmp_path, capsys):
     published, short = qed_records()
     for name, records in (("published", published), ("short", short)):
         path = write_jsonl(tmp_path / f"{name}.jsonl", records)
-        path = gzipped(path) if name == "short" else path
-        out = tmp_path / f"{name}_out.jsonl"
-        qa.main(["--format=qed", f"--input={path}", f"--out={out}"])
-        assert "left out, no correct answer (type none): 1" in capsys.readouterr().out
-        single, multi = read(out)
+        argv = ["--format=qed", f"--input={gzipped(path) if name == 'short' else path}"]
+        (single, multi), told = prepared(qa, capsys, tmp_path / "out.jsonl", *argv)
+        assert "left out, no correct answer (type none): 1" in told
         assert quoted(single) == ["a film", "It was made by Miyazaki in Tokyo ."]
         assert single["query"] == "who made howl"
         assert QED[slice(*single["answer"])] == "Miyazaki"
         assert quoted(multi) == [  # two neighbours: one span
             "It was made by Miyazaki in Tokyo . The book , by Jones , came first ."
         ]
-        qa.main(["--format=qed", "--gold=answer", f"--input={path}", f"--out={out}"])
-        assert [quoted(line) for line in read(out)] == [["Miyazaki"], ["Miyazaki", "Jones"]]
+        lines, _ = prepared(qa, capsys, tmp_path / "a.jsonl", "--gold=answer", *argv)
+        assert [quoted(line) for line in lines] == [["Miyazaki"], ["Miyazaki", "Jones"]]
     moved = json.loads(json.dumps(published[0]))
     moved["annotation"]["answer"][0]["paragraph_reference"]["start"] += 1
     path = write_jsonl(tmp_path / "moved.jsonl", [moved, published[1]])
-    qa.main(["--format=qed", f"--input={path}", f"--out={out}"])
-    assert len(read(out)) == 1
-    assert "left out, a span is not where it should be: 1" in capsys.readouterr().out
+    argv = ["--format=qed", f"--input={path}"]
+    lines, told = prepared(qa, capsys, tmp_path / "out.jsonl", *argv)
+    assert len(lines) == 1 and "left out, a span is not where it should be: 1" in told
 
 
 def test_val_and_without(tmp_path):
@@ -240,10 +234,9 @@ def test_hotpot(tmp_path, monkeypatch, capsys):
         base | {"question": "same?", "answer": "yes", "supporting_facts": facts[:1]},
         base | {"question": "gone?", "answer": "x", "supporting_facts": [["Ed Wood", 9]]},
     ]
-    path = tmp_path / "hotpot.json"
-    path.write_text(json.dumps(records))
-    qa.main(["--format=hotpot", f"--input={path}", f"--out={tmp_path}/file.jsonl"])
-    first, second = read(tmp_path / "file.jsonl")
+    (tmp_path / "hotpot.json").write_text(json.dumps(records))
+    argv = ["--format=hotpot", f"--input={tmp_path}/hotpot.json"]
+    (first, second), told = prepared(qa, capsys, tmp_path / "file.jsonl", *argv)
     assert first["passage"] == (
         "Ed Wood\nEd Wood is a film. It stars Woody, a woodsman. The end.\n\n"
         "Scott D.\nScott was born in 1966. He likes wood."
@@ -252,9 +245,9 @@ def test_hotpot(tmp_path, monkeypatch, capsys):
     start, end = first["answer"]  # the word, not a part of Woody or woodsman
     assert first["passage"][start - 6 : end + 1] == "likes wood."
     assert quoted(second) == ["It stars Woody, a woodsman."] and "answer" not in second
-    assert "left out, a supporting sentence is not there: 1" in capsys.readouterr().out
-    qa.main(["--format=hotpot", "--gold=answer", f"--input={path}", f"--out={tmp_path}/a.jsonl"])
-    assert [quoted(line) for line in read(tmp_path / "a.jsonl")] == [["wood"]]
+    assert "left out, a supporting sentence is not there: 1" in told
+    lines, _ = prepared(qa, capsys, tmp_path / "a.jsonl", "--gold=answer", *argv)
+    assert [quoted(line) for line in lines] == [["wood"]]
 
     columns = {"title": [t for t, _ in context], "sentences": [s for _, s in context]}
     rows = []
@@ -263,24 +256,23 @@ def test_hotpot(tmp_path, monkeypatch, capsys):
         facts = {"title": titles, "sent_id": places}
         rows.append(r | {"context": columns, "supporting_facts": facts})
     monkeypatch.setattr("datasets.load_dataset", lambda *_, split: Dataset.from_list(rows))
-    qa.main(["--format=hotpot", f"--out={tmp_path}/hub.jsonl"])
-    assert read(tmp_path / "hub.jsonl") == [first, second]
+    assert prepared(qa, capsys, tmp_path / "hub.jsonl", "--format=hotpot")[0] == [first, second]
 
 
 def test_qa_errors(tmp_path):
     _, short = qed_records()
-    out = f"--out={tmp_path}/out.jsonl"
     long = short[0] | {"selected_sentence": [0, 999]}
-    path = write_jsonl(tmp_path / "a.jsonl", [short[1], long])
-    with pytest.raises(ValueError, match=r"a\.jsonl line 2: span \[0, 999\] is not in the passage"):
-        qa.main(["--format=qed", f"--input={path}", out])
-    path = write_jsonl(tmp_path / "b.jsonl", [{"type": "single_sentence", "paragraph": "x"}])
-    with pytest.raises(ValueError, match=r"b\.jsonl line 1: not qed: KeyError\('answers'\)"):
-        qa.main(["--format=qed", f"--input={path}", out])
+    write_jsonl(tmp_path / "a.jsonl", [short[1], long])
+    write_jsonl(tmp_path / "b.jsonl", [{"type": "single_sentence", "paragraph": "x"}])
     (tmp_path / "c.json").write_text("[{")
-    with pytest.raises(ValueError, match=r"c\.json: not JSON"):
-        qa.main(["--format=hotpot", f"--input={tmp_path}/c.json", out])
-    assert not os.path.exists(tmp_path / "out.jsonl")
+    for kind, name, told in [
+        ("qed", "a.jsonl", r"a\.jsonl line 2: span \[0, 999\] is not in the passage"),
+        ("qed", "b.jsonl", r"b\.jsonl line 1: not qed: KeyError\('answers'\)"),
+        ("hotpot", "c.json", r"c\.json: not JSON"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            qa.main([f"--format={kind}", f"--input={tmp_path}/{name}", f"--out={tmp_path}/o.jsonl"])
+    assert not os.path.exists(tmp_path / "o.jsonl")
 
 
 # ---- AceRAG ----
@@ -304,17 +296,14 @@ def texts(n, seed=0):
 def tokenizer(request):
     """Offsets with the space in front (bytes, sentencepiece) and without any space (WordPiece)."""
     size = dict(vocab_size=420, show_progress=False)
-    alphabet = tk.pre_tokenizers.ByteLevel.alphabet()
+    before, after, trained = tk.pre_tokenizers, tk.decoders, tk.trainers
     model, pre_tokenizer, decoder, trainer = {
-        "bytes": (tk.models.BPE(), tk.pre_tokenizers.ByteLevel(add_prefix_space=False),
-                  tk.decoders.ByteLevel(),
-                  tk.trainers.BpeTrainer(initial_alphabet=alphabet, **size)),
-        "metaspace": (tk.models.BPE(unk_token="<unk>"), tk.pre_tokenizers.Metaspace(),
-                      tk.decoders.Metaspace(),
-                      tk.trainers.BpeTrainer(special_tokens=["<unk>"], **size)),
-        "wordpiece": (tk.models.WordPiece(unk_token="[UNK]"), tk.pre_tokenizers.BertPreTokenizer(),
-                      tk.decoders.WordPiece(),
-                      tk.trainers.WordPieceTrainer(special_tokens=["[UNK]"], **size)),
+        "bytes": (tk.models.BPE(), before.ByteLevel(add_prefix_space=False), after.ByteLevel(),
+                  trained.BpeTrainer(initial_alphabet=before.ByteLevel.alphabet(), **size)),
+        "metaspace": (tk.models.BPE(unk_token="<unk>"), before.Metaspace(), after.Metaspace(),
+                      trained.BpeTrainer(special_tokens=["<unk>"], **size)),
+        "wordpiece": (tk.models.WordPiece(unk_token="[UNK]"), before.BertPreTokenizer(),
+                      after.WordPiece(), trained.WordPieceTrainer(special_tokens=["[UNK]"], **size)),
     }[request.param]  # fmt: skip
     inner = tk.Tokenizer(model)
     inner.pre_tokenizer, inner.decoder = pre_tokenizer, decoder
@@ -407,53 +396,44 @@ def test_acerag_main(tokenizer, tmp_path, capsys):
     ]  # fmt: skip
     (tmp_path / "list.json").write_text(json.dumps(rows), "utf-8")
     write_jsonl(tmp_path / "lines.json", rows)
+    tok = f"--tokenizer={tmp_path}/tok"
     for name in ("list", "lines"):
-        acerag.main([f"--input={tmp_path}/{name}.json", f"--tokenizer={tmp_path}/tok",
-                     f"--out={tmp_path}/{name}.jsonl"])  # fmt: skip
-        told = capsys.readouterr().out
-        assert [line["query"] for line in read(tmp_path / f"{name}.jsonl")] == ["ok"]
-        for expected in (
-            "refused: 6, reported as not exact: 0", "line 5: refused: the prompt has",
-            f"line 2: refused: token {n} of {n}: not the tokenizer",
-            "line 6: refused: 1 contexts for 2 lists",
-            "line 7: refused: the chat template changes the context",
-        ):  # fmt: skip
-            assert expected in told
-    (line,) = read(tmp_path / "list.jsonl")
-    assert line["passage"] == context and all(quoted(line))
+        argv = [f"--input={tmp_path}/{name}.json", tok]
+        lines, told = prepared(acerag, capsys, tmp_path / f"{name}.jsonl", *argv)
+        assert [line["query"] for line in lines] == ["ok"]
+        assert lines[0]["passage"] == context and all(quoted(lines[0]))
+        assert_told(told, "refused: 6, reported as not exact: 0", "line 5: refused: the prompt has",
+                    f"line 2: refused: token {n} of {n}: not the tokenizer",
+                    "line 6: refused: 1 contexts for 2 lists",
+                    "line 7: refused: the chat template changes the context")  # fmt: skip
 
     late = write_jsonl(tmp_path / "late.jsonl", [row("late", context, [2, 25])])
-    call = [f"--input={late}", f"--tokenizer={tmp_path}/tok", f"--out={tmp_path}/late_out.jsonl"]
-    acerag.main([*call, "--window=20", f"--tag={acerag.TAG}"])
-    assert "refused: " in capsys.readouterr().out and not read(tmp_path / "late_out.jsonl")
-    acerag.main([*call, "--late", "--window=4096"])
-    assert len(read(tmp_path / "late_out.jsonl")) == 1
+    argv, out = [f"--input={late}", tok], tmp_path / "o"
+    lines, told = prepared(acerag, capsys, out, *argv, "--window=20", f"--tag={acerag.TAG}")
+    assert "refused: " in told and not lines
+    assert len(prepared(acerag, capsys, out, *argv, "--late", "--window=4096")[0]) == 1
 
     bad = write_jsonl(tmp_path / "bad.jsonl", [rows[0], row("x", context, ["1"])])
     with pytest.raises(ValueError, match=r"bad\.jsonl line 2: field 'gold_indices' is \['1'\]"):
-        acerag.main([f"--input={bad}", *call[1:]])
+        prepared(acerag, capsys, out, f"--input={bad}", tok)
     with pytest.raises(FileNotFoundError, match="no such file"):
-        acerag.main([f"--input={tmp_path}/none*", *call[1:]])
+        prepared(acerag, capsys, out, f"--input={tmp_path}/none*", tok)
 
 
 def test_acerag_reports_bytes_of_a_character(tmp_path, capsys):
-    inner = tk.Tokenizer(tk.models.BPE(vocab={c: i for i, c in enumerate(
-        sorted(tk.pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))  # fmt: skip
+    vocab = {c: i for i, c in enumerate(sorted(tk.pre_tokenizers.ByteLevel.alphabet()))}
+    inner = tk.Tokenizer(tk.models.BPE(vocab=vocab, merges=[]))
     inner.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=TEMPLATE).save_pretrained(
-        tmp_path / "tok"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=TEMPLATE)
+    tokenizer.save_pretrained(tmp_path / "tok")
     path = write_jsonl(tmp_path / "in.jsonl", [row("q", "ab😀cd", [1, 3])])  # b, one of 4 bytes
-    acerag.main([f"--input={path}", f"--tokenizer={tmp_path}/tok", f"--out={tmp_path}/out.jsonl"])
-    told = capsys.readouterr().out
+    argv, out = [f"--input={path}", f"--tokenizer={tmp_path}/tok"], tmp_path / "out.jsonl"
+    (line,), told = prepared(acerag, capsys, out, *argv)
     assert "line 1: not exact: 3 more tokens share a character with the gold ones" in told
-    assert "refused: 0, reported as not exact: 1" in told
-    (line,) = read(tmp_path / "out.jsonl")
-    assert quoted(line) == ["b😀"]
-    plain = PreTrainedTokenizerFast(tokenizer_object=inner)
-    plain.save_pretrained(tmp_path / "plain")
+    assert "refused: 0, reported as not exact: 1" in told and quoted(line) == ["b😀"]
+    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(tmp_path / "plain")
     with pytest.raises(SystemExit, match="no chat template"):
-        acerag.main([f"--input={path}", f"--tokenizer={tmp_path}/plain", f"--out={tmp_path}/o"])
+        acerag.main([argv[0], f"--tokenizer={tmp_path}/plain", f"--out={out}"])
 
 
 # ---- annotate.py ----
@@ -496,29 +476,26 @@ def test_annotate_round_trip(tmp_path, capsys):
     answers.append(answer_to("77-abc", quotes("x")))
     files = [write_jsonl(tmp_path / f"a{i}.jsonl", answers[i::2]) for i in (0, 1)]
     capsys.readouterr()
-    read_them = ["read", "--input", source, "--out", str(tmp_path / "new" / "spans.jsonl")]
-    annotate.main([*read_them, "--answers", *files])
-    lines = read(tmp_path / "new" / "spans.jsonl")
+    out, read_them = tmp_path / "new" / "spans.jsonl", ["read", "--input", source]
+    lines, told = prepared(annotate, capsys, out, *read_them, "--answers", *files)
     assert [(line["query"][-1], quoted(line)) for line in lines] == [
         ("0", ["Köln 😀 in 1999", "A dog"]), ("1", ["The  cat sat."]),
         ("2", ["ran to Köln", "(it was {wet})"]), ("3", ["A dog sat."]), ("5", ["1999"]),
     ]  # fmt: skip
-    told = capsys.readouterr().out
-    for expected in (
-        "line 4: a quote that occurs more than once: 'The cat'",
+    assert_told(
+        told, "line 4: a quote that occurs more than once: 'The cat'",
         "line 4: a quote that does not occur: 'a horse'", "line 5: left out, nothing is marked",
         "line 5: a quote that does not occur: 'köln'",
         "line 7: left out: the answer is not the JSON that was asked for",
         "line 8: left out: no answer: 429", "line 9: left out, there is no answer to it",
         "1 answers are to no line", "77-abc", "spans.jsonl: 5 lines", "quotes found: 8",
-    ):  # fmt: skip
-        assert expected in told, (expected, told)
+    )  # fmt: skip
 
     other = write_jsonl(tmp_path / "other.jsonl", [{"query": "q", "passage": "the cat"}])
-    annotate.main(["read", "--input", other, "--out", f"{tmp_path}/o.jsonl", "--answers", *files])
-    assert read(tmp_path / "o.jsonl") == []  # the answers are to other texts
+    argv = ["read", "--input", other, "--answers", *files]
+    assert prepared(annotate, capsys, out, *argv)[0] == []  # the answers are to other texts
     with pytest.raises(ValueError, match=r"a0\.jsonl line 1: a second answer"):
-        annotate.main([*read_them, "--answers", files[0], files[0]])
+        prepared(annotate, capsys, out, *read_them, "--answers", files[0], files[0])
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"query": "q"}])
     with pytest.raises(ValueError, match=r"bad\.jsonl line 1: field 'passage' is missing"):
         annotate.main([*ask, "--input", bad])
@@ -564,20 +541,19 @@ def test_pydocs_spans(tmp_path, monkeypatch, capsys):
     assert not any(d["summary"] in passage for d in docs if d["name"] in ("pkg.mod", "g", "h", "k"))
 
     # long modules in parts, small ones left out, the topics never
-    many = [doc(f"n{i}", f"Summary number {i} of it.", BODY.format(i), "pkg.long")
-            for i in range(40)]  # fmt: skip
+    many, topic = (
+        [doc(f"n{i}", f"Summary number {i} of it.", BODY.format(i), module) for i in range(n)]
+        for module, n in (("pkg.long", 40), ("pydoc_data.topics", 9))
+    )
     small = [doc("s", "Small.", BODY.format(1), "pkg.small")] * 3
-    topic = [doc(f"t{i}", f"Topic {i} here.", BODY.format(i), "pydoc_data.topics")
-             for i in range(9)]  # fmt: skip
     monkeypatch.setattr(pydocs, "PASSAGE_CHARS", 1000)
     parts = pydocs.passages_of(docs[:4] + many + small + topic)
-    assert [d for part in parts for d in part] == docs[:4] + many
-    assert len(parts) == 5
+    assert [d for part in parts for d in part] == docs[:4] + many and len(parts) == 5
     assert all(sum(len(pydocs.entry_of(d)) for d in part) <= 1000 for part in parts)
 
     monkeypatch.setattr(pydocs, "split_of", lambda m: "test" if m == "pkg.long" else "train")
     pydocs.write_spans(docs + many, str(tmp_path))
     assert "test spans       40, of 4 passages" in capsys.readouterr().out
-    written = read(tmp_path / "spans_test.jsonl")
-    assert [line["name"] for line in written] == [f"n{i}" for i in range(40)]  # in their order
+    names = [line["name"] for line in read(tmp_path / "spans_test.jsonl")]
+    assert names == [f"n{i}" for i in range(40)]  # in their order
     assert read(tmp_path / "spans_train.jsonl") == lines and not read(tmp_path / "spans_val.jsonl")
