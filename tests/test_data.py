@@ -5,11 +5,11 @@ import itertools
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -81,10 +81,9 @@ def test_order_is_endless_without_replacement_and_the_same_for_any_batch():
         steps = [order.rows_of_step(step, size, n_rows, 3) for step in range(total // size)]
         sequences.append(np.concatenate(steps, axis=1).tolist())
     assert all(sequence == sequences[0] for sequence in sequences)
-    epoch, row = sequences[0]
-    assert epoch == [e for e in range(6) for _ in range(n_rows)]
-    epochs = [tuple(row[i : i + n_rows]) for i in range(0, total, n_rows)]
-    assert all(sorted(e) == list(range(n_rows)) for e in epochs) and len(set(epochs)) == 6
+    epoch, row = np.array(sequences[0]).reshape(2, 6, n_rows)
+    assert (epoch == np.arange(6)[:, None]).all() and (np.sort(row) == np.arange(n_rows)).all()
+    assert len({tuple(places) for places in row.tolist()}) == 6
     with pytest.raises(ValueError, match="not one whole row"):
         order.rows_of_step(0, 4, 0, 3)
 
@@ -220,14 +219,12 @@ def byte_bpe(merges, ids_in_order=True, nfc=False, pattern=None):
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    made = ["".join(m) for m in merges]
-    names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(made if ids_in_order else made[::-1])]
-    vocab = {t: i for i, t in enumerate(names)}
+    made = ["".join(m) for m in merges][:: 1 if ids_in_order else -1]
+    vocab = {t: i for i, t in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), *made])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pattern is not None))
-    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)]
-    if pattern:
-        steps = [pre_tokenizers.Split(Regex(pattern), "isolated"), *steps]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if pattern else steps[0]
+    step = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    split = pattern and pre_tokenizers.Split(Regex(pattern), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, step]) if pattern else step
     if nfc:
         backend.normalizer = normalizers.NFC()
     return PreTrainedTokenizerFast(tokenizer_object=backend)
@@ -305,9 +302,8 @@ def test_lines_are_read_by_number_and_broken_ones_are_named(tmp_path):
         data.read_pair(file, 2)
     for line, told in [
         (b'{"query": "x"', "not JSON: Expecting ',' delimiter"),
-        (b'{"query": "\xff"}', "not JSON: 'utf-8' codec"),
-        (b'["query"]', "a list, expected an object"),
-    ]:
+        (b'{"query": "\xff"}', "not JSON: 'utf-8' codec"), (b'["query"]', "a list, expected an"),
+    ]:  # fmt: skip
         path.write_bytes(good + line + b'\n{"text": "b"}')
         walk, file = data.read_jsonl(str(path)), data.open_pairs(str(path))
         assert next(walk) == lines[0] and next(walk) == lines[1] and len(file) == 4
@@ -326,14 +322,11 @@ def test_require():
     for field, kind in [*good, ("smile", str)]:
         assert data.require(record, field, kind, "p.jsonl", 17) == record[field]
     for field, kind, told in [
-        ("query", str, r"is missing \(expected str\)$"),
-        ("s", int, "is 'x' .expected int"),
-        ("b", int, "is True .expected int"),
-        ("f", int, "is 0.5 .expected int"),
-        ("s", [str], "is 'x' .expected list of str"),
+        ("query", str, r"is missing \(expected str\)$"), ("s", int, "is 'x' .expected int"),
+        ("b", int, "is True .expected int"), ("f", int, "is 0.5 .expected int"),
+        ("s", [str], "is 'x' .expected list of str"), ("half", str, "has half a character"),
         ("m", [str], r"is \['x', 1\] .expected list of str"),
-        ("half", str, "has half a character"),
-    ]:
+    ]:  # fmt: skip
         with pytest.raises(ValueError, match=f"^p.jsonl line 17: field '{field}' {told}"):
             data.require(record, field, kind, "p.jsonl", 17)
 
@@ -408,15 +401,13 @@ def test_text_killed_and_resumed_is_text_unbroken(tmp_path, tokenizer, capsys):
     args = ["--tokenizer", str(tmp_path / "tok"), "--val_docs", "50", "--input"]
     args += [str(tmp_path / "in" / f"*.{kind}") for kind in ("txt", "jsonl", "parquet")]
 
-    killed = prepare_text(tmp_path / "b", *args, "--workers", "1")
-    shards = tmp_path / "b" / "shards"
+    killed, shards = prepare_text(tmp_path / "b", *args, "--workers", "1"), tmp_path / "b/shards"
     while not list(shards.glob("00000[2-9].json")):
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.001)
-    killed.send_signal(signal.SIGKILL)
+    killed.kill()
     killed.communicate()
-    done = len(list(shards.glob("*.json")))
-    n_parts = 20 + 20 + 20 * 3  # a .parquet here has 3 row groups
+    done, n_parts = len(list(shards.glob("*.json"))), 20 + 20 + 20 * 3  # .parquet: 3 row groups
     assert 3 <= done < n_parts
 
     resumed = prepare_text(tmp_path / "b", *args, "--workers", "2")
@@ -448,12 +439,11 @@ def test_text_from_a_dataset_takes_its_own_validation(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("kind, txt", [("txt", "blank"), ("txt", "line"), ("jsonl", "blank")])
 def test_parts_of_a_file_are_the_file(tmp_path, monkeypatch, kind, txt):
-    rng = random.Random(0)
+    rng, path = random.Random(0), tmp_path / f"a.{kind}"
     docs = ["\n".join(["caf\u00e9 " * rng.randint(1, 30)] * rng.randint(1, 3)) for _ in range(100)]
     docs = [f"{i} {doc.strip()}" for i, doc in enumerate(docs)]
     lines = [json.dumps({"text": doc}) for doc in docs]
     written = "\n".join(lines) if kind == "jsonl" else "\n\n".join(docs)
-    path = tmp_path / f"a.{kind}"
     path.write_text(written, encoding="utf-8")
     if txt == "line":
         docs = [line.strip() for line in written.split("\n") if line]
@@ -466,12 +456,10 @@ def test_parts_of_a_file_are_the_file(tmp_path, monkeypatch, kind, txt):
 
 
 def test_text_names_the_line_in_a_later_part(tmp_path, monkeypatch):
-    path = tmp_path / "a.jsonl"
-    lines = [json.dumps({"text": f"document {i}"}) for i in range(50)]
-    lines[40] = '{"txt": 1}'
-    path.write_text("\n".join(lines))
+    lines = [{"text": f"document {i}"} for i in range(40)] + [{"txt": 1}]
+    path = write_jsonl(tmp_path / "a.jsonl", lines)
     monkeypatch.setattr(text, "PART_BYTES", 100)
-    parts, args = text.plan_of_files([str(path)], "blank"), SimpleNamespace(field="text")
+    parts, args = text.plan_of_files([path], "blank"), SimpleNamespace(field="text")
     with pytest.raises(ValueError, match=r"a\.jsonl line 41: field 'text' is missing"):
         [t for part in parts[1:] for t in text.texts_of(part, args)]
     with pytest.raises(FileNotFoundError, match="nothing.txt: there is no such file"):
@@ -486,8 +474,7 @@ SOURCE = '''
 """The module for tests of prepare, which says in enough words what it is and why it is there for
 all to read.
 
-Its body has more than one sentence. There are words in it, so that it is long enough for a pair.
-"""
+Its body has more than one sentence. There are words in it, so that it is long enough for a pair."""
 class Box:
     """A box that holds things of one kind. It is not a list, as what is in it has no order.
 
@@ -546,8 +533,8 @@ def test_docstrings_become_english(tmp_path):
     module, box, of, fill = pydocs.docs_of_file(files[1])
 
     assert module["name"] == "pkg.mod" and module["summary"].endswith("there for all to read.")
-    assert box["signature"] == "Box(size, kind=None, *, names=...)"
-    assert box["summary"] == "A box that holds things of one kind."
+    assert (box["signature"], box["summary"]) == (
+        "Box(size, kind=None, *, names=...)", "A box that holds things of one kind.")  # fmt: skip
     assert box["body"] == (
         "It is not a list, as what is in it has no order.\nParameters\nsize : int\n"
         "How many things there are in the box, at most; with size=0 it is Empty."
@@ -587,16 +574,14 @@ def test_splits_share_no_module_and_no_text(tmp_path):
         assert not modules[a] & modules[b]
         for field in ("query", "pos"):
             assert not {str(p[field]) for p in pairs[a]} & {str(p[field]) for p in pairs[b]}
-    for split in ("train", "val", "test"):
-        assert len(pairs[split]) == counts[f"{split} pairs"] > 15
-        positives = [p["pos"][0] for p in pairs[split]]
-        assert len(set(positives)) == len(positives)
+    for split, lines in pairs.items():
+        positives = [p["pos"][0] for p in lines]
+        assert len(set(positives)) == len(lines) == counts[f"{split} pairs"] > 15
         assert {p in trained for p in positives} == {split == "train"}
 
 
 def test_manifest_is_compared():
-    with open(os.path.join(ROOT, "data", "pydocs", "manifest.json")) as f:
-        manifest = json.load(f)
+    manifest = json.loads(Path(ROOT, "data/pydocs/manifest.json").read_text())
     assert pydocs.compare(manifest, manifest) == "equal to manifest.json"
     other = json.loads(json.dumps(manifest))
     other["versions"]["python"] = "3.99.0"

@@ -13,11 +13,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-import common
-from conftest import ROOT
+import harness
 from data import open_pairs, read_pair
 from embedder import Embedder
-from harness import read_jsonl, script, write_jsonl
+from harness import ROOT, read_jsonl, script, write_jsonl
 from model import from_scratch
 from tokenizer import load_tokenizer
 
@@ -80,14 +79,12 @@ def test_echo_val_and_rules(tmp_path, capsys):
 
 
 def test_echo_complains(tmp_path):
-    bad = [*echo_lines(2), {"query": "q", "positive": ["p"], "negative": "n"}]
-    path = write_jsonl(tmp_path / "in" / "nq.jsonl", bad)
-    argv = ["--input", str(tmp_path / "in"), "--out", str(tmp_path)]
+    path, argv = tmp_path / "in" / "nq.jsonl", ["--input", f"{tmp_path}/in", "--out", f"{tmp_path}"]
+    write_jsonl(path, [*echo_lines(2), {"query": "q", "positive": ["p"], "negative": "n"}])
     with pytest.raises(ValueError, match=r"nq.jsonl line 3: field 'positive' .*expected str"):
         echo.main([*argv, "--datasets", "nq"])
-    write_jsonl(path, bad[:2])
-    with open(path, "a") as f:
-        f.write('{"query": "q"\n')
+    write_jsonl(path, echo_lines(2))
+    path.write_text(path.read_text() + '{"query": "q"\n')
     with pytest.raises(ValueError, match=r"nq.jsonl line 3: not JSON"):
         echo.main([*argv, "--datasets", "nq"])
     assert not os.path.exists(tmp_path / "nq.jsonl")  # nothing half written
@@ -215,11 +212,11 @@ def test_st_triplets_complains(tmp_path):
         st(tmp_path, rows)
     with pytest.raises(ValueError, match=r"in.jsonl line 1: columns \['text'\], expected 2"):
         st(tmp_path, [{"text": "a", "label": 1}])
-    out = str(tmp_path / "out.jsonl")
+    out = ["--out", str(tmp_path / "out.jsonl")]
     with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
-        st_triplets.main(["--input", str(tmp_path / "nothing.jsonl"), "--out", out])
+        st_triplets.main(["--input", str(tmp_path / "nothing.jsonl"), *out])
     with pytest.raises(SystemExit, match="one of --input and --dataset"):
-        st_triplets.main(["--out", out])
+        st_triplets.main(out)
 
 
 # ---- hard negatives ----
@@ -244,10 +241,8 @@ def mined_by_loops(lines, texts, queries, corpus, lo, hi, n, margin, keep, seed)
     text_at, out = list(texts), []
     for i, line in enumerate(lines):
         score = [float(sum(a * b for a, b in zip(queries[i], c, strict=True))) for c in corpus]
-        known = {line["query"]}
-        for other in lines:
-            if other["query"] == line["query"]:
-                known |= set(other["pos"])
+        same = [other["pos"] for other in lines if other["query"] == line["query"]]
+        known = {line["query"]}.union(*same)
         kept = line["neg"] if keep else []
         places = [t for t in range(len(corpus)) if text_at[t] not in known | set(kept)]
         places.sort(key=lambda t: (-score[t], t))
@@ -276,10 +271,10 @@ def test_mining_equals_loops(margin, keep, monkeypatch):
 
 def test_mining_with_too_few_texts():
     lines = [{"query": "q", "pos": ["t0"], "neg": [], "prompt": None}]
-    texts, corpus = {"t0": 0, "t1": 1}, np.eye(2, dtype="f4")
-    [pair] = mining.mine(lines, texts, corpus[:1], corpus, 0, 10, 5, None, False, 0)
-    assert pair["neg"] == ["t1"] and pair["pos_scores"] == [1.0] and pair["neg_scores"] == [0.0]
-    [pair] = mining.mine(lines, texts, corpus[:1], corpus, 1, 10, 5, None, False, 0)
+    made = lines, {"t0": 0, "t1": 1}, np.eye(1, 2, dtype="f4"), np.eye(2, dtype="f4")
+    [pair] = mining.mine(*made, 0, 10, 5, None, False, 0)
+    assert (pair["neg"], pair["pos_scores"], pair["neg_scores"]) == (["t1"], [1.0], [0.0])
+    [pair] = mining.mine(*made, 1, 10, 5, None, False, 0)
     assert pair["neg"] == []  # the place before is passed over, nothing is left
 
 
@@ -333,29 +328,12 @@ def test_mining_script(tmp_path, toy_tokens, capsys):
 CONFIGS = sorted(glob.glob(os.path.join(ROOT, "configs", "contrastive_*.py")))
 
 
-@pytest.fixture
-def configured(tmp_path, monkeypatch):
-    """configured("llm2vec", "--key=value") -> the resolved config. The commented defaults of
-    train_contrastive.py are a script of their own here."""
-    with open(os.path.join(ROOT, "train_contrastive.py"), encoding="utf-8") as f:
-        block = re.split(r"(?m)^# ---- ", f.read())[1]
-    assert block.startswith("defaults ----")
-    path = str(tmp_path / "train_contrastive.py")
-    with open(path, "w") as f:
-        f.write("# ---- " + block)
-
-    def call(name, *argv):
-        space = {"__file__": path, "__doc__": ""}
-        exec(block.partition("\n")[2], space)
-        config = os.path.join(ROOT, "configs", f"contrastive_{name}.py")
-        monkeypatch.setattr(sys, "argv", [path, config, *argv])
-        return common.configure(space)
-
-    return call
+def configured(name, *argv):
+    return harness.configured("train_contrastive.py", f"contrastive_{name}", *argv)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: os.path.basename(p)[12:-3])
-def test_config(path, configured):
+def test_config(path):
     name = os.path.basename(path)[12:-3]
     with open(path) as f:
         source = f.read()
@@ -364,8 +342,7 @@ def test_config(path, configured):
         assert c["init_from"] and f"configs/contrastive_{name}.py" in source  # its command
     assert c["pooling"] in ("mean", "weighted_mean", "last", "cls", "splade", "tokens")
     assert c["attention"] in (None, "causal", "bidirectional")
-    for key in ("query_instruction", "passage_instruction"):
-        assert len(c[key]) in (1, len(c["data"]))
+    assert {len(c["query_instruction"]), len(c["passage_instruction"])} <= {1, len(c["data"])}
     for gpus in (1, 8) if "nproc_per_node=8" in source else (1,):
         assert c["batch_size"] % gpus == 0
     assert c["warmup_steps"] is None or c["warmup_steps"] < (c["max_steps"] or 1e9)
@@ -396,7 +373,7 @@ MEMBERS = [  # init_from, the part of its adapter's name, wrap
 
 
 @pytest.mark.parametrize("init_from, mntp, wrap", MEMBERS)
-def test_llm2vec_members(configured, init_from, mntp, wrap):
+def test_llm2vec_members(init_from, mntp, wrap):
     for name, temperature in ("llm2vec", 1 / 50), ("llm2vec_simcse", 1 / 20):
         c = configured(name, f"--init_from={init_from}")
         assert c["init_from"] == init_from
@@ -408,13 +385,13 @@ def test_llm2vec_members(configured, init_from, mntp, wrap):
     assert c["attn_dropout"] == 0.3
 
 
-def test_unknown_base_is_an_error(configured):
+def test_unknown_base_is_an_error():
     for name in ("llm2vec", "anchor"):
         with pytest.raises(SystemExit, match="KeyError: 'my-llama'"):
             configured(name, "--init_from=out/my-llama")
 
 
-def test_anchor_members(configured):
+def test_anchor_members():
     qwen = ("<|im_start|>user\n", "<|im_end|><|endoftext|>")
     llamas = [f"Llama-3.{size}-Instruct" for size in ("2-1B", "2-3B", "1-8B")]
     for base, wrap in [*((llama, LLAMA3) for llama in llamas), ("Qwen2.5-1.5B-Instruct", qwen)]:
@@ -425,7 +402,7 @@ def test_anchor_members(configured):
     assert configured("anchor")["init_from"].startswith("out/")
 
 
-def test_echo_configs_fit_the_prepared_files(configured):
+def test_echo_configs_fit_the_prepared_files():
     """The config's passage instructions are the ones of the symmetric tasks, file by file."""
     c = configured("echo_data")
     expected = {}

@@ -296,14 +296,14 @@ def texts(n, seed=0):
 def tokenizer(request):
     """Offsets with the space in front (bytes, sentencepiece) and without any space (WordPiece)."""
     size = dict(vocab_size=420, show_progress=False)
-    before, after, trained = tk.pre_tokenizers, tk.decoders, tk.trainers
+    before, after, train = tk.pre_tokenizers, tk.decoders, tk.trainers
     model, pre_tokenizer, decoder, trainer = {
         "bytes": (tk.models.BPE(), before.ByteLevel(add_prefix_space=False), after.ByteLevel(),
-                  trained.BpeTrainer(initial_alphabet=before.ByteLevel.alphabet(), **size)),
+                  train.BpeTrainer(initial_alphabet=before.ByteLevel.alphabet(), **size)),
         "metaspace": (tk.models.BPE(unk_token="<unk>"), before.Metaspace(), after.Metaspace(),
-                      trained.BpeTrainer(special_tokens=["<unk>"], **size)),
+                      train.BpeTrainer(special_tokens=["<unk>"], **size)),
         "wordpiece": (tk.models.WordPiece(unk_token="[UNK]"), before.BertPreTokenizer(),
-                      after.WordPiece(), trained.WordPieceTrainer(special_tokens=["[UNK]"], **size)),
+                      after.WordPiece(), train.WordPieceTrainer(special_tokens=["[UNK]"], **size)),
     }[request.param]  # fmt: skip
     inner = tk.Tokenizer(model)
     inner.pre_tokenizer, inner.decoder = pre_tokenizer, decoder

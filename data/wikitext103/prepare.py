@@ -68,14 +68,14 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--tokenizer", required=True, help="folder or name on the hub: the model's")
-    add("--revision", help="of the tokenizer")
+    add("--tokenizer", required=True, help="the model's: folder, or owner/name[@revision]")
     add("--input", help="folder with wiki.train.raw and wiki.valid.raw; without it, downloaded")
     add("--out", help="folder for the token files")
     args = parser.parse_args(argv)
-    name = args.tokenizer.rstrip("/").split("/")[-1].replace("Meta-Llama-3.1", "Llama-3.1")
+    name = args.tokenizer.rstrip("/").split("/")[-1].split("@")[0]
+    name = name.replace("Meta-Llama-3.1", "Llama-3.1")
     out = args.out or os.path.join(HERE, name)  # as configs/mntp_llm2vec.py has it
-    tokenizer = load_tokenizer(args.tokenizer, args.revision)
+    tokenizer = load_tokenizer(args.tokenizer)
     encode, splits, report = fast_encode(tokenizer), {}, []
     os.makedirs(out, exist_ok=True)
     for split in SPLITS:
