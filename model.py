@@ -175,7 +175,7 @@ class Transformer(nn.Module):
         x = self.embed(tokens)  # [T, C]
         if vectors is not None:
             x = x.index_copy(0, at, vectors.to(x.dtype))
-        # a frozen bf16 model stays in bf16, also where the embedding itself trains, in fp32
+        # stream_dtype keeps a frozen bf16 model in bf16 even if its embedding trains in fp32
         x = self.embed_norm(x.to(self.stream_dtype or x.dtype))
         rope = self.rope(seqs)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
@@ -323,6 +323,7 @@ class ModelConfig:
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.layer_kinds = self.layer_kinds or ["global"] * self.n_layer
         kinds = set(self.layer_kinds)
+        # config.json of these families has no field that says which layers are local
         no_key = self.family in ("llama", "neobert") or self.family == "mistral" and len(kinds) == 2
         if "local" in kinds and (self.window < 1 or no_key):
             raise ValueError(f"a {self.family} cannot have local layers {kinds} of {self.window}")
@@ -372,7 +373,7 @@ def _ettin(n_layer, n_embd, n_hidden, n_head):
 
 _TINY = dict(n_layer=6, n_head=4, n_embd=256, max_seq_len=512, vocab_size=8192)
 
-# Named shapes. ModernBERT's (Ettin) are encoders, or with causal=True the decoders that pair.
+# Named shapes. Ettin's are ModernBERT encoders; causal=True gives the decoders paired with them.
 SIZES = {
     "ettin-17m": _ettin(7, 256, 384, 4),
     "ettin-32m": _ettin(10, 384, 576, 6),

@@ -15,6 +15,7 @@ Cho 2019, arXiv 1901.04085). What is saved is transformers' ...ForTokenClassific
 """
 
 import math
+import os
 import time
 from dataclasses import dataclass, replace
 
@@ -314,7 +315,9 @@ if __name__ == "__main__":
     # ---- model (+ LoRA) ----
     last = checkpoint.find(s)
     model, base, adapters = lora.load_for_training(s, last, s.attention)
-    tokenizer = load_tokenizer(resolve_folder(base))
+    folders = [resolve_folder(name) for name in (base, *adapters)]
+    sources = [folder for folder in folders if os.path.exists(f"{folder}/tokenizer.json")]
+    tokenizer = load_tokenizer((sources or folders)[-1])  # an adapter may have added a token
     check_tokenizer(tokenizer, model.config.vocab_size)
     if s.task == "texts" and s.separator is None:
         s.separator = tokenizer.sep_token or "\n"

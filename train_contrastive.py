@@ -138,7 +138,7 @@ class Batch:
 
 
 def make_batch(pairs, which, tokenizer, s):
-    """-> Batch: the share of this rank, tokenized, and the layout of all."""
+    """-> this rank's Batch. All pairs come from one file, number `which` of s.data."""
     shares = np.arange(len(pairs)).reshape(s.world_size, -1)  # [W, B / W]
     n_passages = [sum(len(pairs[i]["passages"]) for i in share) for share in shares]
     encoded = encode_pairs([pairs[i] for i in shares[s.rank]], which, tokenizer, s)
@@ -147,7 +147,7 @@ def make_batch(pairs, which, tokenizer, s):
 
 
 def train_batches(files, first_step, choices, tokenizer, s):
-    """The Batch of each step."""
+    """The Batch of each step, whose lines come from files[choices[step]]."""
     for step in range(first_step, s.stop_step):
         yield make_batch(*pairs_of_step(files, step, choices, s), tokenizer, s)
 
@@ -245,7 +245,7 @@ def block_loss(queries, passages, rows, batch, s):
         scores = similarity(q[rows], d)  # [b, N]
         masked = mask_negatives(scores, positive, allowed, s.false_negative_margin)
         part = contrast(masked, positive, s)
-        if s.both_directions:  # known pairs count both ways, the margin from query to passage
+        if s.both_directions:  # known pairs are masked here, too; the margin does not act
             back = may_be_negative(batch.known.flip(1), positive, ranges[0], len(queries))
             back = mask_negatives(similarity(d[positive], q), rows, back, None)  # [b, B]
             part = (part + contrast(back, rows, s)) / 2
@@ -339,7 +339,7 @@ def evaluate(embedder, pairs, s):
 
     def embed(texts, prompts, max_length):
         shares = np.array_split(np.arange(len(texts)), s.world_size)
-        share = shares[s.rank] if len(shares[s.rank]) else [0]  # a row needs a text: cut off below
+        share = shares[s.rank] if len(shares[s.rank]) else [0]  # if empty, embed text 0 and drop it
         texts, prompts = ([x[i] for i in share] for x in (texts, prompts))
         encoded = encode(texts, prompts, max_length, embedder.tokenizer, s)
         chunks = chunks_of(encoded, s.device_batch_tokens)
@@ -354,12 +354,12 @@ def evaluate(embedder, pairs, s):
         return gather_rows(vectors, [len(share) for share in shares])
 
     queries = embed([p["query"] for p in pairs], prompts, s.query_max_length)
-    answers = [s.passage_instruction[0]] * len(passages)
-    texts = embed(passages, answers, s.passage_max_length)
+    instructions = [s.passage_instruction[0]] * len(passages)
+    vectors = embed(passages, instructions, s.passage_max_length)  # [N, C] or [N, L, C]
     embedder.train()
     sums = dict.fromkeys(("loss", "acc", "mrr", "ndcg"), 0.0)
     for b, pair in enumerate(pairs):
-        parts = texts.split(max(1, 2**20 // queries[0].numel()))  # multi-vectors are many numbers
+        parts = vectors.split(max(1, 2**20 // queries[0].numel()))  # multi-vectors need memory
         scores = torch.cat([similarity(queries[b : b + 1], part) for part in parts], 1)  # [1, N]
         right = [number[text] for text in dict.fromkeys(pair["pos"])]
         top = scores[0].topk(min(10, len(passages))).indices.tolist()
@@ -416,7 +416,7 @@ if __name__ == "__main__":
     if max(s.matryoshka_dims, default=0) > (dim := embedder.dim):
         raise SystemExit(f"matryoshka_dims={s.matryoshka_dims}: embeddings have {dim} numbers")
     if s.query_max_length != s.passage_max_length:
-        print0(f"queries are cut at {s.query_max_length} tokens here, in use as all texts")
+        print0(f"queries are cut at {s.query_max_length} tokens in training, later like passages")
     if max(len(set(s.query_instruction)), len(set(s.passage_instruction))) > 1 or any(
         read_pair(file, 0)["prompt"] is not None for file in files
     ):
@@ -441,7 +441,7 @@ if __name__ == "__main__":
             if folder:
                 embedder.save_trained(folder, weights, base, adapters, not problem)
 
-    def trial(n):  # forward and backward of n texts, for DDP's buckets
+    def trial(n):  # a step of n texts that counts for nothing: see settle_buckets
         with s.autocast():
             padded(wrapped(*pack([([0, 0], (0, 2))] * n, s.device))).sum().backward()
         wrapped.zero_grad(set_to_none=True)
@@ -465,7 +465,7 @@ if __name__ == "__main__":
             break
 
         if s.fsdp:
-            pad_chunks(batch.encoded, batch.chunks)
+            pad_chunks(batch.encoded, batch.chunks)  # dummy texts behind those of the loss
         loss, hits = common.all_reduce_sum(cached_step(wrapped, batch, step, s))
         gnorm = optim.clip_gradients(trained, s.grad_clip)
 
