@@ -315,9 +315,9 @@ if __name__ == "__main__":
     # ---- model (+ LoRA) ----
     last = checkpoint.find(s)
     model, base, adapters = lora.load_for_training(s, last, s.attention)
-    folders = [resolve_folder(name) for name in (base, *adapters)]
-    sources = [folder for folder in folders if os.path.exists(f"{folder}/tokenizer.json")]
-    tokenizer = load_tokenizer((sources or folders)[-1])  # an adapter may have added a token
+    parts = [resolve_folder(name) for name in (base, *adapters)]
+    sources = [part for part in parts if os.path.exists(f"{part}/tokenizer.json")]
+    tokenizer = load_tokenizer((sources or parts[:1])[-1])  # an adapter may have added a token
     check_tokenizer(tokenizer, model.config.vocab_size)
     if s.task == "texts" and s.separator is None:
         s.separator = tokenizer.sep_token or "\n"
