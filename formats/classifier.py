@@ -109,11 +109,12 @@ def read_classifier(folder, s=None):
 
 def write_results(found, s):
     """Adds what evaluate found on s.eval_data to results.json in s.out_dir, beside other files':
-    {file: {"task", "metrics"}}."""
+    {file: {"task", "n", "metrics"}}."""
     if s.rank > 0:
         return
     if found["missing"]:
         print(f"{found['missing']} of {found['n']} words have no token: counted wrong")
     metrics = {name: x if math.isfinite(x) else None for name, x in found.items()}
+    entry = {"task": s.task, "n": found["n"], "metrics": metrics}
     path = Path(s.out_dir, "results.json")
-    write_json(read_json(path) | {s.eval_data: {"task": s.task, "metrics": metrics}}, path)
+    write_json(read_json(path) | {s.eval_data: entry}, path)

@@ -23,7 +23,7 @@ Return a new array of given shape and [MASK], filled with zeros.
 If the file does not exist, FileNotFoundError is [MASK].
 Return True if the object is a string, [MASK] otherwise.
 TEXTS
-$python sample.py --model=out/mlm_pydocs_tiny --file=out/masks.txt | grep -A 99 'weights;'
+$python sample.py --model=out/mlm_pydocs_tiny --file=out/masks.txt | grep -A 99 'attention by'
 
 say "5/6 contrastive training: questions near their answers"
 $python train_contrastive.py configs/contrastive_pydocs_tiny.py --resume=True
