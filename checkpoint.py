@@ -17,7 +17,7 @@ import math
 import os
 import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -103,6 +103,8 @@ def _publish(tmp):
         shutil.rmtree(final, ignore_errors=True)
         os.rename(tmp, final)
         link = os.path.join(out_dir, "final")  # a stable name for what was saved last
+        with suppress(FileNotFoundError):  # of a save that was killed here
+            os.remove(link + ".new")
         os.symlink(os.path.basename(final), link + ".new")
         os.replace(link + ".new", link)
     return final

@@ -8,6 +8,7 @@ import csv
 import difflib
 import os
 import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -331,7 +332,7 @@ def finish(s, step, batches):
 def resume_command():
     """The command that goes on with this run."""
     launch = "torchrun ... " if "RANK" in os.environ else "python "
-    return launch + " ".join([*sys.argv, "--resume=True"])
+    return launch + shlex.join([*sys.argv, "--resume=True"])
 
 
 # ---- what wraps a model for training ----

@@ -177,6 +177,8 @@ def load_adapter(model, folder, trainable=False):
     Raises ValueError for a kind of adapter that is not supported (DoRA, trained biases, ...), and
     for missing, unexpected or misshapen tensors, by name.
     """
+    if lora_layers(model):
+        raise ValueError("load_adapter: the model has an adapter already, merge it first")
     folder, c, embed = resolve_folder(folder), model.config, model.embed.weight
     wanted, present = peft.attention_of(folder), "causal" if c.causal else "bidirectional"
     if wanted not in (None, present):
@@ -242,7 +244,10 @@ def load_for_training(s, last=None, attention=None, rope_theta=None):
     last: the checkpoint to go on from. Under LoRA the base and the adapters are those that its
     adapter was trained on, otherwise it has all the weights."""
     if s.lora_rank and last:
-        base, *adapters, _ = peft.pinned_chain(_adapter_folder(last))
+        base, *adapters = peft.pinned_chain(_adapter_folder(last))
+        if not adapters:
+            raise SystemExit(f"{last} has no adapter: it was trained with lora_rank=0")
+        adapters.pop()  # the checkpoint's own, which add_lora loads
     elif last and s.init_from == "scratch":  # the weights were made in this run
         base, adapters = last, []
     else:

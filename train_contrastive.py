@@ -27,6 +27,7 @@ import optim
 from common import prefetch, print0
 from data import open_pairs, read_pair
 from embedder import Embedder, chunks_of
+from formats.huggingface import resolve_folder
 from formats.sentence_transformers import read_settings
 from grad_cache import embed_all, gather_rows, pad_chunks, padded
 from metrics import ranked
@@ -126,8 +127,7 @@ show_batch = False
 class Batch:
     """A step's B queries and N passages. Both are numbered through the whole batch."""
 
-    # (ids, (start, end)) of each text, its tokens and the range of them that is pooled: this
-    # rank's queries, then its passages
+    # (ids, (start, end)) of each text, its pooled range: this rank's queries, then its passages
     encoded: list[tuple]
     chunks: list[list[int]]  # indices into encoded: texts that go through the model together
     n_queries: int  # of each rank
@@ -148,8 +148,8 @@ def make_batch(pairs, which, tokenizer, s):
 
 def train_batches(files, first_step, choices, tokenizer, s):
     """The Batch of each step, whose lines come from files[choices[step]]."""
-    for step in range(first_step, s.stop_step):
-        yield make_batch(*pairs_of_step(files, step, choices, s), tokenizer, s)
+    steps = range(first_step, s.stop_step)
+    return (make_batch(*pairs_of_step(files, i, choices, s), tokenizer, s) for i in steps)
 
 
 # ---- the loss ----
@@ -397,7 +397,7 @@ if __name__ == "__main__":
     # ---- model (+ LoRA) ----
     last = checkpoint.find(s)  # what to resume, or None
     model, base, adapters = lora.load_for_training(s, last, s.attention)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(resolve_folder(base))
     if s.pooling != "splade":
         model.drop_head()
     lora.add_lora(model, s, last)
@@ -405,7 +405,7 @@ if __name__ == "__main__":
     projection = None
     if s.pooling == "tokens" and s.projection_dim:
         fresh = torch.nn.Linear(model.config.n_embd, s.projection_dim, bias=False)
-        projection = read_settings(last or base).get("projection", fresh)
+        projection = read_settings(last or resolve_folder(base)).get("projection", fresh)
         if (dim := projection.out_features) != s.projection_dim:
             raise SystemExit(f"projection_dim={s.projection_dim}: {base} projects to {dim}")
     prompts = {"query": s.query_instruction[0], "document": s.passage_instruction[0]}

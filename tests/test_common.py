@@ -302,6 +302,9 @@ def test_checkpoint_replaces_one_of_the_same_name_and_final_leads_to_it(tmp_path
     assert not stale.exists() and names(tmp_path) == ["step1", "step10", "step9"]
     assert os.readlink(tmp_path / "final") == "step9"  # a moved out_dir keeps it
     assert (tmp_path / "final" / "model.safetensors").read_text() == "newer weights"
+    os.symlink("step9", tmp_path / "final.new")  # left by a save that was killed at its last line
+    write_checkpoint(tmp_path, "step11")
+    assert os.readlink(tmp_path / "final") == "step11"
 
 
 @pytest.mark.parametrize("file, text, reason", [
