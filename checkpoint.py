@@ -103,10 +103,13 @@ def _publish(tmp):
         shutil.rmtree(final, ignore_errors=True)
         os.rename(tmp, final)
         link = os.path.join(out_dir, "final")  # a stable name for what was saved last
-        with suppress(FileNotFoundError):  # of a save that was killed here
-            os.remove(link + ".new")
-        os.symlink(os.path.basename(final), link + ".new")
-        os.replace(link + ".new", link)
+        try:
+            with suppress(FileNotFoundError):  # of a save that was killed here
+                os.remove(link + ".new")
+            os.symlink(os.path.basename(final), link + ".new")
+            os.replace(link + ".new", link)
+        except OSError as e:  # no links here, or a folder of that name: the checkpoint is whole
+            print0(f"{link} does not lead to {os.path.basename(final)}: {e.strerror}")
     return final
 
 

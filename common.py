@@ -32,6 +32,8 @@ RENAMED = {  # keys of earlier versions, where the script has the new one and no
     "chunk_tokens": "device_batch_tokens", "batch_tokens": "device_batch_tokens",
     "eval_pairs": "eval_lines", "max_seq_len": "max_length",
 }  # fmt: skip
+_EVALS = "python -m evals.token_retrieval and evals.classifier evaluate"
+MOVED = {"eval_only": _EVALS, "ratios": _EVALS}
 
 
 class _Namespace(dict):
@@ -63,6 +65,8 @@ def _accept(key, value, kinds):
 def _unknown(key, keys):
     if RENAMED.get(key) in keys:
         return f"the key {key!r} is now called {RENAMED[key]!r}."
+    if key in MOVED:
+        return f"{key!r} is no key any more: {MOVED[key]}."
     near = difflib.get_close_matches(key, keys, 1, cutoff=0.5)
     return f"unknown key {key!r}, " + (f"did you mean {near[0]!r}?" if near else "see --help")
 
@@ -219,6 +223,8 @@ def start(config):
     one_of(s, fsdp=("", "full"), schedule=schedules)
     if (s.fsdp or config.get("zero1")) and "RANK" not in os.environ:
         raise SystemExit("fsdp and zero1 share work between ranks: start with torchrun")
+    if s.init_from == "resume":
+        raise SystemExit("init_from='resume' is now --resume=True, with init_from as it was")
     if s.train_also and not s.lora_rank:
         raise SystemExit(
             f"train_also={s.train_also!r} goes with LoRA; lora_rank=0 trains every weight"
@@ -304,17 +310,18 @@ def seed_step(seed, step, rank, chunk=0):
     torch.manual_seed(x)
 
 
-def catch_stop():
+def catch_stop(s):
     """-> stop_requested(): has SIGTERM or Ctrl-C come to this rank? Neither ends the process any
     more: the script sums the flag over ranks at each step, so that all of them save and leave after
-    the same one. A second Ctrl-C ends it at once."""
+    the same one. A second Ctrl-C ends it at once, and a dry run has nothing to save."""
     seen = []
 
     def stop(number, _):
         seen.append(number)
+        os.write(2, b"\nstopping: this step ends and is saved; Ctrl-C once more ends at once\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in () if s.dry_run else (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     return lambda: bool(seen)
 

@@ -225,7 +225,7 @@ if __name__ == "__main__":
     log, rates = common.open_log(s, columns, step), common.Rates()
     peak, bad_steps = common.peak_flops(s.device), 0
     flops_per_token = model.flops_per_token(len(train.tokens) / (len(train.starts) - 1))
-    stop_requested = common.catch_stop()
+    stop_requested = common.catch_stop(s)
     batches = prefetch(token_rows.train_batches(train, step, corrupt, s))
     common.settle_buckets(wrapped, trial, s.rows_per_batch)
 

@@ -363,7 +363,7 @@ if __name__ == "__main__":
     metrics = "loss acc f1 precision recall mcc ndcg pearson spearman".split()
     columns = ["loss", "acc", "gnorm", "lr", "ex_s", "tok_s", *(f"eval_{m}" for m in metrics)]
     log, rates = common.open_log(s, columns, step), common.Rates()
-    stop_requested, bad_steps = common.catch_stop(), 0
+    stop_requested, bad_steps = common.catch_stop(s), 0
     batches = prefetch(train_batches(examples, step, tokenizer, s))
     common.settle_buckets(wrapped, trial, 1)
 

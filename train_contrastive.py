@@ -450,7 +450,7 @@ if __name__ == "__main__":
     columns = ["loss", "acc", "gnorm", "lr", "ex_s", "tok_s"]
     columns += ["eval_loss", "eval_acc", "eval_mrr", "eval_ndcg"]
     log, rates, bad_steps = common.open_log(s, columns, step), common.Rates(), 0
-    stop_requested = common.catch_stop()
+    stop_requested = common.catch_stop(s)
     batches = prefetch(train_batches(files, step, choices, tokenizer, s))
     common.settle_buckets(wrapped, trial, 1)
 

@@ -229,7 +229,7 @@ if __name__ == "__main__":
     # ---- loop ----
     columns = ["loss", "acc", "gnorm", "lr", "tok_s", "eval_loss", "eval_acc"]
     log, rates = common.open_log(s, columns, step), common.Rates()
-    bad_steps, stop_requested = 0, common.catch_stop()
+    bad_steps, stop_requested = 0, common.catch_stop(s)
     batches = prefetch(token_rows.train_batches(train, step, mask_next, s))
     common.settle_buckets(wrapped, trial, s.rows_per_batch)
 

@@ -333,7 +333,7 @@ if __name__ == "__main__":
     for name in ("eval_d2q", "eval_q2d"):
         columns += [f"{name}_{kind}" for kind in ("loss", "ppl", "shuffled_loss", "none_loss")]
     log, rates = common.open_log(s, columns, step), common.Rates()
-    bad_steps, stop_requested = 0, common.catch_stop()
+    bad_steps, stop_requested = 0, common.catch_stop(s)
     batches = prefetch(train_batches(files, step, choices, tokenizer, s))
     common.settle_buckets(wrapped, trial, 1)
 

@@ -278,7 +278,7 @@ if __name__ == "__main__":
     columns += [f"eval_{name}" for name in names_of(_RATIOS)]
     log, rates = common.open_log(s, columns, step), common.Rates()
     bad_steps, lost = 0, np.zeros(2)  # queries and spans
-    stop_requested = common.catch_stop()
+    stop_requested = common.catch_stop(s)
     batches = prefetch(train_batches(file, runs, step, tokenizer, s))
     common.settle_buckets(wrapped, trial, 2)
 

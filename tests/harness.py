@@ -164,7 +164,7 @@ def stopped_and_resumed(script, config, out_dir, step, *more):
     """A run that a signal ends after `step` saves and says how to go on -> what going on gives."""
     calls = []
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
-        patch.setattr(common, "catch_stop", lambda: lambda: calls.append(1) or len(calls) > step)
+        patch.setattr(common, "catch_stop", lambda s: lambda: calls.append(1) or len(calls) > step)
         run(script, config, out_dir, *more)
     printed = out.getvalue()
     assert f"saved {out_dir}/step{step}\n" in printed and max(losses(out_dir)) == step

@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import runpy
+import shlex
 import signal
 import sys
 import time
@@ -246,7 +247,7 @@ def test_seed_step_is_a_function_of_seed_step_and_rank():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_sets_a_flag_and_a_second_ctrl_c_ends(number):
-    stop_requested = common.catch_stop()
+    stop_requested = common.catch_stop(types.SimpleNamespace(dry_run=False))
     try:
         assert stop_requested() is False
         os.kill(os.getpid(), number)
@@ -257,6 +258,20 @@ def test_a_signal_sets_a_flag_and_a_second_ctrl_c_ends(number):
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_signal_ends_a_dry_run_which_has_nothing_to_save():
+    common.catch_stop(types.SimpleNamespace(dry_run=True))
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_the_command_that_resumes_is_quoted_for_the_shell(monkeypatch):
+    argv = ["train.py", "--query_instruction=a 'b' $c", "--n=1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.delenv("RANK", raising=False)
+    assert shlex.split(common.resume_command()) == ["python", *argv, "--resume=True"]
 
 
 # ---- checkpoints ----
@@ -305,6 +320,13 @@ def test_checkpoint_replaces_one_of_the_same_name_and_final_leads_to_it(tmp_path
     os.symlink("step9", tmp_path / "final.new")  # left by a save that was killed at its last line
     write_checkpoint(tmp_path, "step11")
     assert os.readlink(tmp_path / "final") == "step11"
+
+
+def test_a_folder_named_final_does_not_end_a_save(tmp_path, capsys):
+    (tmp_path / "final").mkdir()
+    path = write_checkpoint(tmp_path, "step5")
+    assert os.path.isfile(os.path.join(path, "complete.json"))
+    assert "final does not lead to step5: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file, text, reason", [

@@ -640,7 +640,7 @@ def test_three_ranks_equal_one_and_resumed_are_bit_equal(tiny, folders, tmp_path
 
 def test_a_signal_saves_and_exits(tiny, tmp_path, monkeypatch, capsys):
     calls, whole = [], run(tiny, tmp_path / "whole").s.out_dir
-    monkeypatch.setattr(common, "catch_stop", lambda: lambda: calls.append(1) or len(calls) > 4)
+    monkeypatch.setattr(common, "catch_stop", lambda s: lambda: calls.append(1) or len(calls) > 4)
     run(tiny, tmp_path / "a")
     assert f"saved {tmp_path}/a/step4" in capsys.readouterr().out
     assert max(losses(tmp_path / "a")) == 4

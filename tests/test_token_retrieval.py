@@ -593,6 +593,8 @@ def test_broken_lines_name_file_line_and_field(change, message, tiny, tmp_path):
 @pytest.mark.parametrize(("more", "message"), [
     (["--num_epochs=1"], "max_steps=6, num_epochs=1.0; expected one of"),
     (["--fsdp=full"], "start with torchrun"),
+    (["--eval_only=True"], "python -m evals.token_retrieval"),
+    (["--init_from=resume"], "init_from='resume' is now --resume=True"),
     (["--chunk_tokens=10"], "'chunk_tokens' is now called 'device_batch_tokens'"),
     (["--passage_window=8", "--window_overlap=8"], "windows of 8 tokens cannot share 8"),
     (["--rope_scaling=('ntk',2.0)"], "expected ('linear', factor)"),
