@@ -174,7 +174,7 @@ FOREIGN = {
     "'model.layers.1.self_attn.k_proj.weight' is missing": dict(without=["blk.1.attn_k"]),
     "unexpected tensor 'blk.0.attn_q_norm.weight'": dict(more=["blk.0.attn_q_norm.weight"]),
     "unexpected tensor 'rope_freqs.weight'": dict(more=["rope_freqs.weight"]),
-    "'model.layers.0.self_attn.q_proj.bias'": dict(more=["blk.0.attn_q.bias"]),
+    "unexpected tensor 'blk.0.attn_q.bias'": dict(more=["blk.0.attn_q.bias"]),
 }
 
 

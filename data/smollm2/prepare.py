@@ -104,12 +104,12 @@ def read_gguf(path):
     for t in reader.tensors:
         name, leaf = t.name.removeprefix("blk.").rsplit(".", 1)
         block, _, name = name.rpartition(".")
-        if name not in NAMES:
+        if name not in NAMES or leaf != "weight":
             raise ValueError(f"unexpected tensor {t.name!r}")
         w = torch.from_numpy(dequantize(t.data, t.tensor_type).copy())  # [out, in] or [C]
         if name in heads:  # RoPE turns rows 2i and 2i+1 of a head there, i and i + D/2 here
             w = w.view(heads[name], -1, 2, w.size(-1)).transpose(1, 2).reshape(w.shape)
-        state[f"blocks.{block}.{NAMES[name]}.{leaf}" if block else f"{NAMES[name]}.{leaf}"] = w
+        state[f"blocks.{block}." * bool(block) + f"{NAMES[name]}.weight"] = w
 
     # GPT-2's byte-level BPE, each digit alone. transformers' own reading of a GGUF has no Digits:
     # line ends and spaces before a number then get other ids.
