@@ -159,20 +159,19 @@ def rope_frequencies(rope, head_dim, max_seq_len, device):
     2309.00071, sec. 3.2 and 3.4)."""
     even = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
     freq = 1.0 / rope["theta"] ** (even / head_dim)
-    s = rope["scaling"]
+    s, scale = rope["scaling"], 1.0
     if s is None:
-        return freq, 1.0
+        return freq, scale
     kind, factor = s["rope_type"], s["factor"]
     trained = s.get("original_max_position_embeddings") or max_seq_len
     if kind == "linear":
-        return freq / factor, 1.0
-    if kind == "llama3":
+        keep = 0  # every frequency is divided
+    elif kind == "llama3":
         # wavelengths beyond trained / low are stretched, those under trained / high are kept
         turns = trained * freq / (2 * math.pi)  # full turns within the trained length
         keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         keep = keep.clamp(0, 1)
-        return freq / factor * (1 - keep) + freq * keep, 1.0
-    if kind == "yarn":
+    elif kind == "yarn":
         # a ramp over the dimensions, from beta_fast turns in the trained length to beta_slow
         low, high = (
             head_dim / 2 * math.log(trained / (turns * 2 * math.pi)) / math.log(rope["theta"])
@@ -183,9 +182,10 @@ def rope_frequencies(rope, head_dim, max_seq_len, device):
         low, high = max(low, 0), min(high, head_dim - 1)
         ramp = (even / 2 - low) / max(high - low, 0.001)
         keep = 1 - ramp.clamp(0, 1)
-        scale = s.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
-        return freq / factor * (1 - keep) + freq * keep, scale
-    raise ValueError(f"rope_type {kind!r}: expected default, linear, llama3 or yarn")
+        scale = s.get("attention_factor") or 0.1 * math.log(max(factor, 1)) + 1.0
+    else:
+        raise ValueError(f"rope_type {kind!r}: expected default, linear, llama3 or yarn")
+    return freq / factor * (1 - keep) + freq * keep, scale
 
 
 def rotate(x, cos, sin, pairs):

@@ -34,8 +34,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base, rank, alpha, dropout, rslora=False):
         super().__init__()
         self.base, self.rank, self.alpha, self.rslora = base, rank, alpha, rslora
-        self.dropout = dropout
-        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        self.dropout, self.scale = dropout, alpha / (math.sqrt(rank) if rslora else rank)
         with base.weight.device:
             self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
             self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
@@ -179,7 +178,7 @@ def load_adapter(model, folder, trainable=False):
     """
     if lora_layers(model):
         raise ValueError("load_adapter: the model has an adapter already, merge it first")
-    folder, c, embed = resolve_folder(folder), model.config, model.embed.weight
+    folder, c = resolve_folder(folder), model.config
     wanted, present = peft.attention_of(folder), "causal" if c.causal else "bidirectional"
     if wanted not in (None, present):
         problem = f"belongs to a {wanted} model, this one is {present}"
@@ -189,7 +188,7 @@ def load_adapter(model, folder, trainable=False):
     linear = {n: m for n, m in modules if isinstance(m, nn.Linear) and n != "lm_head"}
     tensors, layers, along = peft.read_adapter(folder, c, list(model.state_dict()), linear)
 
-    embed = tensors.get("embed.weight", embed)
+    embed = tensors.get("embed.weight", model.embed.weight)
     if len(embed) > c.vocab_size:
         model.resize_vocab(len(embed))
     if c.tied and c.head != "none":

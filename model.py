@@ -438,11 +438,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, bias, targets, grad):
         wide = torch.promote_types(x.dtype, torch.float32)
         loss, hits = x.new_zeros((), dtype=wide), targets.new_zeros(())
+        inputs = zip((x, weight, bias), (x.dtype, wide, wide), ctx.needs_input_grad)
         dx, dw, db = (
-            torch.zeros_like(t, dtype=dtype) if grad and need else None
-            for t, dtype, need in zip(
-                (x, weight, bias), (x.dtype, wide, wide), ctx.needs_input_grad
-            )
+            torch.zeros_like(t, dtype=dtype) if grad and need else None for t, dtype, need in inputs
         )
         w = weight.to(x.dtype)
         # 64 MB of fp32 logits at a time on the CPU, 512 MB on a GPU

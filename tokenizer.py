@@ -56,7 +56,7 @@ def tokenize(tokenizer, texts, instruction, template, max_length, pool_instructi
         if skip_head or len(ids) > max_length:
             # A token is placed by its last character: one that holds the instruction's last space
             # and the text's first letters belongs to the text.
-            ends, body = [end for _, end in encoding.offsets], _body_length(encoding)
+            ends, body = [end for _, end in encoding.offsets], body_length(encoding)
             borders = len(head), len(head) + len(text)
             first, tail = (next((i for i, e in enumerate(ends) if e > b), body) for b in borders)
             ids = _cut(ids, first, tail, max_length)
@@ -92,7 +92,7 @@ def tokenize_words(tokenizer, sentences, max_length):
         word_of = np.repeat(np.arange(len(words)), sizes)  # of each character
         starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
         places = np.flatnonzero(ends > starts)  # what the tokenizer adds itself has no characters
-        ids, body = encoding.ids, _body_length(encoding)
+        ids, body = encoding.ids, body_length(encoding)
         if len(places):
             ids = _cut(ids, places[0], body, max_length)
             places = places[places < body + len(ids) - len(encoding.ids)]
@@ -100,12 +100,10 @@ def tokenize_words(tokenizer, sentences, max_length):
     return encoded
 
 
-def _body_length(encoding):
+def body_length(encoding):
     """The number of tokens before the EOS or SEP that the tokenizer adds itself."""
-    body = len(encoding.ids)
-    while body and encoding.special_tokens_mask[body - 1]:
-        body -= 1
-    return body
+    added = encoding.special_tokens_mask  # 1 for these and a BOS or CLS in front
+    return len(added) - [*added[::-1], 0].index(0)
 
 
 def _cut(ids, first, tail, max_length):
@@ -138,18 +136,17 @@ def load_tokenizer(path_or_name):
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
-    if path_or_name.count("/") > 1 and not os.path.isdir(path_or_name):
-        raise FileNotFoundError(f"tokenizer {path_or_name}: no such folder; was it prepared?")
     is_folder = os.path.isdir(path_or_name)
+    if path_or_name.count("/") > 1 and not is_folder:
+        raise FileNotFoundError(f"tokenizer {path_or_name}: no such folder; was it prepared?")
     name, _, revision = (path_or_name, "", "") if is_folder else path_or_name.partition("@")
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {path_or_name} is a slow one; offsets need a tokenizer.json")
     if settings := read_json(path_or_name, "nanoembed.json"):
         blank = {"model": {"type": "BPE", "vocab": {}, "merges": []}}
-        blank["post_processor"] = settings["post_processor"]
-        blank = Tokenizer.from_str(json.dumps(blank))
-        tokenizer.backend_tokenizer.post_processor = blank.post_processor
+        blank = json.dumps(blank | {"post_processor": settings["post_processor"]})
+        tokenizer.backend_tokenizer.post_processor = Tokenizer.from_str(blank).post_processor
     return tokenizer
 
 

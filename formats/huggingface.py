@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import replace
 from functools import partial, reduce
+from glob import glob
 from pathlib import Path
 
 import torch
@@ -15,38 +16,36 @@ from safetensors import safe_open
 from formats import read_json, write_json
 from model import DEFAULTS, ModelConfig, Transformer
 
-# Our module names on the left, each family's on the right.
-
-_LLAMA = {
-    "embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm",
-    "lm_head": "lm_head", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
-    "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj",
-    "attn.v_proj": "self_attn.v_proj", "attn.o_proj": "self_attn.o_proj",
-    "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
-    "mlp.gate_proj": "mlp.gate_proj", "mlp.up_proj": "mlp.up_proj",
-    "mlp.down_proj": "mlp.down_proj",
-}  # fmt: skip
-
-_MODERNBERT = {
-    "embed": "model.embeddings.tok_embeddings", "embed_norm": "model.embeddings.norm",
-    "blocks": "model.layers", "norm": "model.final_norm", "lm_head": "decoder",
-    "attn_norm": "attn_norm", "mlp_norm": "mlp_norm", "attn.o_proj": "attn.Wo",
-    "mlp.gate_up_proj": "mlp.Wi", "mlp.down_proj": "mlp.Wo",
-}  # fmt: skip
-
-NAMES = {
-    "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA,
-    "modernbert": _MODERNBERT | {
-        "attn.qkv_proj": "attn.Wqkv", "head.dense": "head.dense", "head.norm": "head.norm"},
-    "modernbert-decoder": _MODERNBERT | {
-        "attn.q_proj": "attn.q_proj", "attn.k_proj": "attn.k_proj", "attn.v_proj": "attn.v_proj",
-        "head.dense": "lm_head.dense", "head.norm": "lm_head.norm"},
-    "neobert": {
-        "embed": "model.encoder", "blocks": "model.transformer_encoder",
-        "norm": "model.layer_norm", "lm_head": "decoder", "attn_norm": "attention_norm",
-        "mlp_norm": "ffn_norm", "attn.qkv_proj": "qkv", "attn.o_proj": "wo",
-        "mlp.gate_up_proj": "ffn.w12", "mlp.down_proj": "ffn.w3"},
-}  # fmt: skip
+# Our module names on the left, each family's on the right; "-" where it has no such module.
+_NAMES = """
+ours             llama                    modernbert                      neobert
+embed            model.embed_tokens       model.embeddings.tok_embeddings model.encoder
+embed_norm       -                        model.embeddings.norm           -
+blocks           model.layers             model.layers                    model.transformer_encoder
+norm             model.norm               model.final_norm                model.layer_norm
+head.dense       -                        head.dense                      -
+head.norm        -                        head.norm                       -
+lm_head          lm_head                  decoder                         decoder
+attn_norm        input_layernorm          attn_norm                       attention_norm
+attn.qkv_proj    -                        attn.Wqkv                       qkv
+attn.q_proj      self_attn.q_proj         attn.q_proj                     -
+attn.k_proj      self_attn.k_proj         attn.k_proj                     -
+attn.v_proj      self_attn.v_proj         attn.v_proj                     -
+attn.q_norm      self_attn.q_norm         -                               -
+attn.k_norm      self_attn.k_norm         -                               -
+attn.o_proj      self_attn.o_proj         attn.Wo                         wo
+mlp_norm         post_attention_layernorm mlp_norm                        ffn_norm
+mlp.gate_up_proj -                        mlp.Wi                          ffn.w12
+mlp.gate_proj    mlp.gate_proj            -                               -
+mlp.up_proj      mlp.up_proj              -                               -
+mlp.down_proj    mlp.down_proj            mlp.Wo                          ffn.w3
+"""
+(_, *_ours), *_columns = zip(*map(str.split, _NAMES.strip().splitlines()))
+NAMES = {head: {o: t for o, t in zip(_ours, names) if t != "-"} for head, *names in _columns}
+NAMES |= dict.fromkeys(("mistral", "qwen2", "qwen3"), NAMES["llama"])
+# its encoder has qkv_proj, the decoder the three apart
+NAMES["modernbert-decoder"] = NAMES["modernbert"] | {
+    "head.dense": "lm_head.dense", "head.norm": "lm_head.norm"}  # fmt: skip
 
 ARCHITECTURES = {  # with a language modelling head, without
     "llama": ("LlamaForCausalLM", "LlamaModel"),
@@ -186,27 +185,29 @@ def config_to_hf(c):
     return hf
 
 
-def interleave_qkv(w, c, back):
-    """NeoBERT stores q, k and v head by head: [H, 3, D, C] there, [3, H, D, C] here."""
+def interleave_qkv(name, w, c, back):
+    """NeoBERT stores q, k and v head by head: [H, 3, D, C] there, [3, H, D, C] here. LoRA's B has
+    the same rows; any other tensor comes back as it is. name: ours."""
+    if c.family != "neobert" or "qkv_proj" not in name or name.endswith("lora_A"):
+        return w
     shape = (3, c.n_head) if back else (c.n_head, 3)
     return w.reshape(*shape, c.head_dim, -1).transpose(0, 1).reshape(w.shape)
 
 
-def write_folder(folder, config, state, classifier=None):
+def write_folder(folder, c, state, classifier=None):
     """`state`: our names -> tensors, of any device. Writes config.json and safetensors.
     `classifier`: (tensors by transformers' names, keys of config.json) of a ...Classification
     model, whose other names are those of a model with a head."""
-    c, bare = config, config.head == "none" and not classifier
+    bare = c.head == "none" and not classifier
     last_layers, keys = classifier or ({}, {})
     out = dict(last_layers)
     for name, tensor in state.items():
         if name == "lm_head.weight" and c.tied:
             continue
-        if c.family == "neobert" and name.endswith("qkv_proj.weight"):
-            tensor = interleave_qkv(tensor, c, back=True)
         module, leaf = name.rsplit(".", 1)
         key = f"{hf_module(module, c.family)}.{leaf}"
-        out[key.removeprefix("model.") if bare else key] = tensor
+        key = key.removeprefix("model.") if bare else key
+        out[key] = interleave_qkv(name, tensor, c, back=True)
     out = {key: tensor.detach().contiguous() for key, tensor in out.items()}
     os.makedirs(folder, exist_ok=True)
     save_torch_state_dict(out, folder, max_shard_size="5GB", metadata={"format": "pt"})
@@ -223,19 +224,15 @@ def save_pretrained(model, folder, state_dict=None):
 def newest_model(folder):
     """The folder itself, or if it is the out_dir of a run its checkpoint with the largest number:
     of step500 and ext800 the latter."""
-
-    def has_model(*path):
-        files = ("config.json", "adapter_config.json", "modules.json")
-        return any(os.path.exists(os.path.join(*path, name)) for name in files)
-
-    if has_model(folder):
+    files = ("config.json", "adapter_config.json", "modules.json")
+    if any(os.path.exists(os.path.join(folder, name)) for name in files):
         return folder
-    # a save that is under way, or was killed, has a name with a dot in front
-    names = [n for n in os.listdir(folder) if n[0] != "." and n[-1].isdecimal()]
-    names = [n for n in names if has_model(folder, n)]
-    if not names:
+    # a save that is under way, or was killed, has a dot in front: glob leaves such names out
+    found = [path for name in files for path in glob(f"*[0-9]/{name}", root_dir=folder)]
+    if not found:
         raise FileNotFoundError(f"{folder}: no config.json, and no checkpoint such as step500")
-    return os.path.join(folder, max(names, key=lambda n: int(re.search(r"\d+$", n)[0])))
+    newest = max(map(os.path.dirname, found), key=lambda n: int(re.search(r"\d+$", n)[0]))
+    return os.path.join(folder, newest)
 
 
 def pinned(name):
@@ -325,14 +322,12 @@ def from_pretrained(name, attention=None, window=None, rope_theta=None, dtype=to
     state = {}
     for key, read in files.items():
         module, _, leaf = key.rpartition(".")
-        module, tensor = our_module(module, source.family), read()
+        module = our_module(module, source.family)
         if module is None:
             raise ValueError(f"{folder}: unexpected tensor {key!r} for {source.family}")
-        parts = {module: tensor}
-        if module.endswith("qkv_proj") and c.family == "neobert":
-            parts = {module: interleave_qkv(tensor, c, back=False)}
-        elif module.endswith("qkv_proj") and not c.fused_qkv:  # an encoder read as causal
-            parts = {module.replace("qkv", x): part for x, part in zip("qkv", tensor.chunk(3))}
+        parts = {module: interleave_qkv(module, read(), c, back=False)}
+        if module.endswith("qkv_proj") and c.fused_qkv < source.fused_qkv:  # encoder to decoder
+            parts = {module.replace("qkv", x): w for x, w in zip("qkv", parts[module].chunk(3))}
         # copies: a mapped file may lie unaligned, and then other kernels sum in other orders
         state |= {f"{ours}.{leaf}": part.to(dtype, copy=True) for ours, part in parts.items()}
 

@@ -69,11 +69,9 @@ def write_adapter(folder, c, layers, state, along, base_name, merged):
         module, _, leaf = name.rpartition(".")
         if module not in {*layers, *whole, *grown}:
             continue
-        names[module] = hf_module(module, c.family)
-        if c.head == "none":
-            names[module] = names[module].removeprefix("model.")
-        if c.family == "neobert" and name.endswith("qkv_proj.lora_B"):
-            tensor = interleave_qkv(tensor, c, back=True)
+        theirs = hf_module(module, c.family)
+        names[module] = theirs.removeprefix("model.") if c.head == "none" else theirs
+        tensor = interleave_qkv(name, tensor, c, back=True)
         key = f"{PREFIX}{names[module]}.{leaf}" + (".weight" if module in layers else "")
         tensors[key] = tensor.detach().cpu().clone().contiguous()
 
@@ -124,9 +122,7 @@ def read_adapter(folder, c, parameters, linear):
             layers[module] = None
         elif name not in parameters:
             raise ValueError(f"{folder}: unexpected tensor {key!r} for this {c.family} model")
-        if c.family == "neobert" and name.endswith("qkv_proj.lora_B"):
-            tensor = interleave_qkv(tensor, c, back=False)
-        tensors[name] = tensor
+        tensors[name] = interleave_qkv(name, tensor, c, back=False)
 
     # Complete? `whole` is what modules_to_save names; an embedding may grow without training.
     grows = len(tensors.get("embed.weight", ())) > c.vocab_size
@@ -143,9 +139,9 @@ def read_adapter(folder, c, parameters, linear):
     if missing := sorted({*whole, *needed} - tensors.keys()):
         raise ValueError(f"{folder}: missing tensors: {', '.join(missing)}")
 
+    alphas = (config.get("alpha_pattern") or {}).items()
     for module in layers:
-        theirs, alphas = hf_module(module, c.family), config.get("alpha_pattern") or {}
-        hits = (alpha for end, alpha in alphas.items() if matches(theirs, [end]))
+        hits = (alpha for end, alpha in alphas if matches(hf_module(module, c.family), [end]))
         layers[module] = dict(
             rank=len(tensors[f"{module}.lora_A"]), alpha=next(hits, config["lora_alpha"]),
             dropout=config.get("lora_dropout", 0.0), rslora=config.get("use_rslora", False),

@@ -18,7 +18,7 @@ from torch import nn
 from common import print0
 from formats import read_json, write_json
 from formats.huggingface import config_to_hf
-from tokenizer import Template, load_tokenizer
+from tokenizer import Template, body_length, load_tokenizer
 
 PROJECTION = "1_Dense/model.safetensors"
 SETTINGS = ("pooling", "prompts", "normalize", "max_length", "pool_instruction")
@@ -83,10 +83,9 @@ def write_tokenizer(embedder, folder):
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if template.suffix:
         plain = tokenizer.backend_tokenizer.encode(template.prefix + "a")
-        added = plain.special_tokens_mask  # 1 for the BOS, EOS, .. that the tokenizer adds
         ((ids, _),) = embedder.tokenize(["a"])
-        parts = {"front": plain.ids[: added.index(0)]}
-        parts["back"] = ids[len(plain.ids) - added[::-1].index(0) :]  # suffix, then EOS or SEP
+        parts = {"front": plain.ids[: plain.special_tokens_mask.index(0)]}  # BOS or CLS
+        parts["back"] = ids[body_length(plain) :]  # suffix, then EOS or SEP
         special_tokens = [
             {"id": name, "ids": part, "tokens": tokenizer.convert_ids_to_tokens(part)}
             for name, part in parts.items()
