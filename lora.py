@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import print0
 from formats import peft
 from formats.huggingface import from_pretrained, pinned, resolve_folder, stored_dtype
 
@@ -105,6 +106,8 @@ def merge(model):
     """Adds the adapter into the weights, in place; then every parameter trains. Gives back what
     `unmerge` needs, the old weights among it: W + D - D is not W in floating point."""
     layers, trained = lora_layers(model), trained_names(model)
+    if not layers:
+        raise ValueError("merge: the model has no adapter")
     weights = merged_state(model, model.state_dict())
     for name, lora in layers.items():
         plain = nn.Linear(lora.base.in_features, lora.base.out_features, device="meta")
@@ -240,23 +243,25 @@ def _adapter_folder(checkpoint):
 def load_for_training(s, last=None, attention=None, rope_theta=None):
     """-> (model, base, adapters): the model without its LoRA, which `add_lora` puts on, and what it
     was made of, for save_adapter and merged_state: out_dirs pinned to the checkpoint read now.
-    last: the checkpoint to go on from. Under LoRA the base and the adapters are those that its
-    adapter was trained on, otherwise it has all the weights."""
-    if s.lora_rank and last:
+    last: the checkpoint to go on from. It is the base itself, but for LoRA: then the base and the
+    adapters are those that its adapter was trained on."""
+    if last and not s.lora_rank:
+        base, adapters = last, []
+    elif last:
         base, *adapters = peft.pinned_chain(_adapter_folder(last))
         if not adapters:
             raise SystemExit(f"{last} has no adapter: it was trained with lora_rank=0")
         adapters.pop()  # the checkpoint's own, which add_lora loads
-    elif last and s.init_from == "scratch":  # the weights were made in this run
-        base, adapters = last, []
     else:
         base, *adapters = peft.pinned_chain(s.init_from)
         adapters += map(pinned, getattr(s, "adapters", ()))
-    weights, merged = (last, ()) if last and not s.lora_rank else (base, adapters)
     frozen = s.lora_rank or getattr(s, "freeze_backbone", False)
     dtype = s.compute_dtype if frozen else torch.float32  # what trains is fp32
-    model = load_merged(weights, merged, attention, dtype, rope_theta)
-    model.config.max_seq_len = max(model.config.max_seq_len, getattr(s, "max_seq_len", None) or 0)
+    model = load_merged(base, adapters, attention, dtype, rope_theta)
+    positions, wanted = model.config.max_seq_len, getattr(s, "max_seq_len", None) or 0
+    if wanted > positions:
+        print0(f"{base} was made for {positions:,} positions, this run trains {wanted:,}")
+        model.config.max_seq_len = wanted
     model.set_dropout(attn=getattr(s, "attn_dropout", None))
     return model, base, adapters
 
