@@ -26,13 +26,13 @@ import lora
 import optim
 from common import prefetch, print0
 from data import open_pairs, read_pair
-from embedder import Embedder, chunks_of
+from embedding_model import EmbeddingModel
 from formats.huggingface import resolve_folder
 from formats.sentence_transformers import read_settings
 from grad_cache import embed_all, gather_rows, pad_chunks, padded
 from metrics import ranked
 from pairs import encode, encode_pairs, layout, open_files, pairs_of_step, show_pairs
-from pooling import pack
+from pooling import chunks_of, pack
 from tokenizer import Template, load_tokenizer
 
 # ---- defaults ----
@@ -328,14 +328,12 @@ def cached_step(wrapped, batch, step, s):
 # ---- evaluation ----
 
 
-@torch.no_grad()
 def evaluate(embedder, pairs, s):
     """Each query among all passages of the pairs, every rank its share of the texts -> {"loss",
     "acc" (accuracy@1), "mrr" (@10), "ndcg" (@10)}."""
     passages = list(dict.fromkeys(text for p in pairs for text in p["pos"] + p["neg"]))
     number = {text: i for i, text in enumerate(passages)}
     prompts = [s.query_instruction[0] if p["prompt"] is None else p["prompt"] for p in pairs]
-    embedder.eval()
 
     def embed(texts, prompts, max_length):
         shares = np.array_split(np.arange(len(texts)), s.world_size)
@@ -347,16 +345,15 @@ def evaluate(embedder, pairs, s):
             pad_chunks(encoded, chunks)
 
         def embed_chunk(i):
-            with s.autocast():
-                return padded(embedder.embed([encoded[j] for j in chunks[i]]))
+            return padded(embedder.embed([encoded[j] for j in chunks[i]]))
 
         vectors = embed_all(embed_chunk, chunks)[: len(shares[s.rank])]
         return gather_rows(vectors, [len(share) for share in shares])
 
-    queries = embed([p["query"] for p in pairs], prompts, s.query_max_length)
-    instructions = [s.passage_instruction[0]] * len(passages)
-    vectors = embed(passages, instructions, s.passage_max_length)  # [N, C] or [N, L, C]
-    embedder.train()
+    with embedder.evaluating():
+        queries = embed([p["query"] for p in pairs], prompts, s.query_max_length)
+        instructions = [s.passage_instruction[0]] * len(passages)
+        vectors = embed(passages, instructions, s.passage_max_length)  # [N, C] or [N, L, C]
     sums = dict.fromkeys(("loss", "acc", "mrr", "ndcg"), 0.0)
     for b, pair in enumerate(pairs):
         parts = vectors.split(max(1, 2**20 // queries[0].numel()))  # multi-vectors need memory
@@ -409,7 +406,7 @@ if __name__ == "__main__":
         if (dim := projection.out_features) != s.projection_dim:
             raise SystemExit(f"projection_dim={s.projection_dim}: {base} projects to {dim}")
     prompts = {"query": s.query_instruction[0], "document": s.passage_instruction[0]}
-    embedder = Embedder(
+    embedder = EmbeddingModel(
         model, tokenizer, s.pooling, s.template, prompts, s.normalize, s.passage_max_length,
         s.pool_instruction, projection, s.compute_dtype,
     ).to(s.device).train()  # fmt: skip

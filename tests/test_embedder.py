@@ -18,8 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-import embedder as module
-from embedder import POOLINGS, Embedder
+import pooling as module
+from embedder import Embedder
+from embedding_model import POOLINGS
 from formats.huggingface import from_pretrained, save_pretrained
 from harness import FAMILIES, run_ranks
 from lora import inject, save_adapter
