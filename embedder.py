@@ -3,8 +3,7 @@ Texts to embeddings, with the ids, the template and the pooling of training.
 
     embedder = Embedder.load("any/model")
     vectors = embedder.encode(["my text"])                        # float32 [1, C]
-
-Embedder is the EmbeddingModel that training saves, and loads and encodes. N all texts.
+    scores, spans = score_tokens(embedder, queries, passage)      # how much each token matters
 """
 
 import os
@@ -12,16 +11,18 @@ import os
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
+from attention import make_seqs
 from common import dtype_of, prefetch, print0
-from embedding_model import EmbeddingModel
+from embedding_model import EmbeddingModel, chunks_of
 from formats.huggingface import resolve_folder
 from formats.peft import adapter_chain, attention_of
 from formats.sentence_transformers import read_settings
 from lora import load_merged
-from pooling import chunks_of
-from tokenizer import load_tokenizer
+from token_scores import cosines, windows_of
+from tokenizer import load_tokenizer, tokenize_passage
 
 PART = 2**26  # numbers that a rank's share of `encode` holds at a time: 256 MB
 
@@ -133,3 +134,31 @@ class Embedder(EmbeddingModel):
         print0(f"{name}: {model.describe()}, {dtype} on {device}; {embedder.pooling} -> "
                f"{embedder.dim} numbers, up to {embedder.max_length} tokens")  # fmt: skip
         return embedder
+
+
+def score_tokens(embedder, queries, passage, window=0, overlap=0, progress=False):
+    """-> (scores float32 [Q, n], spans int64 [n, 2]): for each query the cosine of its embedding
+    and of every token of the passage; and each token's characters [start, end) in the raw passage.
+
+    queries get the instruction prompts["query"], the passage prompts["document"]; it is never cut.
+    window: the number of tokens that are encoded at a time, 0 for the whole; neighbours share
+    `overlap`. Ids and spans are the whole's. Scores differ a little, because a token sees no
+    further than its window.
+    """
+    model, device, prompts = embedder.model, embedder.device, embedder.prompts
+    if embedder.pooling in ("splade", "tokens"):
+        raise ValueError(f"score_tokens compares with one vector, not with {embedder.pooling!r}")
+    instruction = prompts.get("document", "")
+    ids, rows, spans = tokenize_passage(embedder.tokenizer, passage, instruction, embedder.template)
+    scores = []
+    with embedder.evaluating():
+        vectors = embedder.embed(embedder.tokenize(queries, prompts.get("query", "")))
+        vectors = F.normalize(vectors, dim=-1)  # [Q, C]
+        windows = windows_of(len(ids), window, overlap, model.config.causal)
+        windows = tqdm(windows, "score", unit=" windows", disable=not progress)
+        for start, stop, first, last in windows:
+            tokens = torch.tensor(ids[start:stop], device=device)
+            hidden = model(tokens, make_seqs([stop - start], device))  # [window, C]
+            inside = torch.from_numpy(rows[(rows >= first) & (rows < last)] - start).to(device)
+            scores.append(cosines(vectors, hidden[inside]).cpu())
+    return torch.cat(scores, dim=1).numpy(), spans

@@ -14,10 +14,17 @@ from torch import nn
 from formats import sentence_transformers as st
 from formats.huggingface import save_pretrained
 from lora import lora_layers, merged_state, save_adapter
-from pooling import pack, pool, splade
+from pooling import groups, pack, pool, splade
 from tokenizer import TEMPLATES, check_tokenizer, tokenize
 
 POOLINGS = ("mean", "weighted_mean", "last", "cls", "splade", "tokens")
+
+
+def chunks_of(encoded, limit):
+    """Indices of texts, longest first, in lists of at most `limit` tokens together."""
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
+    parts = groups([len(encoded[i][0]) for i in order], limit)
+    return [[order[i] for i in part] for part in parts]
 
 
 class EmbeddingModel(nn.Module):
@@ -100,7 +107,6 @@ class EmbeddingModel(nn.Module):
     # ---- folders ----
 
     st_problem = st.st_problem  # why sentence-transformers would give other embeddings, or None
-    save_settings = st.write_settings  # how it embeds, for `load`: it stands beside an adapter, too
 
     def save(self, folder, sentence_transformers=True, state_dict=None):
         """Writes a sentence-transformers folder: a dense model, for "splade" a SparseEncoder, for
@@ -117,7 +123,7 @@ class EmbeddingModel(nn.Module):
         if any(".lora_" in name for name in state):
             state = merged_state(self.model, state)
         save_pretrained(self.model, folder, state)
-        self.save_settings(folder, projection)
+        st.write_settings(self, folder, projection)
         if sentence_transformers:
             st.write_tokenizer(self, folder)
             st.write_modules(self, folder)
@@ -130,4 +136,4 @@ class EmbeddingModel(nn.Module):
         self.save(folder, sentence_transformers, merged_state(self.model, weights, base, adapters))
         if lora_layers(self.model):
             save_adapter(self.model, f"{folder}/adapter", base, weights, adapters)
-            self.save_settings(f"{folder}/adapter")
+            st.write_settings(self, f"{folder}/adapter")  # load asks an adapter how it embeds

@@ -88,10 +88,3 @@ def groups(lengths, limit):
         parts[-1].append(i)
         total += n
     return parts
-
-
-def chunks_of(encoded, limit):
-    """Indices of texts, longest first, in lists of at most `limit` tokens together."""
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
-    parts = groups([len(encoded[i][0]) for i in order], limit)
-    return [[order[i] for i in part] for part in parts]

@@ -26,13 +26,13 @@ import lora
 import optim
 from common import prefetch, print0
 from data import open_pairs, read_pair
-from embedding_model import EmbeddingModel
+from embedding_model import EmbeddingModel, chunks_of
 from formats.huggingface import resolve_folder
 from formats.sentence_transformers import read_settings
 from grad_cache import embed_all, gather_rows, pad_chunks, padded
 from metrics import ranked
 from pairs import encode, encode_pairs, layout, open_files, pairs_of_step, show_pairs
-from pooling import chunks_of, pack
+from pooling import pack
 from tokenizer import Template, load_tokenizer
 
 # ---- defaults ----
@@ -343,12 +343,9 @@ def evaluate(embedder, pairs, s):
         chunks = chunks_of(encoded, s.device_batch_tokens)
         if s.fsdp:  # every rank must call the model equally often
             pad_chunks(encoded, chunks)
-
-        def embed_chunk(i):
-            return padded(embedder.embed([encoded[j] for j in chunks[i]]))
-
-        vectors = embed_all(embed_chunk, chunks)[: len(shares[s.rank])]
-        return gather_rows(vectors, [len(share) for share in shares])
+        parts = [[encoded[i] for i in chunk] for chunk in chunks]
+        vectors = embed_all(lambda i: padded(embedder.embed(parts[i])), chunks)
+        return gather_rows(vectors[: len(shares[s.rank])], [len(share) for share in shares])
 
     with embedder.evaluating():
         queries = embed([p["query"] for p in pairs], prompts, s.query_max_length)
@@ -382,13 +379,12 @@ if __name__ == "__main__":
     # ---- data ----
     files, choices = open_files(s)
     eval_file = open_pairs(s.eval_data) if s.eval_data and s.eval_interval else []
-    eval_lines = min(s.eval_lines or len(eval_file), len(eval_file))
-    eval_pairs = [read_pair(eval_file, i) for i in range(eval_lines)]
+    eval_pairs = [read_pair(eval_file, i) for i in range(len(eval_file))[: s.eval_lines or None]]
     n_queries = s.batch_size // s.world_size  # of a rank
     n_candidates = (s.batch_size if s.negatives_cross_device else n_queries) * s.group_size
     print0(
         f"a step: {n_queries} queries x {s.world_size} ranks, each among N = {n_candidates:,} "
-        f"candidates (fewer where lines have fewer negatives); evaluation on {eval_lines:,} lines"
+        f"candidates (fewer where lines have fewer negatives); evaluation on {len(eval_pairs):,} lines"
     )
 
     # ---- model (+ LoRA) ----

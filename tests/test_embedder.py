@@ -18,14 +18,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-import pooling as module
+import embedder as module
 from embedder import Embedder
 from embedding_model import POOLINGS
 from formats.huggingface import from_pretrained, save_pretrained
 from harness import FAMILIES, run_ranks
 from lora import inject, save_adapter
 from model import Transformer, from_scratch
-from pooling import pack, pool
+from pooling import groups, pack, pool
 from tokenizer import TEMPLATES, Template, tokenize, tokenize_words
 
 logging.set_verbosity_error()
@@ -205,8 +205,7 @@ def test_splade_and_tokens_equal_loops(monkeypatch):
     model = make_model("modernbert").double()
     encoded = [one for one in ENCODED if one[1][0] < one[1][1]]
     tokens, seqs, pooled = pack(encoded, "cpu")
-    small = module.groups
-    monkeypatch.setattr(module, "groups", lambda lengths, limit: small(lengths, 3))  # some texts
+    monkeypatch.setattr("pooling.groups", lambda lengths, limit: groups(lengths, 3))  # some texts
 
     got = Embedder(model, TOKENIZERS["bare"], "splade")(tokens, seqs, pooled)
     logits = pooled_rows(model(tokens, seqs, rows=torch.arange(len(tokens))), encoded)
