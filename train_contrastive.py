@@ -384,7 +384,8 @@ if __name__ == "__main__":
     n_candidates = (s.batch_size if s.negatives_cross_device else n_queries) * s.group_size
     print0(
         f"a step: {n_queries} queries x {s.world_size} ranks, each among N = {n_candidates:,} "
-        f"candidates (fewer where lines have fewer negatives); evaluation on {len(eval_pairs):,} lines"
+        "candidates (fewer where lines have fewer negatives); evaluation on "
+        f"{len(eval_pairs):,} lines"
     )
 
     # ---- model (+ LoRA) ----

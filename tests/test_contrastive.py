@@ -31,7 +31,7 @@ from embedder import Embedder
 from formats.huggingface import from_pretrained, save_pretrained
 from harness import ROOT, kill_at_step, losses, run_ranks, saved, start, write_jsonl
 from model import from_scratch
-from order import choose_files
+from pairs import choose_files
 from tokenizer import Template, load_tokenizer
 
 WORDS = [f"{a}{b}" for a in ("ta", "mo", "ri", "su", "ke") for b in ("n", "lo", "ma", "s")]
