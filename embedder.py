@@ -1,123 +1,34 @@
 """
-Texts to embeddings: one path for training, evaluation and use.
+Texts to embeddings, with the ids, the template and the pooling of training.
 
     embedder = Embedder.load("any/model")
     vectors = embedder.encode(["my text"])                        # float32 [1, C]
-
-    pack, pool      lists of ids -> one packed row; hidden states of a packed row -> vectors
-    Embedder        a model with its tokenizer, template, pooling and prompts: encode, save, load
-
-`save` writes a folder that sentence-transformers opens, or says why embeddings there would differ.
-Shapes: B texts, T tokens of the packed row, P pooled tokens, C n_embd, V vocabulary, N all texts.
+    scores, spans = score_tokens(embedder, queries, passage)      # how much each token matters
 """
 
 import os
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
+from attention import make_seqs
 from common import dtype_of, prefetch, print0
-from formats import sentence_transformers as st
-from formats.huggingface import resolve_folder, save_pretrained
+from embedding_model import EmbeddingModel, chunks_of
+from formats.huggingface import resolve_folder
 from formats.peft import adapter_chain, attention_of
-from lora import load_merged, lora_layers, merged_state, save_adapter
-from pooling import groups, pack, pool, splade
-from tokenizer import TEMPLATES, check_tokenizer, load_tokenizer, tokenize
-
-
-def chunks_of(encoded, limit):
-    """Indices of texts, longest first, in lists of at most `limit` tokens together."""
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
-    parts = groups([len(encoded[i][0]) for i in order], limit)
-    return [[order[i] for i in part] for part in parts]
-
-
-# ---- the embedder ----
+from formats.sentence_transformers import read_settings
+from lora import load_merged
+from token_scores import cosines, windows_of
+from tokenizer import load_tokenizer, tokenize_passage
 
 PART = 2**26  # numbers that a rank's share of `encode` holds at a time: 256 MB
-POOLINGS = ("mean", "weighted_mean", "last", "cls", "splade", "tokens")
 
 
-class Embedder(nn.Module):
-    """A model and all that makes its embeddings what they are.
-
-    pooling: "mean", "weighted_mean", "last" or "cls" give [C] a text; "splade" a weight for each
-    entry of the vocabulary [V]; "tokens" a vector for each token (late interaction), through
-    `projection`, an nn.Linear without bias or None.
-    prompts: {"query": instruction, "document": instruction, ...}, for evaluations and for
-    sentence-transformers; `encode` takes the instruction itself. normalize: to length 1, except
-    with splade. dtype: what `encode` computes in (autocast), fp32 or bf16.
-
-    All that has parameters runs in one forward call: DDP(embedder)(*packed).
-    """
-
-    def __init__(
-        self, model, tokenizer, pooling="mean", template=TEMPLATES["none"], prompts=None,
-        normalize=True, max_length=512, pool_instruction=True, projection=None,
-        dtype=torch.float32,
-    ):  # fmt: skip
-        super().__init__()
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling {pooling!r}: expected one of {', '.join(POOLINGS)}")
-        if pooling == "splade" and model.config.head == "none":
-            raise ValueError("pooling 'splade' needs a language modelling head, the model has none")
-        if projection and (pooling != "tokens" or projection.bias is not None):
-            raise ValueError("a projection goes with pooling 'tokens', and has no bias")
-        check_tokenizer(tokenizer, model.config.vocab_size)
-        self.model, self.tokenizer, self.projection = model, tokenizer, projection
-        self.pooling, self.template = pooling, template
-        self.prompts = prompts or {"query": "", "document": ""}
-        self.normalize = normalize and pooling != "splade"
-        self.max_length, self.dtype = max_length, dtype
-        self.pool_instruction = pool_instruction or pooling == "last"  # the same vector there
-
-    @property
-    def dim(self):
-        if self.projection:
-            return self.projection.out_features
-        c = self.model.config
-        return c.vocab_size if self.pooling == "splade" else c.n_embd
-
-    @property
-    def device(self):
-        return self.model.embed.weight.device
-
-    def tokenize(self, texts, instruction=""):
-        """`tokenize` with this embedder's template, length and pooled range."""
-        settings = self.template, self.max_length, self.pool_instruction
-        return tokenize(self.tokenizer, texts, instruction, *settings)
-
-    def forward(self, tokens, seqs, pooled):
-        """What `pack` returned -> fp32 [B, dim], with gradients; for "tokens" (vectors [P, dim],
-        their number in each text)."""
-        hidden = self.model(tokens, seqs)  # [T, C]
-        if self.pooling == "splade":
-            return splade(self.model, hidden, pooled)
-        with torch.autocast(hidden.device.type, enabled=False):
-            x = pool(hidden, pooled, self.pooling)  # [B, C], or [P, C]
-            if self.projection:
-                x = F.linear(x, self.projection.weight.to(x.dtype))
-            x = F.normalize(x, dim=-1) if self.normalize else x
-        return (x, pooled.lengths) if self.pooling == "tokens" else x
-
-    def embed(self, encoded):
-        """What `tokenize` returned -> see forward."""
-        return self(*pack(encoded, self.device))
-
-    @contextmanager
-    def evaluating(self):
-        """Without dropout and gradients, in `dtype`."""
-        was_training, half = self.training, self.dtype != torch.float32
-        self.eval()
-        # not inference_mode: masks that the model keeps must serve training, too
-        with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=half):
-            yield
-        self.train(was_training)
+class Embedder(EmbeddingModel):
+    """An EmbeddingModel for use: encode and load."""
 
     def encode(self, texts, instruction="", device_batch_tokens=None, progress=False, out=None):
         """A sequence of texts -> float32 array [N, dim]; for "tokens" a list of N arrays.
@@ -179,41 +90,6 @@ class Embedder(nn.Module):
             dist.barrier()
         return np.load(out, mmap_mode="r")
 
-    # ---- folders ----
-
-    st_problem = st.st_problem  # why sentence-transformers would give other embeddings, or None
-    save_settings = st.write_settings  # how it embeds, for `load`: it stands beside an adapter, too
-
-    def save(self, folder, sentence_transformers=True, state_dict=None):
-        """Writes a sentence-transformers folder: a dense model, for "splade" a SparseEncoder, for
-        "tokens" a MultiVectorEncoder; with sentence_transformers=False one for Embedder.load alone.
-        LoRA is merged in the files, not in the model. state_dict: full weights from elsewhere, by
-        the model's names, and "projection.weight" where there is one.
-        Raises ValueError, before anything is written, where embeddings there would differ.
-        """
-        if sentence_transformers and (problem := self.st_problem()):
-            raise ValueError(f"{folder}: sentence-transformers would give other embeddings: "
-                             f"{problem}. Or save it with sentence_transformers=False")  # fmt: skip
-        state = dict(self.model.state_dict() if state_dict is None else state_dict)
-        projection = state.pop("projection.weight", getattr(self.projection, "weight", None))
-        if any(".lora_" in name for name in state):
-            state = merged_state(self.model, state)
-        save_pretrained(self.model, folder, state)
-        self.save_settings(folder, projection)
-        if sentence_transformers:
-            st.write_tokenizer(self, folder)
-            st.write_modules(self, folder)
-        else:
-            self.tokenizer.save_pretrained(folder)
-
-    def save_trained(self, folder, weights, base, adapters, sentence_transformers=True):
-        """`save` of a training run: LoRA merged from the precision of the base's files, and beside
-        it the adapter. weights: the model's full tensors; base, adapters: see load_for_training."""
-        self.save(folder, sentence_transformers, merged_state(self.model, weights, base, adapters))
-        if lora_layers(self.model):
-            save_adapter(self.model, f"{folder}/adapter", base, weights, adapters)
-            self.save_settings(f"{folder}/adapter")
-
     @classmethod
     def load(
         cls, name, adapters=(), device=None, dtype="auto", attention=None,
@@ -235,7 +111,7 @@ class Embedder(nn.Module):
         folders = [*adapter_chain(name), *map(resolve_folder, adapters)]
         settings = {}
         for folder in folders:  # a later adapter replaces what an earlier one says
-            settings |= st.read_settings(folder)
+            settings |= read_settings(folder)
         given = dict(pooling=pooling, template=template, prompts=prompts, normalize=normalize,
                      max_length=max_length, pool_instruction=pool_instruction)  # fmt: skip
         settings |= {key: value for key, value in given.items() if value is not None}
@@ -258,3 +134,31 @@ class Embedder(nn.Module):
         print0(f"{name}: {model.describe()}, {dtype} on {device}; {embedder.pooling} -> "
                f"{embedder.dim} numbers, up to {embedder.max_length} tokens")  # fmt: skip
         return embedder
+
+
+def score_tokens(embedder, queries, passage, window=0, overlap=0, progress=False):
+    """-> (scores float32 [Q, n], spans int64 [n, 2]): for each query the cosine of its embedding
+    and of every token of the passage; and each token's characters [start, end) in the raw passage.
+
+    queries get the instruction prompts["query"], the passage prompts["document"]; it is never cut.
+    window: the number of tokens that are encoded at a time, 0 for the whole; neighbours share
+    `overlap`. Ids and spans are the whole's. Scores differ a little, because a token sees no
+    further than its window.
+    """
+    model, device, prompts = embedder.model, embedder.device, embedder.prompts
+    if embedder.pooling in ("splade", "tokens"):
+        raise ValueError(f"score_tokens compares with one vector, not with {embedder.pooling!r}")
+    instruction = prompts.get("document", "")
+    ids, rows, spans = tokenize_passage(embedder.tokenizer, passage, instruction, embedder.template)
+    scores = []
+    with embedder.evaluating():
+        vectors = embedder.embed(embedder.tokenize(queries, prompts.get("query", "")))
+        vectors = F.normalize(vectors, dim=-1)  # [Q, C]
+        windows = windows_of(len(ids), window, overlap, model.config.causal)
+        windows = tqdm(windows, "score", unit=" windows", disable=not progress)
+        for start, stop, first, last in windows:
+            tokens = torch.tensor(ids[start:stop], device=device)
+            hidden = model(tokens, make_seqs([stop - start], device))  # [window, C]
+            inside = torch.from_numpy(rows[(rows >= first) & (rows < last)] - start).to(device)
+            scores.append(cosines(vectors, hidden[inside]).cpu())
+    return torch.cat(scores, dim=1).numpy(), spans

@@ -42,6 +42,4 @@ def embed_all(embed, chunks):
     for i, chunk in enumerate(chunks):
         vectors |= zip(chunk, embed(i))
     vectors = [vectors[i] for i in range(len(vectors))]
-    if vectors[0].dim() == 1:
-        return torch.stack(vectors)
     return torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True)

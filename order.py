@@ -50,18 +50,3 @@ def rows_of_step(step, rows_per_step, n_rows, seed):
     for e in range(epoch[0], epoch[-1] + 1):
         row[epoch == e] = permuted(row[epoch == e], n_rows, seed, e)
     return epoch, row
-
-
-def choose_files(files, max_steps, alpha, seed):
-    """The file of each step [max_steps], drawn with probability ~ (its lines) ** alpha."""
-    p = np.array([len(file) for file in files]) ** alpha
-    return np.random.default_rng(seed).choice(len(files), size=max_steps, p=p / p.sum())
-
-
-def lines_of_step(files, step, choices, batch_size, seed):
-    """(which file, [(epoch, line), ..]) of the batch of `step`: batch_size lines of one file, whose
-    last batch takes what it lacks from its next epoch. choices: what choose_files returned."""
-    which = int(choices[step])
-    nth = int((choices[:step] == which).sum())  # how many batches this file has given
-    epochs, lines = rows_of_step(nth, batch_size, len(files[which]), seed + which)
-    return which, list(zip(epochs.tolist(), lines.tolist()))

@@ -8,7 +8,7 @@ import torch
 import optim
 from common import print0
 from data import open_pairs, read_pair
-from order import choose_files, lines_of_step
+from order import rows_of_step
 from tokenizer import tokenize
 
 
@@ -27,6 +27,21 @@ def open_files(s):
         f"{s.stop_step * s.batch_size / n_lines:.2f} epochs; warmup {s.warmup:,} steps"
     )
     return files, choose_files(files, s.max_steps, s.sampling_alpha, s.seed)
+
+
+def choose_files(files, max_steps, alpha, seed):
+    """The file of each step [max_steps], drawn with probability ~ (its lines) ** alpha."""
+    p = np.array([len(file) for file in files]) ** alpha
+    return np.random.default_rng(seed).choice(len(files), size=max_steps, p=p / p.sum())
+
+
+def lines_of_step(files, step, choices, batch_size, seed):
+    """(which file, [(epoch, line), ..]) of the batch of `step`: batch_size lines of one file, whose
+    last batch takes what it lacks from its next epoch. choices: what choose_files returned."""
+    which = int(choices[step])
+    nth = int((choices[:step] == which).sum())  # how many batches this file has given
+    epochs, lines = rows_of_step(nth, batch_size, len(files[which]), seed + which)
+    return which, list(zip(epochs.tolist(), lines.tolist()))
 
 
 def pairs_of_step(files, step, choices, s):

@@ -188,10 +188,8 @@ def show_lines(lines, file, tokenizer, s):
         n_spans, n_gold = len(record["spans"]), len(p.gold)
         print(f"--- {record['where']}: {len(p.spans)} tokens of the passage, {n_gold} gold, "
               f"{n_spans - p.lost[1]} of {n_spans} spans")  # fmt: skip
-        end, text = int(p.spans[:, 1].max()), record["passage"]
-        gold = covered(p.spans[p.gold.numpy()], end)  # [characters]
-        edges = [0, *(np.flatnonzero(np.diff(gold)) + 1), end]
-        for start, stop in itertools.pairwise(edges):
-            part = text[start:stop]
-            print(f"\033[7m{part}\033[0m" if gold[start] else part, end="")
+        gold = covered(p.spans[p.gold.numpy()], p.spans[:, 1].max())  # [characters]
+        for is_gold, group in itertools.groupby(zip(gold, record["passage"]), lambda pair: pair[0]):
+            part = "".join(character for _, character in group)
+            print(f"\033[7m{part}\033[0m" if is_gold else part, end="")
         print(f"\n--- query: {tokenizer.decode(p.texts[-1])}" if p.records else "\n--- lost")

@@ -26,11 +26,10 @@ from tqdm import tqdm
 import common
 from attention import make_seqs
 from data import open_pairs, read_pair
-from embedder import Embedder
+from embedder import Embedder, score_tokens
 from formats import read_json
 from formats.peft import adapter_chain
 from lora import load_merged
-from token_scores import score_tokens
 from tokenizer import check_tokenizer, load_tokenizer
 from tools.compress import keep, page, read_passage, share_of, text_of
 

@@ -1,7 +1,8 @@
 """
 How much each token of a passage matters for a query: the cosine of the query's embedding and of the
-token's hidden state, which train_token_retrieval.py trains. A passage longer than memory goes in
-windows: slices of the whole's ids, so that no token and no character moves.
+token's hidden state, which train_token_retrieval.py trains; embedder.score_tokens is for use. A
+passage longer than memory goes in windows: slices of the whole's ids, so that no token and no
+character moves.
 """
 
 import math
@@ -10,12 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
-from attention import make_seqs
 from metrics import ndcg
 from spans import covered
-from tokenizer import tokenize_passage
 
 
 def windows_of(n, window, overlap, causal):
@@ -57,34 +55,6 @@ def cosines(queries, hidden, block=8192):
         else:
             parts = [of_block(queries, x) for x in blocks]
     return torch.cat(parts, dim=1)
-
-
-def score_tokens(embedder, queries, passage, window=0, overlap=0, progress=False):
-    """-> (scores float32 [Q, n], spans int64 [n, 2]): for each query the cosine of its embedding
-    and of every token of the passage; and each token's characters [start, end) in the raw passage.
-
-    queries get the instruction prompts["query"], the passage prompts["document"]; it is never cut.
-    window: the number of tokens that are encoded at a time, 0 for the whole; neighbours share
-    `overlap`. Ids and spans are the whole's. Scores differ a little, because a token sees no
-    further than its window.
-    """
-    model, device, prompts = embedder.model, embedder.device, embedder.prompts
-    if embedder.pooling in ("splade", "tokens"):
-        raise ValueError(f"score_tokens compares with one vector, not with {embedder.pooling!r}")
-    instruction = prompts.get("document", "")
-    ids, rows, spans = tokenize_passage(embedder.tokenizer, passage, instruction, embedder.template)
-    scores = []
-    with embedder.evaluating():
-        vectors = embedder.embed(embedder.tokenize(queries, prompts.get("query", "")))
-        vectors = F.normalize(vectors, dim=-1)  # [Q, C]
-        windows = windows_of(len(ids), window, overlap, model.config.causal)
-        windows = tqdm(windows, "score", unit=" windows", disable=not progress)
-        for start, stop, first, last in windows:
-            tokens = torch.tensor(ids[start:stop], device=device)
-            hidden = model(tokens, make_seqs([stop - start], device))  # [window, C]
-            inside = torch.from_numpy(rows[(rows >= first) & (rows < last)] - start).to(device)
-            scores.append(cosines(vectors, hidden[inside]).cpu())
-    return torch.cat(scores, dim=1).numpy(), spans
 
 
 def names_of(ratios):

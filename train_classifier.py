@@ -165,7 +165,7 @@ def pack_words(encoded, examples, s):
 
 
 def pooling_of(s):
-    """How the tokens of a word or a text become one vector, see embedder.pool."""
+    """How the tokens of a word or a text become one vector, see pooling.pool."""
     return s.pooling if s.task == "texts" else "mean" if s.merge_subwords else "cls"
 
 

@@ -26,7 +26,7 @@ import lora
 import optim
 from common import prefetch, print0
 from data import open_pairs, read_pair
-from embedder import Embedder, chunks_of
+from embedding_model import EmbeddingModel, chunks_of
 from formats.huggingface import resolve_folder
 from formats.sentence_transformers import read_settings
 from grad_cache import embed_all, gather_rows, pad_chunks, padded
@@ -328,14 +328,12 @@ def cached_step(wrapped, batch, step, s):
 # ---- evaluation ----
 
 
-@torch.no_grad()
 def evaluate(embedder, pairs, s):
     """Each query among all passages of the pairs, every rank its share of the texts -> {"loss",
     "acc" (accuracy@1), "mrr" (@10), "ndcg" (@10)}."""
     passages = list(dict.fromkeys(text for p in pairs for text in p["pos"] + p["neg"]))
     number = {text: i for i, text in enumerate(passages)}
     prompts = [s.query_instruction[0] if p["prompt"] is None else p["prompt"] for p in pairs]
-    embedder.eval()
 
     def embed(texts, prompts, max_length):
         shares = np.array_split(np.arange(len(texts)), s.world_size)
@@ -345,18 +343,14 @@ def evaluate(embedder, pairs, s):
         chunks = chunks_of(encoded, s.device_batch_tokens)
         if s.fsdp:  # every rank must call the model equally often
             pad_chunks(encoded, chunks)
+        parts = [[encoded[i] for i in chunk] for chunk in chunks]
+        vectors = embed_all(lambda i: padded(embedder.embed(parts[i])), chunks)
+        return gather_rows(vectors[: len(shares[s.rank])], [len(share) for share in shares])
 
-        def embed_chunk(i):
-            with s.autocast():
-                return padded(embedder.embed([encoded[j] for j in chunks[i]]))
-
-        vectors = embed_all(embed_chunk, chunks)[: len(shares[s.rank])]
-        return gather_rows(vectors, [len(share) for share in shares])
-
-    queries = embed([p["query"] for p in pairs], prompts, s.query_max_length)
-    instructions = [s.passage_instruction[0]] * len(passages)
-    vectors = embed(passages, instructions, s.passage_max_length)  # [N, C] or [N, L, C]
-    embedder.train()
+    with embedder.evaluating():
+        queries = embed([p["query"] for p in pairs], prompts, s.query_max_length)
+        instructions = [s.passage_instruction[0]] * len(passages)
+        vectors = embed(passages, instructions, s.passage_max_length)  # [N, C] or [N, L, C]
     sums = dict.fromkeys(("loss", "acc", "mrr", "ndcg"), 0.0)
     for b, pair in enumerate(pairs):
         parts = vectors.split(max(1, 2**20 // queries[0].numel()))  # multi-vectors need memory
@@ -364,9 +358,7 @@ def evaluate(embedder, pairs, s):
         right = [number[text] for text in dict.fromkeys(pair["pos"])]
         top = scores[0].topk(min(10, len(passages))).indices.tolist()
         positive = torch.tensor(right[:1], device=scores.device)
-        allowed = torch.ones_like(scores, dtype=torch.bool)
-        allowed[0, right] = False
-        scores = mask_negatives(scores, positive, allowed, None)
+        scores[0, right[1:]] = -torch.inf  # no negatives
         sums["loss"] += contrast(scores, positive, s).item()
         for name, value in ranked(top, right).items():
             sums[name] += value
@@ -385,13 +377,13 @@ if __name__ == "__main__":
     # ---- data ----
     files, choices = open_files(s)
     eval_file = open_pairs(s.eval_data) if s.eval_data and s.eval_interval else []
-    eval_lines = min(s.eval_lines or len(eval_file), len(eval_file))
-    eval_pairs = [read_pair(eval_file, i) for i in range(eval_lines)]
+    eval_pairs = [read_pair(eval_file, i) for i in range(len(eval_file))[: s.eval_lines or None]]
     n_queries = s.batch_size // s.world_size  # of a rank
     n_candidates = (s.batch_size if s.negatives_cross_device else n_queries) * s.group_size
     print0(
         f"a step: {n_queries} queries x {s.world_size} ranks, each among N = {n_candidates:,} "
-        f"candidates (fewer where lines have fewer negatives); evaluation on {eval_lines:,} lines"
+        "candidates (fewer where lines have fewer negatives); evaluation on "
+        f"{len(eval_pairs):,} lines"
     )
 
     # ---- model (+ LoRA) ----
@@ -409,7 +401,7 @@ if __name__ == "__main__":
         if (dim := projection.out_features) != s.projection_dim:
             raise SystemExit(f"projection_dim={s.projection_dim}: {base} projects to {dim}")
     prompts = {"query": s.query_instruction[0], "document": s.passage_instruction[0]}
-    embedder = Embedder(
+    embedder = EmbeddingModel(
         model, tokenizer, s.pooling, s.template, prompts, s.normalize, s.passage_max_length,
         s.pool_instruction, projection, s.compute_dtype,
     ).to(s.device).train()  # fmt: skip

@@ -6,7 +6,7 @@ table with orders of the tokens that learn nothing.
         --eval_data=data/pydocs/spans_test.jsonl
     torchrun --standalone --nproc_per_node=8 -m evals.token_retrieval --model=out/x --eval_data=...
 
-The scores are those of use, token_scores.score_tokens; passages are not cut. Lines are as in
+The scores are those of use, embedder.score_tokens; passages are not cut. Lines are as in
 train_token_retrieval.py, the numbers are means of token_scores.token_metrics over the queries.
 out_dir gets results.json and results.md.
 """
@@ -22,11 +22,11 @@ from tqdm import tqdm
 import common
 from bm25 import BM25, K1, words_of
 from data import open_pairs
-from embedder import Embedder
+from embedder import Embedder, score_tokens
 from formats import write_json
 from formats.huggingface import pinned
 from spans import covered, find_runs, gold_tokens, read_spans, speller
-from token_scores import names_of, score_tokens, token_metrics
+from token_scores import names_of, token_metrics
 from tokenizer import tokenize_passage
 
 # ---- defaults ----

@@ -24,11 +24,11 @@ from tokenizers import normalizers
 import harness
 import train_classifier as T
 from attention import make_seqs
-from embedder import pool
 from formats.classifier import read_classifier, save_classifier, transformers_class
 from formats.huggingface import from_pretrained, save_pretrained
 from harness import WORDS, assert_equal_bits, losses, read_jsonl, write_jsonl
 from labels import label_set, read_examples, read_texts, read_words, score_texts, score_words
+from pooling import pool
 from tokenizer import load_tokenizer
 
 

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import tokenizers as tk
 
-from embedder import Embedder
+from embedder import Embedder, score_tokens
 from formats.huggingface import from_pretrained
 from harness import ROOT, execute, write_jsonl
-from token_scores import score_tokens
 from tokenizer import load_tokenizer
 from tools.compress import compress_text, keep, page, share_of, text_of, units_of
 

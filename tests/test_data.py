@@ -19,6 +19,7 @@ import torch
 import common
 import data
 import order
+import pairs
 import tokens
 from attention import make_seqs
 from conftest import ROOT
@@ -92,17 +93,17 @@ def test_each_step_reads_the_next_batch_of_one_file(tmp_path):
     sizes = (7, 30, 11)
     files = [data.open_pairs(write_jsonl(tmp_path / f"{n}.jsonl", [{"text": "x"}] * n))
              for n in sizes]  # fmt: skip
-    choices = order.choose_files(files, 60, 1.0, 5)
+    choices = pairs.choose_files(files, 60, 1.0, 5)
     drawn = [[], [], []]  # of each file
     for step in range(60):
-        which, lines = order.lines_of_step(files, step, choices, 8, 5)
+        which, lines = pairs.lines_of_step(files, step, choices, 8, 5)
         assert which == choices[step] and len(lines) == 8
         drawn[which] += lines
     for which, (n, lines) in enumerate(zip(sizes, drawn, strict=True)):
         epochs, rows = order.rows_of_step(0, len(lines), n, 5 + which)  # a seed of its own
         assert lines == list(zip(epochs.tolist(), rows.tolist(), strict=True))
     assert len(drawn[1]) > len(drawn[2]) > len(drawn[0]) > 0  # by their number of lines
-    even = order.choose_files(files, 3000, 0.0, 5)
+    even = pairs.choose_files(files, 3000, 0.0, 5)
     assert all(900 < n < 1100 for n in np.bincount(even))
 
 

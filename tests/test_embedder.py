@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokeniz
 from transformers.utils import logging
 
 import embedder as module
-from embedder import POOLINGS, Embedder
+from embedder import Embedder
+from embedding_model import POOLINGS
 from formats.huggingface import from_pretrained, save_pretrained
 from harness import FAMILIES, run_ranks
 from lora import inject, save_adapter
 from model import Transformer, from_scratch
-from pooling import pack, pool
+from pooling import groups, pack, pool
 from tokenizer import TEMPLATES, Template, tokenize, tokenize_words
 
 logging.set_verbosity_error()
@@ -204,8 +205,7 @@ def test_splade_and_tokens_equal_loops(monkeypatch):
     model = make_model("modernbert").double()
     encoded = [one for one in ENCODED if one[1][0] < one[1][1]]
     tokens, seqs, pooled = pack(encoded, "cpu")
-    small = module.groups
-    monkeypatch.setattr(module, "groups", lambda lengths, limit: small(lengths, 3))  # some texts
+    monkeypatch.setattr("pooling.groups", lambda lengths, limit: groups(lengths, 3))  # some texts
 
     got = Embedder(model, TOKENIZERS["bare"], "splade")(tokens, seqs, pooled)
     logits = pooled_rows(model(tokens, seqs, rows=torch.arange(len(tokens))), encoded)

@@ -27,11 +27,11 @@ import passages as P
 import train_token_retrieval as T
 from attention import make_seqs
 from data import open_pairs
-from embedder import Embedder
+from embedder import Embedder, score_tokens
 from formats.huggingface import from_pretrained
 from harness import ROOT, WORDS, assert_close, assert_equal_bits, losses, run_ranks, write_jsonl
 from spans import covered, find_runs, gold_tokens, read_spans
-from token_scores import score_tokens, windows_of
+from token_scores import windows_of
 from tokenizer import Template, load_tokenizer, tokenize, tokenize_passage
 
 SCRIPT = "train_token_retrieval.py"

@@ -4,7 +4,7 @@ Compress a passage for a question: which of its characters are kept, and a page 
     from tools.compress import compress_text
     text, spans = compress_text(embedder, "How is the pool closed?", passage, ratio=8)
 
-sample.py --compress is the command. The scores are those of token_scores.score_tokens.
+sample.py --compress is the command. The scores are those of embedder.score_tokens.
 """
 
 import itertools
@@ -15,8 +15,8 @@ from html import escape
 import numpy as np
 
 from data import read_jsonl, require
+from embedder import score_tokens
 from spans import covered, join_spans
-from token_scores import score_tokens
 
 
 def units_of(passage, spans, unit):
