@@ -20,7 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import common
-from bm25 import BM25, K1, words_of
+from bm25 import BM25, words_of
 from data import open_pairs
 from embedder import Embedder
 from formats import write_json
@@ -52,7 +52,7 @@ def baseline_scores(record, spans, rng):
     bm25: a token has its sentence's BM25 score for the query's different words, the texts being
     the passage's sentences. Words and sentences that tie come in random order.
     """
-    passage, asked = record["passage"], sorted(set(words_of(record["query"])))
+    passage, asked = record["passage"], words_of(record["query"])
     words = list(re.finditer(r"\w+", passage))
     starts = [word.start() for word in words]
     word_of = np.searchsorted(starts, spans[:, 1], side="left") - 1  # -1: before the first word
@@ -62,8 +62,7 @@ def baseline_scores(record, spans, rng):
 
     cuts = [m.end() for m in re.finditer(r"[.!?]\s+|\n+", passage)]
     sentences = [passage[start:end] for start, end in zip([0, *cuts], [*cuts, None])]
-    scores = (K1 + 1) * BM25(sentences).scores(" ".join(asked))
-    scores += 1e-6 * rng.random(len(sentences))
+    scores = BM25(sentences).scores(" ".join(asked)) + 1e-6 * rng.random(len(sentences))
     bm25 = scores[np.searchsorted(cuts, spans[:, 0], side="right")]  # [n]
     order = np.arange(len(spans))
     return {"random": rng.random(len(spans)), "first": -order, "overlap": overlap, "bm25": bm25}
