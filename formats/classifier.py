@@ -62,9 +62,10 @@ def save_classifier(folder, c, tokenizer, s, weights, last_layers):
     # transformers' decoders read a text at its last token that is no padding: a token for padding
     # that no text ends with
     last = tokenizer("a" + s.suffix)["input_ids"][-1]
-    names = tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token, "!"
-    ids = tokenizer.convert_tokens_to_ids
-    tokenizer.pad_token = next(x for x in names if x and ids(x) not in (None, last))
+    for token in (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token, "!"):
+        if token and tokenizer.convert_tokens_to_ids(token) not in (None, last):
+            tokenizer.pad_token = token
+            break
     name, problem = transformers_class(c, s)
     labels = dict(enumerate(s.labels or ["score"]))
     keys = {
