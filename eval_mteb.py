@@ -169,7 +169,7 @@ def local_task(kind, path, split):
 
 def file_of(folder, stem):
     """folder/stem.tsv if it is there, else folder/stem.jsonl."""
-    return tsv if (tsv := folder / f"{stem}.tsv").exists() else folder / f"{stem}.jsonl"
+    return next(folder.glob(f"{stem}.tsv"), folder / f"{stem}.jsonl")
 
 
 def read_rows(path, fields):

@@ -304,7 +304,6 @@ def step_flops(model, batch, passes):
 @dataclass
 class Case:
     label: str
-    size: str
     n: int  # documents, pairs or texts of a batch
     rounds: int
     unit: str  # what is counted of a batch: tokens, pairs or texts
@@ -312,28 +311,28 @@ class Case:
     make: Callable  # (vocab_size, n, rng) -> Batch
     sides: dict  # ours first; a peer's name is what the table says
     changes: dict  # fields of ModelConfig
+    size: str = "ettin-17m"
 
 
 def texts_case(label, n, rounds, passes, sides, unit="pairs", lengths=(16, 256)):
     make = partial(text_batch, lengths=lengths, sides=2 if unit == "pairs" else 1)
     changes = {"causal": False, "head": "none"}
-    return Case(label, "ettin-17m", n, rounds, unit, passes, make, sides, changes)
+    return Case(label, n, rounds, unit, passes, make, sides, changes)
 
 
 CHUNKS = {"nanoembed, chunks of 4096": partial(contrastive_ours, device_batch_tokens=4096)}
 ST = "sentence-transformers"
 BENCHES = {
     "mlm": [Case(
-        "mlm", "ettin-17m", 16, 10, "tokens", 3,
-        partial(token_batch, lengths=(16, 512), labelled=0.3),
+        "mlm", 16, 10, "tokens", 3, partial(token_batch, lengths=(16, 512), labelled=0.3),
         {"nanoembed": labels_ours,
          "transformers, best setting": partial(labels_transformers, best=True),
          "transformers, default": labels_transformers}, {})],
     "mntp": [Case(
-        label, LLAMA, n, 10, "tokens", 2, partial(token_batch, lengths=lengths, labelled=0.2),
+        label, n, 10, "tokens", 2, partial(token_batch, lengths=lengths, labelled=0.2),
         {"nanoembed": partial(labels_ours, rank=16),
          "transformers + peft, all logits": partial(labels_transformers, rank=16)},
-        {"causal": False}) for label, n, lengths in (("mntp, chunks of 512", 8, (512, 512)),
+        {"causal": False}, LLAMA) for label, n, lengths in (("mntp, chunks of 512", 8, (512, 512)),
                                 ("mntp, 16 to 512 tokens", 16, (16, 512)))],
     "contrastive": [
         texts_case("contrastive", 64, 6, 3, {
@@ -344,9 +343,9 @@ BENCHES = {
     "encode": [texts_case("encode", 5000, 3, 1, {"nanoembed": encode_ours} | {
         f"{ST}, batches of {n}": partial(encode_st, batch_size=n) for n in (8, 16, 32)}, "texts")],
     "reconstruct": [Case(
-        "reconstruct", LLAMA, 16, 6, "pairs", 3, pair_batch,
+        "reconstruct", 16, 6, "pairs", 3, pair_batch,
         {"nanoembed, 2 micro-batches": reconstruct_ours,
-         "transformers, four padded forwards": reconstruct_transformers}, {})],
+         "transformers, four padded forwards": reconstruct_transformers}, {}, LLAMA)],
     "memory": [texts_case("memory", 4096, 0, 4, CHUNKS, lengths=(16, 64))],
 }  # fmt: skip
 
@@ -359,9 +358,8 @@ def memory(device):
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     if sys.platform != "linux":
         return (common.peak_memory(torch.device(device)),) * 2
-    with open("/proc/self/status") as f:  # not ru_maxrss, which a child inherits from its parent
-        status = dict(line.split(":", 1) for line in f)
-    return tuple(int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+    status = Path("/proc/self/status").read_text()  # ru_maxrss is inherited from the parent
+    return tuple(1024 * int(re.search(rf"{key}:\s+(\d+)", status)[1]) for key in ("VmRSS", "VmHWM"))
 
 
 def serve(pipe, side, job):

@@ -182,12 +182,11 @@ def backend_agrees(case, backend):
     qkv = torch.randn(sum(lengths), n_head + 2 * n_kv, c.head_dim, generator=generator)
     qkv = qkv.to(device, dtype).split((n_head, n_kv, n_kv), dim=1)
     texts = list(zip(*(x.split(lengths) for x in qkv)))
-    seqs, errors = make_seqs(lengths, device), []
-    windows = list({block.attn.window for block in net.blocks})
+    errors, windows = [], list({block.attn.window for block in net.blocks})
     for window in windows:
         expected = torch.cat([masked_softmax(*text, c.causal, window) for text in texts])
-        found = attention(*qkv, seqs, c.causal, window, 0.0, backend).cpu().double()
-        errors.append((found - expected).abs().max() / expected.abs().max())
+        found = attention(*qkv, make_seqs(lengths, device), c.causal, window, 0.0, backend)
+        errors.append((found.cpu() - expected).abs().max() / expected.abs().max())
     worst = torch.stack(errors).max().item()  # NaN if there is one
     figure = f"{worst:.1e} of the largest value from a masked softmax, windows {windows}"
     if backend == "sdpa":
