@@ -283,8 +283,8 @@ def token_batch(vocab_size, n, rng, lengths, labelled):
         chosen[0] = False
         labels.append(np.where(chosen, ids, NO_LABEL))
         ids[chosen] = 5
-    n_labels = np.count_nonzero(np.concatenate(labels) != NO_LABEL)
-    return Batch([texts, labels], list(map(len, texts)), n_labels)
+    rows = np.flatnonzero(np.concatenate(labels) != NO_LABEL)
+    return Batch([texts, labels], list(map(len, texts)), len(rows))
 
 
 def text_batch(vocab_size, n, rng, lengths, sides):
