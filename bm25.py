@@ -3,17 +3,17 @@ BM25: the scores of texts for a query, by their words. A baseline of eval_mteb.p
 """
 
 import re
-from array import array
 from collections import Counter
 
 import numpy as np
+from sklearn.feature_extraction import DictVectorizer
 
 K1, B = 1.2, 0.75
 
 
 def words_of(text):
-    """Runs of letters and digits, in lower case."""
-    return re.findall(r"\w+", text.lower())
+    """How often each word is in a text: runs of letters and digits, in lower case."""
+    return Counter(re.findall(r"\w+", text.lower()))
 
 
 class BM25:
@@ -27,27 +27,16 @@ class BM25:
     """
 
     def __init__(self, texts):
-        self.number, self.n = {}, 0  # {word: its number}, N
-        doc, word, count = array("i"), array("i"), array("f")
-        for text in texts:
-            for w, tf in Counter(words_of(text)).items():
-                doc.append(self.n)
-                word.append(self.number.setdefault(w, len(self.number)))
-                count.append(tf)
-            self.n += 1
-        doc, word, count = map(np.asarray, (doc, word, count))  # [P], pairs of a text and a word
-        lengths = np.bincount(doc, count, self.n)  # [N], in words
-        n_texts = np.bincount(word, minlength=len(self.number))
-        idf = np.log(1 + (self.n - n_texts + 0.5) / (n_texts + 0.5))
+        self.words = DictVectorizer()
+        tf = self.words.fit_transform(map(words_of, texts)).tocoo()  # [N, words], sparse
+        n, n_words = tf.shape
+        lengths = np.bincount(tf.row, tf.data, n)  # [N], in words
+        n_texts = np.bincount(tf.col, minlength=n_words)
+        idf = np.log(1 + (n - n_texts + 0.5) / (n_texts + 0.5))
         k = K1 * (1 - B + B * lengths / max(lengths.mean(), 1))
-        order = np.argsort(word, kind="stable")  # a word's texts stand together
-        self.doc, self.weight = doc[order], (idf[word] * count / (count + k[doc]))[order]
-        self.starts = np.append(0, n_texts.cumsum())
+        tf.data *= idf[tf.col] / (tf.data + k[tf.row])
+        self.weights = tf.T.tocsr()  # [words, N]: only the rows of a query's words are read
 
     def scores(self, query):
         """-> float64 [N]"""
-        out = np.zeros(self.n)
-        for i in (self.number[w] for w in words_of(query) if w in self.number):
-            part = slice(*self.starts[i : i + 2])
-            out[self.doc[part]] += self.weight[part]
-        return out
+        return (self.words.transform(words_of(query)) @ self.weights).toarray()[0]

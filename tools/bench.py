@@ -16,7 +16,6 @@ held before the model was loaded. The result is written to out/bench_<name>.json
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import platform
@@ -28,13 +27,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 import common
 import lora
@@ -42,6 +42,7 @@ import train_contrastive
 import train_reconstruct
 from attention import make_seqs
 from embedder import Embedder
+from formats import write_json
 from formats.huggingface import from_pretrained, save_pretrained
 from model import from_scratch
 from tokenizer import load_tokenizer
@@ -64,29 +65,34 @@ class Batch:
 
 
 # ---- sides ----
-# A side is a generator. It yields when all is imported, when its model is loaded, and then what it
-# has computed after each step. `job`: the model's folder, the batches, device, dtype and threads.
+# A side is a generator. It yields when all is imported, and then what it has computed after each
+# step; the first loads its model. `job`: the model's folder, the batches, device, dtype, threads.
 
 
 def half(job):
     return torch.autocast(job.device, torch.bfloat16, enabled=job.dtype == "bf16")
 
 
-def train(model, loss_of, steps, job):
-    """The step of all training benches: forward, loss and backward of each of its micro-batches,
-    then AdamW. steps: for each its list of micro-batches."""
+def backward(loss_of, job):
+    """-> a function of a batch: forward, loss and backward -> the loss."""
+
+    def step(batch):
+        with half(job):
+            loss = loss_of(batch)
+        loss.backward()
+        return loss.item()
+
+    return step
+
+
+def train(model, step, job):
+    """What all training benches do: `step`, which makes gradients, of each batch, then AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    yield
-    for micro_batches in steps:
-        total = 0.0
-        for batch in micro_batches:
-            with half(job):
-                loss = loss_of(batch)
-            loss.backward()
-            total += loss.item()
+    for batch in job.batches:
+        loss = step(batch)
         optimizer.step()
         optimizer.zero_grad()
-        yield total
+        yield loss
 
 
 def our_model(job):
@@ -98,16 +104,18 @@ def our_model(job):
 def labels_ours(job, rank=0):
     """Packed rows with labels, by ours: masked language modelling, and with a rank MNTP."""
     yield
-    model, steps = our_model(job), []
+    model = our_model(job)
     if rank:
         lora.inject(model, rank, 2 * rank, 0.0, "all")
-    for batch in job.batches:
-        flat = np.stack([np.concatenate(x) for x in batch.inputs])  # [2, T]
-        tokens, labels = torch.tensor(flat, device=job.device)
+
+    def loss_of(batch):
+        tokens, labels = (torch.tensor(np.concatenate(x)).to(job.device) for x in batch.inputs)
         rows = (labels != NO_LABEL).nonzero()[:, 0]  # [L]
         before = rows - min(rank, 1)  # MNTP predicts from the position before
-        steps.append([(tokens, make_seqs(batch.lengths, job.device), before, labels[rows])])
-    yield from train(model, lambda batch: model(*batch)[0] / len(batch[3]), steps, job)  # a mean
+        seqs = make_seqs(batch.lengths, job.device)
+        return model(tokens, seqs, before, labels[rows])[0] / len(rows)  # a mean
+
+    yield from train(model, backward(loss_of, job), job)
 
 
 def padded(rows, fill, job):
@@ -117,21 +125,21 @@ def padded(rows, fill, job):
 
 def labels_transformers(job, rank=0, best=False):
     """What Hugging Face's collator and model make of them: rows padded to the longest."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-
     if rank:
         from peft import LoraConfig, get_peft_model
     yield
     cls = AutoModelForCausalLM if rank else AutoModelForMaskedLM
     settings = {"attn_implementation": "sdpa", "sparse_prediction": True} if best else {}
-    model, steps = cls.from_pretrained(job.folder, **settings).to(job.device).train(), []
+    model = cls.from_pretrained(job.folder, **settings).to(job.device).train()
     if rank:
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         model = get_peft_model(model, config)
-    for batch in job.batches:
-        ids, labels = padded(batch.inputs[0], 0, job), padded(batch.inputs[1], NO_LABEL, job)
-        steps.append([{"input_ids": ids, "labels": labels, "attention_mask": (ids > 0).long()}])
-    yield from train(model, lambda batch: model(**batch).loss, steps, job)
+
+    def loss_of(batch):
+        ids, labels = map(padded, batch.inputs, (0, NO_LABEL), (job, job))
+        return model(input_ids=ids, labels=labels, attention_mask=(ids > 0).long()).loss
+
+    yield from train(model, backward(loss_of, job), job)
 
 
 def our_embedder(job):
@@ -146,18 +154,16 @@ def contrastive_ours(job, device_batch_tokens=10**9):
         rank=0, world_size=1, device=embedder.device, autocast=partial(half, job),
         template=embedder.template, device_batch_tokens=device_batch_tokens,
     ))  # fmt: skip
-    optimizer = torch.optim.AdamW(embedder.parameters(), lr=LEARNING_RATE, fused=True)
-    yield
-    for step, batch in enumerate(job.batches):
+
+    def step(batch):
         pairs = [
             {"query": query, "known": [text], "passages": [text], "scores": None, "prompt": None}
             for query, text in zip(*batch.inputs)
         ]
         packed = train_contrastive.make_batch(pairs, 0, embedder.tokenizer, s)
-        loss, _ = train_contrastive.cached_step(embedder, packed, step, s)
-        optimizer.step()
-        optimizer.zero_grad()
-        yield loss
+        return train_contrastive.cached_step(embedder, packed, 0, s)[0]
+
+    yield from train(embedder, step, job)
 
 
 def contrastive_st(job, mini_batch_size=None):
@@ -169,22 +175,22 @@ def contrastive_st(job, mini_batch_size=None):
     yield
     model = SentenceTransformer(job.folder, device=job.device).train()
     scale = 1 / train_contrastive.temperature
-    loss = losses.MultipleNegativesRankingLoss(model, scale)
     if mini_batch_size:
         cached = losses.CachedMultipleNegativesRankingLoss
         loss = cached(model, scale, mini_batch_size=mini_batch_size)
+    else:
+        loss = losses.MultipleNegativesRankingLoss(model, scale)
 
     def loss_of(batch):
         features = [batch_to_device(model.preprocess(x), job.device) for x in batch.inputs]
         return loss(features, None)
 
-    yield from train(model, loss_of, [[batch] for batch in job.batches], job)
+    yield from train(model, backward(loss_of, job), job)
 
 
 def encode_ours(job):
     yield
     embedder = our_embedder(job)
-    yield
     for batch in job.batches:
         yield checksum(embedder.encode(batch.inputs[0]))
 
@@ -194,7 +200,6 @@ def encode_st(job, batch_size):
 
     yield
     model = SentenceTransformer(job.folder, device=job.device)
-    yield
     for batch in job.batches:
         with half(job):
             vectors = model.encode(batch.inputs[0], batch_size=batch_size, show_progress_bar=False)
@@ -210,28 +215,29 @@ def checksum(vectors):
 def reconstruct_ours(job):
     """In micro-batches of 8 pairs, as the script accumulates: their sums are those of the batch."""
     yield
-    model, steps = train_reconstruct.Reconstruction(our_model(job)), []
-    for batch in job.batches:
+    model = train_reconstruct.Reconstruction(our_model(job))
+
+    def step(batch):
         sides = [[(ids, (0, len(ids))) for ids in side] for side in batch.inputs]
         counts = torch.tensor([sum(map(len, side)) for side in batch.inputs])  # of targets
-        weights, parts = (torch.tensor(WEIGHTS) / counts).to(job.device), []
+        weights, total = (torch.tensor(WEIGHTS) / counts).to(job.device), 0.0
+        backward_of = backward(lambda part: (model(part)[0] * weights).sum(), job)
         for i in range(0, len(sides[0]), 8):
             queries, documents = (side[i : i + 8] for side in sides)
             part = train_reconstruct.pack_pairs(queries + documents, len(queries))
-            parts.append((part.to(job.device), weights))
-        steps.append(parts)
-    yield from train(model, lambda batch: (model(batch[0])[0] * batch[1]).sum(), steps, job)
+            total += backward_of(part.to(job.device))
+        return total
+
+    yield from train(model, step, job)
 
 
 def reconstruct_transformers(job):
     """Encode queries, encode documents, write queries, write documents: four padded forwards."""
-    from transformers import AutoModelForCausalLM
-
     yield
     model = AutoModelForCausalLM.from_pretrained(job.folder).to(job.device).train()
-    steps = [[[padded(side, 0, job) for side in batch.inputs]] for batch in job.batches]
 
-    def loss_of(sides):
+    def loss_of(batch):
+        sides = [padded(side, 0, job) for side in batch.inputs]
         anchors, loss = [], 0.0
         for ids in sides:
             mask = (ids > 0).long()
@@ -246,15 +252,14 @@ def reconstruct_transformers(job):
             loss = loss + weight * out.loss
         return loss
 
-    yield from train(model, loss_of, steps, job)
+    yield from train(model, backward(loss_of, job), job)
 
 
 def matmul(job):
     """What the machine can do at best: flops of large square products."""
+    yield
     n = 2048 if job.device == "cpu" else 8192
-    yield
     x = torch.randn(n, n, dtype=DTYPES[job.dtype], device=job.device)
-    yield
     while True:
         for _ in range(4):
             torch.mm(x, x)
@@ -279,20 +284,20 @@ def token_batch(vocab_size, n, rng, lengths, labelled):
         labels.append(np.where(chosen, ids, NO_LABEL))
         ids[chosen] = 5
     rows = np.flatnonzero(np.concatenate(labels) != NO_LABEL)
-    return Batch([texts, labels], [len(ids) for ids in texts], len(rows))
+    return Batch([texts, labels], list(map(len, texts)), len(rows))
 
 
 def text_batch(vocab_size, n, rng, lengths, sides):
     """`sides` lists of n texts of random words, each word a token."""
     ids = [random_ids(vocab_size, n, rng, lengths) for _ in range(sides)]
     texts = [[" ".join(f"w{i}" for i in text) for text in side] for side in ids]
-    return Batch(texts, [len(text) for side in ids for text in side])
+    return Batch(texts, list(map(len, sum(ids, []))))
 
 
 def pair_batch(vocab_size, n, rng):
     """n queries of 8 to 64 and documents of 32 to 512 ids: each is read and written."""
     sides = [random_ids(vocab_size, n, rng, lengths) for lengths in ((8, 64), (32, 512))]
-    lengths = [len(ids) for side in sides for ids in side]
+    lengths = list(map(len, sum(sides, [])))
     return Batch(sides, lengths + [length + 1 for length in lengths], sum(lengths))
 
 
@@ -310,7 +315,6 @@ def step_flops(model, batch, passes):
 @dataclass
 class Case:
     label: str
-    size: str
     n: int  # documents, pairs or texts of a batch
     rounds: int
     unit: str  # what is counted of a batch: tokens, pairs or texts
@@ -318,28 +322,28 @@ class Case:
     make: Callable  # (vocab_size, n, rng) -> Batch
     sides: dict  # ours first; a peer's name is what the table says
     changes: dict  # fields of ModelConfig
+    size: str = "ettin-17m"
 
 
 def texts_case(label, n, rounds, passes, sides, unit="pairs", lengths=(16, 256)):
     make = partial(text_batch, lengths=lengths, sides=2 if unit == "pairs" else 1)
     changes = {"causal": False, "head": "none"}
-    return Case(label, "ettin-17m", n, rounds, unit, passes, make, sides, changes)
+    return Case(label, n, rounds, unit, passes, make, sides, changes)
 
 
 CHUNKS = {"nanoembed, chunks of 4096": partial(contrastive_ours, device_batch_tokens=4096)}
 ST = "sentence-transformers"
 BENCHES = {
     "mlm": [Case(
-        "mlm", "ettin-17m", 16, 10, "tokens", 3,
-        partial(token_batch, lengths=(16, 512), labelled=0.3),
+        "mlm", 16, 10, "tokens", 3, partial(token_batch, lengths=(16, 512), labelled=0.3),
         {"nanoembed": labels_ours,
          "transformers, best setting": partial(labels_transformers, best=True),
          "transformers, default": labels_transformers}, {})],
     "mntp": [Case(
-        label, LLAMA, n, 10, "tokens", 2, partial(token_batch, lengths=lengths, labelled=0.2),
+        label, n, 10, "tokens", 2, partial(token_batch, lengths=lengths, labelled=0.2),
         {"nanoembed": partial(labels_ours, rank=16),
          "transformers + peft, all logits": partial(labels_transformers, rank=16)},
-        {"causal": False}) for label, n, lengths in (("mntp, chunks of 512", 8, (512, 512)),
+        {"causal": False}, LLAMA) for label, n, lengths in (("mntp, chunks of 512", 8, (512, 512)),
                                 ("mntp, 16 to 512 tokens", 16, (16, 512)))],
     "contrastive": [
         texts_case("contrastive", 64, 6, 3, {
@@ -350,9 +354,9 @@ BENCHES = {
     "encode": [texts_case("encode", 5000, 3, 1, {"nanoembed": encode_ours} | {
         f"{ST}, batches of {n}": partial(encode_st, batch_size=n) for n in (8, 16, 32)}, "texts")],
     "reconstruct": [Case(
-        "reconstruct", LLAMA, 16, 6, "pairs", 3, pair_batch,
+        "reconstruct", 16, 6, "pairs", 3, pair_batch,
         {"nanoembed, 2 micro-batches": reconstruct_ours,
-         "transformers, four padded forwards": reconstruct_transformers}, {})],
+         "transformers, four padded forwards": reconstruct_transformers}, {}, LLAMA)],
     "memory": [texts_case("memory", 4096, 0, 4, CHUNKS, lengths=(16, 64))],
 }  # fmt: skip
 
@@ -365,9 +369,8 @@ def memory(device):
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     if sys.platform != "linux":
         return (common.peak_memory(torch.device(device)),) * 2
-    with open("/proc/self/status") as f:  # not ru_maxrss, which a child inherits from its parent
-        status = dict(line.split(":", 1) for line in f)
-    return tuple(int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+    status = Path("/proc/self/status").read_text()  # ru_maxrss is inherited from the parent
+    return tuple(1024 * int(re.search(rf"{key}:\s+(\d+)", status)[1]) for key in ("VmRSS", "VmHWM"))
 
 
 def serve(pipe, side, job):
@@ -376,8 +379,6 @@ def serve(pipe, side, job):
     steps = side(job)
     next(steps)  # imports
     before = memory(job.device)[0]
-    next(steps)  # loads
-    pipe.send("ready")
     for _ in iter(pipe.recv, "end"):
         begin = time.perf_counter()
         result = next(steps)
@@ -394,8 +395,6 @@ def take_turns(sides, job):
         context.Process(target=serve, args=(end, side, job), daemon=True).start()
         end.close()  # so that a process that dies ends the wait for it
     turns, names = {name: [] for name in sides}, list(sides)
-    for pipe in pipes.values():
-        pipe.recv()
     for _ in job.batches:
         for name in names:
             pipes[name].send("step")
@@ -409,15 +408,16 @@ def take_turns(sides, job):
 def compare(model, job, case):
     """One case in one precision, its table printed -> (rows of the json, numbers of each side)."""
     turns = take_turns(case.sides | {"matmul": matmul}, job)
-    results = {side: np.array([result for _, result, _ in turns[side]]) for side in turns}
-    seconds = {side: np.array([elapsed for elapsed, _, _ in turns[side][1:]]) for side in turns}
-    batches = job.batches[1:]  # the first warms up
+    turns = {side: np.transpose(rounds) for side, rounds in turns.items()}  # [3, rounds] each
+    seconds = {side: rounds[0, 1:] for side, rounds in turns.items()}  # the first warms up
+    results = {side: rounds[1] for side, rounds in turns.items()}
+    batches = job.batches[1:]
     counts = [sum(b.lengths) if case.unit == "tokens" else case.n for b in batches]
     print(f"\n{case.label + ', ' + job.dtype:37} {case.unit + '/s':>9}    memory   ours against it")
     unit, rows, sides = f"{case.unit}_per_s", [], {}
     ours, *peers = case.sides
     for side in case.sides:
-        speed, (_, _, peak) = np.median(counts / seconds[side]), turns[side][-1]
+        speed, peak = np.median(counts / seconds[side]), turns[side][2, -1]
         sides[side] = {unit: speed, "memory": peak, "results": results[side].tolist()}
         line = f"{side:37} {speed:9,.4g} {peak / 1e6:6,.0f} MB"
         if side in peers:
@@ -463,11 +463,9 @@ def memory_growth(model, job, case):
 def device_name(device):
     if device == "cuda":
         return torch.cuda.get_device_name()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
-            if names := re.findall("model name.*: (.*)", f.read()):
-                return names[0]
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")  # Linux
+    names = re.findall("model name.*: (.*)", info.read_text() if info.exists() else "")
+    return [*names, platform.processor() or platform.machine()][0]
 
 
 def make_model(case, folder):
@@ -525,15 +523,13 @@ def main():
             for key, value in (setting | cases[-1]).items():
                 print(f"{key:21} {value:,}" if type(value) is int else f"{key:21} {value}")
             for dtype in DTYPES if args.dtype == "both" else (args.dtype,):
-                job = SimpleNamespace(folder=folder, batches=batches, device=args.device,
-                                      threads=args.threads, dtype=dtype)  # fmt: skip
-                more, sides[f"{case.label} {dtype}"] = run_case(model, job, case)
-                rows += more
-    os.makedirs(args.out_dir, exist_ok=True)
-    with open(f"{args.out_dir}/bench_{args.name}.json", "w") as f:
-        setting["cases"] = cases
-        json.dump({"setting": setting, "rows": rows, "sides": sides}, f, indent=1)
-    print("\nwritten to", f.name)
+                more = {"folder": folder, "batches": batches, "dtype": dtype}
+                job = SimpleNamespace(**vars(args) | more)
+                of_case, sides[f"{case.label} {dtype}"] = run_case(model, job, case)
+                rows += of_case
+    path = f"{args.out_dir}/bench_{args.name}.json"
+    write_json({"setting": setting | {"cases": cases}, "rows": rows, "sides": sides}, path)
+    print("\nwritten to", path)
 
 
 if __name__ == "__main__":
