@@ -1,9 +1,11 @@
 """Runs of the scripts for tests: in this process, in one to be killed, on several ranks; and the
 checks that are the same for every stage."""
 
+import atexit
 import csv
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -13,6 +15,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +30,7 @@ from formats.huggingface import from_pretrained, save_pretrained
 from model import from_scratch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+pool = []  # of run_ranks: (torchrun, its folder, the numbers of its jobs)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 WORDS = [f"{a}{b}" for a in ("ta", "mo", "ri", "su", "ke") for b in ("n", "lo", "ma", "s")]
 
@@ -61,20 +65,40 @@ def start(ranks, script, config, out_dir, *more):
 
 
 def run_ranks(ranks, argvs):
-    """Several runs (lists from `arguments`) one after another on the same ranks: see run_many.py
-    -> what they printed"""
-    launch = [*TORCHRUN, f"--nproc_per_node={ranks}", os.path.join(ROOT, "tests", "run_many.py")]
-    with subprocess.Popen(
-        launch + [json.dumps(argvs)], cwd=ROOT, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    ) as process:  # fmt: skip
-        try:
-            out, _ = process.communicate(timeout=300)
-        except subprocess.TimeoutExpired:  # ranks that wait for each other
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    assert process.returncode == 0, out[-6000:]
-    return out
+    """Several runs (lists from `arguments`) one after another on the same ranks, the first of three
+    that go on from call to call: see run_many.py -> what they printed"""
+    if not pool or pool[-1][0].poll() is not None:
+        folder = tempfile.TemporaryDirectory()
+        launch = [*TORCHRUN, "--nproc_per_node=3", os.path.join(ROOT, "tests", "run_many.py")]
+        with open(os.path.join(folder.name, "out"), "w") as out:
+            pool.append((subprocess.Popen(
+                [*launch, folder.name, str(os.getpid())], cwd=ROOT, start_new_session=True,
+                stdout=out, stderr=subprocess.STDOUT), folder, itertools.count()))  # fmt: skip
+        atexit.register(kill, pool[-1][0])
+    process, folder, jobs = pool[-1]
+    path, done = os.path.join(folder.name, str(next(jobs))), False
+    with open(os.path.join(folder.name, "out"), "rb") as out:
+        out.seek(0, os.SEEK_END)
+        with open(path, "w") as f:
+            json.dump([ranks, argvs], f)
+        os.rename(path, path + ".json")  # whole from the first moment
+        deadline = time.time() + 300
+        while not done and process.poll() is None and time.time() < deadline:
+            time.sleep(0.02)
+            done = all(os.path.exists(f"{path}.done{rank}") for rank in range(3))
+        if not done:  # ranks that wait for each other
+            kill(process)
+        printed = out.read().decode()
+    assert done, printed[-6000:]
+    return printed
+
+
+def printed_by(ranks, argv):
+    if ranks > 1:
+        return run_ranks(ranks, [argv])
+    with redirect_stdout(io.StringIO()) as out:
+        execute(argv)
+    return out.getvalue()
 
 
 def losses(out_dir, column="loss"):
@@ -97,11 +121,16 @@ def wait_for_step(process, out_dir, step):
 
 
 def kill_at_step(process, out_dir, step):
-    """SIGKILL to the process, and to torchrun's ranks, at that step or a little later."""
     wait_for_step(process, out_dir, step)
-    subprocess.run(["pkill", "-KILL", "-P", str(process.pid)])
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
+
+
+def kill(process):
+    """SIGKILL to a process of `start`, and to torchrun's ranks; nothing if it has ended."""
+    if process.poll() is None:
+        subprocess.run(["pkill", "-KILL", "-P", str(process.pid)])
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 # ---- checks that are the same for every stage ----
@@ -117,7 +146,7 @@ def curves(out_dir):
 def assert_equal_bits(got, want):
     """The same numbers in two logs, and the same weights in what was saved last."""
     got_curves, want_curves = curves(got), curves(want)
-    assert got_curves["loss"] and got_curves == want_curves
+    assert got_curves["loss"] and got_curves["eval_loss"] and got_curves == want_curves
     folders = [want / f"step{max(want_curves['loss'])}", want / "merged"]
     paths = [p.relative_to(want) for f in folders for p in f.rglob("*.safetensors")]
     assert paths
@@ -139,22 +168,29 @@ def assert_close(got, want, folder, weights=1e-3, **columns):
         assert (a[name] - b[name]).norm() <= weights * b[name].norm(), (got, name)
 
 
+def gradients(model):
+    """{name: gradient}, which the model no longer has."""
+    out = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return out
+
+
+def assert_same_gradients(got, want, tolerance):
+    assert got.keys() == want.keys() and len(got) > 10
+    for name, x in want.items():
+        assert x.norm() > 1e-9, name
+        assert (got[name] - x).norm() <= tolerance * x.norm(), name
+
+
 def assert_killed_and_resumed_is_bit_equal(script, config, folder, steps, *more, ranks=1):
     """A whole run, and one that is killed at one of `steps` (first, last) and resumed."""
     whole, broken = folder / "whole", folder / "broken"
     process, step = start(ranks, script, config, broken, *more), random.randint(*steps)
-    if ranks > 1:
-        kill_at_step(process, broken, step)
-        resume = arguments(script, config, broken, *more, "--resume=True")
-        printed = run_ranks(ranks, [arguments(script, config, whole, *more), resume])
-    else:
-        with ThreadPoolExecutor(1) as pool:  # beside the whole run: a process takes long to start
-            killed = pool.submit(kill_at_step, process, broken, step)
-            run(script, config, whole, *more)
-            killed.result()
-        with redirect_stdout(io.StringIO()) as out:
-            run(script, config, broken, *more, "--resume=True")
-        printed = out.getvalue()
+    with ThreadPoolExecutor(1) as threads:  # beside the whole run: a process takes long to start
+        killed = threads.submit(kill_at_step, process, broken, step)
+        printed_by(ranks, arguments(script, config, whole, *more))
+        killed.result()
+    printed = printed_by(ranks, arguments(script, config, broken, *more, "--resume=True"))
     assert int(re.search(r"resumed .*, after step (\d+)", printed)[1]) < max(losses(whole))
     assert losses(whole, "eval_loss")
     assert_equal_bits(broken, whole)
@@ -250,11 +286,11 @@ FAMILIES = {
 }
 
 
-def model_folder(folder, family, tokenizer):
+def model_folder(folder, family, tokenizer, **more):
     """A folder of a small model with random weights, as the training scripts write it -> str."""
     size, changes = FAMILIES[family]
     torch.manual_seed(0)
-    model = from_scratch(size, **(_SMALL | changes))
+    model = from_scratch(size, **(_SMALL | changes | more))
     with torch.no_grad():
         for p in model.parameters():  # no norm is 1, no bias 0, and logits of a few
             p.add_(torch.randn_like(p) * (0.15 if p.dim() == 2 else 0.1))

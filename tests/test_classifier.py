@@ -8,7 +8,6 @@ import glob
 import json
 import os
 import re
-import shutil
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ import train_classifier as T
 from attention import make_seqs
 from embedder import pool
 from formats.classifier import read_classifier, save_classifier, transformers_class
-from formats.huggingface import from_pretrained, save_pretrained
+from formats.huggingface import from_pretrained
 from harness import WORDS, assert_equal_bits, losses, read_jsonl, write_jsonl
 from labels import label_set, read_examples, read_texts, read_words, score_texts, score_words
 from tokenizer import load_tokenizer
@@ -61,12 +60,8 @@ def tokenizer(toy_tokens):
 @pytest.fixture(scope="module")
 def model_folder(folders, tmp_path_factory):
     """An encoder without dropout of its own."""
-    folder = tmp_path_factory.mktemp("model") / "encoder"
-    shutil.copytree(folders["modernbert"], folder)
-    model = from_pretrained(str(folder))
-    model.config.out_dropout = 0.0
-    save_pretrained(model, str(folder))
-    return str(folder)
+    folder, tokenizer = tmp_path_factory.mktemp("model"), load_tokenizer(folders["modernbert"])
+    return harness.model_folder(folder, "modernbert", tokenizer, out_dropout=0.0)
 
 
 def sentences(n, seed=0, longest=9, syllables=3):

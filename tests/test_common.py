@@ -626,11 +626,12 @@ def wrap(model, kind):
 
 
 def check_setup():
-    os.cpu_count = lambda: 6
+    cores, os.cpu_count = os.cpu_count, lambda: 6
     rank, world_size, local_rank, device = common.setup_distributed()
     assert (rank, world_size, local_rank) == (int(os.environ["RANK"]), 2, rank)
     assert device == torch.device("cpu") and dist.get_backend() == "gloo"
     assert torch.get_num_threads() == 3  # the cores over the ranks, not torchrun's one
+    os.cpu_count = cores
     torch.set_num_threads(1)
     tiny = 2.0**-40  # lost in float32
     assert common.all_reduce_sum([rank + 1, rank * 0.5, 1 + rank * tiny]) == [3.0, 0.5, 2 + tiny]

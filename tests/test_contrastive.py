@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 import shutil
 from collections import Counter
@@ -29,12 +28,10 @@ import train_contrastive as T
 from data import open_pairs, read_pair
 from embedder import Embedder
 from formats.huggingface import from_pretrained, save_pretrained
-from harness import ROOT, kill_at_step, losses, run_ranks, saved, start, write_jsonl
+from harness import ROOT, WORDS, assert_equal_bits, losses, run_ranks, saved, write_jsonl
 from model import from_scratch
 from order import choose_files
 from tokenizer import Template, load_tokenizer
-
-WORDS = [f"{a}{b}" for a in ("ta", "mo", "ri", "su", "ke") for b in ("n", "lo", "ma", "s")]
 
 
 def settings(**changes):
@@ -354,19 +351,6 @@ def model_folder(toy_tokens, tmp_path_factory):
     return folder
 
 
-def gradients(embedder):
-    out = {name: p.grad.clone() for name, p in embedder.named_parameters() if p.grad is not None}
-    embedder.zero_grad(set_to_none=True)
-    return out
-
-
-def same_gradients(got, want, tolerance):
-    assert got.keys() == want.keys() and len(got) > 10
-    for name, x in want.items():
-        assert x.norm() > 1e-9, name
-        assert (got[name] - x).norm() <= tolerance * x.norm(), name
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("pooling", ["mean", "tokens", "splade"])
 def test_cached_gradients_equal_one_graph(pooling, dropout, model_folder, hard_file, monkeypatch):
@@ -394,7 +378,7 @@ def test_cached_gradients_equal_one_graph(pooling, dropout, model_folder, hard_f
         batch.teacher, n = batch.teacher.double(), batch.n_queries
         assert len(batch.known) > 0 and any(p["scores"] for p in pairs)
         loss, hits = T.cached_step(embedder, batch, 5, s)
-        results[s.device_batch_tokens] = gradients(embedder)
+        results[s.device_batch_tokens] = harness.gradients(embedder)
         texts = {}
         assert (len(batch.chunks) > 3) == (s.device_batch_tokens == 60)
         for i, chunk in enumerate(batch.chunks):
@@ -406,16 +390,16 @@ def test_cached_gradients_equal_one_graph(pooling, dropout, model_folder, hard_f
         want, want_hits = plain_loss(pairs, texts[:n], texts[n:], s, 1)
         want.backward()
         assert loss == pytest.approx(want.item(), rel=1e-10) and hits == want_hits
-        same_gradients(results[s.device_batch_tokens], gradients(embedder), 1e-10)
+        harness.assert_same_gradients(results[s.device_batch_tokens], harness.gradients(embedder), 1e-10)
         # chunks that FSDP needs where another rank has more of them
         monkeypatch.setattr(grad_cache, "all_reduce_max", lambda n: n + 2)
         grad_cache.pad_chunks(batch.encoded, batch.chunks)
         assert batch.chunks[-3] != batch.chunks[-2] == batch.chunks[-1] == [len(batch.encoded) - 1]
         assert T.cached_step(embedder, batch, 5, s)[0] == pytest.approx(loss, rel=1e-12)
-        same_gradients(gradients(embedder), results[s.device_batch_tokens], 1e-12)
+        harness.assert_same_gradients(harness.gradients(embedder), results[s.device_batch_tokens], 1e-12)
     tolerance = 1e-3 if dropout else 1e-10
     with pytest.raises(AssertionError) if dropout else nullcontext():
-        same_gradients(results[60], results[10**9], tolerance)  # other chunks, another dropout
+        harness.assert_same_gradients(results[60], results[10**9], tolerance)  # another dropout
 
 
 # ---- whole runs ----
@@ -442,21 +426,7 @@ def tiny(model_folder, hard_file, tmp_path_factory):
     )  # fmt: skip
 
 
-def equal_bits(got, want, step=6):
-    """The curves and the last weights of two runs."""
-    for column in ("loss", "gnorm", "eval_loss", "eval_ndcg"):
-        assert losses(got, column) == losses(want, column) and step in losses(want, column)
-    assert saved(got, step) == saved(want, step)
-
-
-def equal_runs(got, want):
-    """Losses to 1e-5, weights to what Adam makes of that."""
-    for column, tolerance in dict(loss=1e-5, gnorm=1e-4, eval_loss=1e-4, acc=1e-9).items():
-        expected = losses(want, column)
-        assert expected and losses(got, column) == pytest.approx(expected, rel=tolerance), got
-    a, b = (from_pretrained(str(folder / "step6")).state_dict() for folder in (got, want))
-    for name in b:
-        assert (a[name] - b[name]).norm() <= 1e-3 * b[name].norm(), (got, name)
+CLOSE = dict(loss=1e-5, gnorm=1e-4, eval_loss=1e-4, acc=1e-9)
 
 
 def test_a_run_learns_and_its_folder_is_the_same(tiny, easy_files, tmp_path, monkeypatch):
@@ -527,21 +497,14 @@ def test_many_vectors_and_sparse_ones_are_saved(pooling, tiny, tmp_path):
         assert np.array_equal(a, b) and a.shape[-1] == (8 if pooling == "tokens" else 512)
     run(tiny, tmp_path / "again", *keys, "--stop_step=2")
     again = run(tiny, tmp_path / "again", *keys, "--resume=True").embedder
-    equal_bits(tmp_path / "again", tmp_path / "whole", 4)
+    assert_equal_bits(tmp_path / "again", tmp_path / "whole")
     for name, x in embedder.state_dict().items():  # the projection, too
         assert torch.equal(again.state_dict()[name], x), name
 
 
-def test_killed_and_resumed_is_bit_equal(tiny, tmp_path, capsys):
+def test_killed_and_resumed_is_bit_equal(tiny, tmp_path):
     more = ["--max_steps=40", "--attn_dropout=0.2"]
-    run(tiny, tmp_path / "whole", *more)
-    process = start(1, SCRIPT, tiny, tmp_path / "broken", *more)
-    kill_at_step(process, tmp_path / "broken", random.randint(4, 24))
-    capsys.readouterr()
-    run(tiny, tmp_path / "broken", *more, "--resume=True")
-    step = int(re.search(r"resumed .*, after step (\d+)", capsys.readouterr().out)[1])
-    assert 3 <= step < 40 and 39 in losses(tmp_path / "whole", "eval_loss")
-    equal_bits(tmp_path / "broken", tmp_path / "whole", 40)
+    harness.assert_killed_and_resumed_is_bit_equal(SCRIPT, tiny, tmp_path, (4, 24), *more)
 
 
 def test_the_best_checkpoint_is_kept(tiny, easy_files, tmp_path):
@@ -570,7 +533,7 @@ def test_lora_resumed_is_bit_equal(tiny, tmp_path):
         if first.exists():
             shutil.copytree(whole / "step6" / "adapter", first / "step2")  # another one
         run(tiny, half, *keys, "--resume=True")
-        equal_bits(half, whole)
+        assert_equal_bits(half, whole)
         assert saved(half, 6, name) == saved(whole, 6, name)
         ours = embedder.encode(["tan mos", "ris"], "su ")
         for folder in ("step6", "step6/adapter"):  # merged, or the chain base + adapters
@@ -615,11 +578,12 @@ def test_two_ranks_equal_one_and_each_other(tiny, tmp_path):
     apart = arguments(tiny, tmp_path / "apart", "--negatives_cross_device=False")
     run_ranks(2, argvs + [whole, half + ["--stop_step=3"], half + ["--resume=True"], apart])
     for kind in kinds:
-        equal_runs(tmp_path / kind, tmp_path / ("ddp-one" if kind == "fsdp" else f"{kind}-one"))
+        one = tmp_path / ("ddp-one" if kind == "fsdp" else f"{kind}-one")
+        harness.assert_close(tmp_path / kind, one, "step6", **CLOSE)
     for kind in ("ddp", "tokens", "splade"):
         one, other = (torch.load(tmp_path / kind / f"rank{i}.pt") for i in range(2))
         assert one and all(torch.equal(one[name], other[name]) for name in one), kind
-    equal_bits(tmp_path / "half", tmp_path / "whole")
+    assert_equal_bits(tmp_path / "half", tmp_path / "whole")
     # among half of the candidates
     assert losses(tmp_path / "apart")[1] < losses(tmp_path / "lora")[1] - 0.2
 
@@ -633,42 +597,28 @@ def test_three_ranks_equal_one_and_resumed_are_bit_equal(tiny, folders, tmp_path
     more.append("--attn_dropout=0.2")
     half, whole = (arguments(tiny, tmp_path / name, *more) for name in ("half", "whole"))
     run_ranks(3, [three, whole, half + ["--stop_step=3"], half + ["--resume=True"]])
-    equal_runs(tmp_path / "three", tmp_path / "one")
-    equal_bits(tmp_path / "half", tmp_path / "whole")
+    harness.assert_close(tmp_path / "three", tmp_path / "one", "step6", **CLOSE)
+    assert_equal_bits(tmp_path / "half", tmp_path / "whole")
     assert losses(tmp_path / "whole")[1] != pytest.approx(losses(tmp_path / "one")[1], rel=1e-3)
 
 
-def test_a_signal_saves_and_exits(tiny, tmp_path, monkeypatch, capsys):
-    calls, whole = [], run(tiny, tmp_path / "whole").s.out_dir
-    monkeypatch.setattr(common, "catch_stop", lambda: lambda: calls.append(1) or len(calls) > 4)
-    run(tiny, tmp_path / "a")
-    assert f"saved {tmp_path}/a/step4" in capsys.readouterr().out
-    assert max(losses(tmp_path / "a")) == 4
-    monkeypatch.undo()
-    run(tiny, tmp_path / "a", "--resume=True")
-    equal_bits(tmp_path / "a", whole)
+def test_a_signal_saves_and_exits(tiny, unbroken, tmp_path):
+    harness.stopped_and_resumed(SCRIPT, tiny, tmp_path, 4)
+    assert_equal_bits(tmp_path, unbroken)
 
 
-def test_show_batch_and_dry_run(tiny, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(tiny, tmp_path, "--show_batch=True", "--pool_instruction=False")
-    shown = capsys.readouterr().out
+def test_show_batch_and_dry_run(tiny, unbroken, tmp_path):
+    more = ["--pool_instruction=False"]
+    shown, dry = harness.shown_and_dry(SCRIPT, tiny, unbroken, tmp_path, *more)
     assert "--- query 0:" in shown and re.search(r"\[CLS\]tan: ?\x1b\[7m", shown)
-    run(tiny, tmp_path, "--stop_step=1")
-    before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
-    run(tiny, tmp_path, "--dry_run=True", "--eval_interval=0")
-    shown = r"\d+ chunks of up to 100 tokens\ndry run: [\d.]+ s/step, [\d.,]+ ex/s, .*peak memory"
-    assert re.search(shown, capsys.readouterr().out)
-    assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
-    with pytest.raises(SystemExit, match="--resume=True"):
-        run(tiny, tmp_path)  # a run is not overwritten
+    wanted = r"\d+ chunks of up to 100 tokens\ndry run: [\d.]+ s/step, [\d.,]+ ex/s, .*peak memory"
+    assert re.search(wanted, dry)
 
 
-def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path, capsys):
-    keys = ["--learning_rate=1e30", "--warmup_steps=0", "--save_interval=1", "--max_steps=20"]
-    with pytest.raises(SystemExit, match="4th such step"):
-        run(tiny, tmp_path, *keys, "--eval_interval=0")
-    assert re.search(r"step 2: loss nan, .* Lines of .*hard.jsonl", capsys.readouterr().out)
+def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path):
+    keys = ["--learning_rate=1e30", "--warmup_steps=0", "--max_steps=20", "--eval_interval=0"]
+    out = harness.printed_before_the_4th_bad_step(SCRIPT, tiny, tmp_path, *keys)
+    assert re.search(r"step 2: loss nan, .* Lines of .*hard.jsonl", out)
 
 
 # ---- bad input ----
@@ -715,6 +665,4 @@ def test_bad_lines_and_settings_say_what_is_expected(bad, message, tiny, tmp_pat
     if bad.startswith("{"):
         path.write_text('{"query": "a", "pos": ["b"]}\n' * 20 + f"\n{bad}\n")
         more, message = [f"--data={path}"], message.replace("line 22", f"{path} line 22")
-    with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as error:
-        run(tiny, tmp_path / "out", *more)
-    assert message in str(error.value)
+    harness.assert_refused(message, SCRIPT, tiny, tmp_path / "out", *more)

@@ -247,12 +247,6 @@ def plain_loss(model, tokenizer, records, s):
     return total, scores
 
 
-def gradients(model):
-    out = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return out
-
-
 CASES = {
     "one row": {},
     "micro-batches": dict(device_batch_tokens=90),
@@ -276,16 +270,12 @@ def test_loss_and_gradients_equal_a_loop(case, doubled, files):
     assert (max(n_parts) > 1) == (case == "windows in parts")
     assert sum(len(tokens) for x in batch for tokens, _ in x.parts) == n_tokens
     loss, hits = T.train_step(model, batch, n, 2, s)
-    got = gradients(model)
+    got = harness.gradients(model)
     expected, scores = plain_loss(model, tokenizer, records, s)
     (expected / 14).backward()
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     assert hits == sum(int(x.argmax()) in gold for x, gold in scores)
-    want = gradients(model)
-    assert got.keys() == want.keys() and len(got) > 10
-    for name, x in want.items():
-        assert x.norm() > 1e-9, name
-        assert (got[name] - x).norm() <= 1e-10 * x.norm(), name
+    harness.assert_same_gradients(got, harness.gradients(model), 1e-10)
 
 
 @pytest.mark.parametrize("window", [0, 12])
