@@ -74,8 +74,7 @@ def toy_tokens(tmp_path_factory):
         vocab_size=512, special_tokens=["[CLS]", "[SEP]", "[PAD]", "[MASK]"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
     bpe.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
-    )
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)])  # fmt: skip
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, cls_token="[CLS]", sep_token="[SEP]", bos_token="[CLS]",
         eos_token="[SEP]", pad_token="[PAD]", mask_token="[MASK]")  # fmt: skip

@@ -60,8 +60,7 @@ def start(ranks, script, config, out_dir, *more):
     launch = [*TORCHRUN, f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
     return subprocess.Popen(
         launch + arguments(script, config, out_dir, *more), cwd=ROOT, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
 
 def run_ranks(ranks, argvs):
@@ -273,17 +272,15 @@ def read_jsonl(path):
 
 _SMALL = dict(n_embd=64, n_hidden=96, n_head=4, n_layer=3, vocab_size=512, max_seq_len=256)
 _LOCAL = dict(layer_kinds=["global", "local", "local"], window=6)
-FAMILIES = {
-    "llama": ("llama-tiny", dict(n_kv_head=2)),
-    "llama-bidirectional": ("llama-tiny", dict(causal=False, tied=False)),
-    "mistral": ("llama-tiny", dict(family="mistral", layer_kinds=["local"] * 3, window=9)),
-    "qwen2": ("llama-tiny", dict(family="qwen2", qkv_bias=True)),
-    "qwen3": ("qwen3-tiny", {}),
-    "modernbert": ("modernbert-tiny", _LOCAL),
-    "modernbert-decoder": ("modernbert-tiny", _LOCAL | dict(causal=True)),
-    "modernbert-headless": ("modernbert-tiny", _LOCAL | dict(head="none")),
-    "neobert": ("neobert-250m", {}),
-}
+FAMILIES = {"llama": ("llama-tiny", dict(n_kv_head=2)),
+            "llama-bidirectional": ("llama-tiny", dict(causal=False, tied=False)),
+            "mistral": ("llama-tiny", dict(family="mistral", layer_kinds=["local"] * 3, window=9)),
+            "qwen2": ("llama-tiny", dict(family="qwen2", qkv_bias=True)),
+            "qwen3": ("qwen3-tiny", {}),
+            "modernbert": ("modernbert-tiny", _LOCAL),
+            "modernbert-decoder": ("modernbert-tiny", _LOCAL | dict(causal=True)),
+            "modernbert-headless": ("modernbert-tiny", _LOCAL | dict(head="none")),
+            "neobert": ("neobert-250m", {})}  # fmt: skip
 
 
 def model_folder(folder, family, tokenizer, **more):

@@ -1,7 +1,4 @@
-"""tools/bench.py: a tiny run of it, its arithmetic on made-up times, its count of operations.
-
-    python -m pytest tests/test_bench.py
-"""
+"""tools/bench.py: a tiny run of it, its arithmetic on made-up times, its count of operations."""
 
 import json
 import subprocess
@@ -67,12 +64,10 @@ def test_ratios(monkeypatch):
     model, batches = from_scratch("modernbert-tiny"), [MLM.make(8192, 2, RNG) for _ in range(3)]
     job = SimpleNamespace(batches=batches, dtype="fp32")
     ours, best, default = MLM.sides
-    turns = {
-        ours: [(99.0, 9.0, 1e6), (1.0, 9.0, 2e6), (1.0, 9.0, 2e6)],
-        best: [(99.0, 9.0 + 1e-4, 1e6), (2.0, 9.0, 4e6), (4.0, 9.0, 4e6)],
-        default: [(99.0, 9.0, 1e6), (3.0, 9.0, 8e6), (9.0, 9.0, 8e6)],
-        "matmul": [(99.0, 1e9, 0), (1.0, 1e9, 0), (0.5, 1e9, 0)],
-    }
+    turns = {ours: [(99.0, 9.0, 1e6), (1.0, 9.0, 2e6), (1.0, 9.0, 2e6)],
+             best: [(99.0, 9.0 + 1e-4, 1e6), (2.0, 9.0, 4e6), (4.0, 9.0, 4e6)],
+             default: [(99.0, 9.0, 1e6), (3.0, 9.0, 8e6), (9.0, 9.0, 8e6)],
+             "matmul": [(99.0, 1e9, 0), (1.0, 1e9, 0), (0.5, 1e9, 0)]}  # fmt: skip
     monkeypatch.setattr(bench, "take_turns", lambda sides, job: turns)
     rows, sides = bench.compare(model, job, MLM)
     assert [row["ratio"] for row in rows] == [3.0, 6.0]  # medians of 2, 4 and of 3, 9

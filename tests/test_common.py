@@ -1,8 +1,5 @@
 """common.py, checkpoint.py, optim.py and tools/plot.py. The checks at the end run inside two gloo
-ranks, which run this file as a script.
-
-python -m pytest tests/test_common.py
-"""
+ranks, which run this file as a script."""
 
 import copy
 import csv
@@ -99,8 +96,7 @@ VALUES = {
     "betas=(0.9,0.95)": (0.9, 0.95), "betas=[0.9,0.95]": (0.9, 0.95), "layers=(3,)": (3,),
     "out_dir=out/x=y": "out/x=y", "out_dir=123": "123", "out_dir='a b'": "a b", "out_dir=": "",
     "revision=None": None, "revision=1e5": "1e5", "data=a.jsonl": ("a.jsonl",),
-    "data=('a','b')": ("a", "b"),
-}  # fmt: skip
+    "data=('a','b')": ("a", "b")}  # fmt: skip
 
 
 @pytest.mark.parametrize("arg", VALUES)
@@ -122,8 +118,7 @@ def test_files_run_in_order_base_first(run):
         "learning_rate = _base_rate * 2\nclip = 1\n",
         "base.py": "_base_rate = 5.0\nmax_steps = 7\nwarmup_steps = max_steps * 2\n"
         "compile = True\n",
-        "y.py": "warmup_steps += 1\n",
-    }
+        "y.py": "warmup_steps += 1\n"}  # fmt: skip
     config = run("configs/x.py", "y.py", files=files)["config"]
     assert (config["max_steps"], config["warmup_steps"], config["compile"]) == (9, 15, True)
     assert config["learning_rate"] == 10.0 and config["clip"] == 1.0
@@ -132,11 +127,9 @@ def test_files_run_in_order_base_first(run):
 
 @pytest.mark.parametrize("order", [("--max_steps=200", "x.py"), ("x.py", "--max_steps=200")])
 def test_command_line_holds_while_the_file_runs(run, order):
-    text = (
-        "max_steps = 5000\nmax_steps += 1\nwarmup_steps = max_steps // 10\n"
-        "def _half():\n    return max_steps / 2\n"
-        "learning_rate = _half()\nlayers = [max_steps + i for i in (1, 2)]\n"
-    )
+    text = ("max_steps = 5000\nmax_steps += 1\nwarmup_steps = max_steps // 10\n"
+            "def _half():\n    return max_steps / 2\n"
+            "learning_rate = _half()\nlayers = [max_steps + i for i in (1, 2)]\n")  # fmt: skip
     config = run(*order, files={"x.py": text})["config"]
     assert (config["max_steps"], config["warmup_steps"]) == (200, 20)
     assert config["learning_rate"] == 100.0 and config["layers"] == (201, 202)
@@ -144,37 +137,33 @@ def test_command_line_holds_while_the_file_runs(run, order):
 
 
 NO_KEYS = ("pi", "local", "_hidden", "table", "inside")
-REFUSED = {
-    "--max_step=1": "unknown key 'max_step', did you mean 'max_steps'?",
-    "--max-steps=1": "did you mean 'max_steps'?",
-    "--zzzzzz=1": "unknown key 'zzzzzz', see --help",
-    **{f"--{key}=3": f"unknown key '{key}'" for key in NO_KEYS},
-    "--compile": "--key=value",
-    "--compile=1": "compile takes bool, not 1",
-    "--compile=true": "compile takes bool, not 'true'",
-    "--max_steps=True": "max_steps takes int, not True",
-    "--max_steps=1e5": "max_steps takes int, not 100000.0",
-    "--max_steps=abc": "max_steps takes int, not 'abc'",
-    "--max_steps=None": "max_steps takes int, not None",
-    "--learning_rate=True": "learning_rate takes float, not True",
-    "--out_dir=None": "out_dir takes str, not None",
-    "--clip='a'": "clip takes float or None, not 'a'",
-    "--betas=0.9": "betas takes tuple, not 0.9",
-    "configs/none.py": "configs/none.py: No such file or directory",
-}
-REFUSED_FILES = {
-    "\nmax_stepz = 3\n": "x.py:2: unknown key 'max_stepz', did you mean 'max_steps'?",
-    "max_steps = 1\n\nmax_steps = 2.5\n": "x.py:3: max_steps takes int, not 2.5",
-    "compile = 1\n": "x.py:1: compile takes bool, not 1",
-    "for i in range(3):\n    pass\n": "x.py:1: unknown key 'i'",
-    "_a = 1\n_b = _a / 0\n": "x.py:2: ZeroDivisionError",
-    "def _f():\n    return 1 / 0\n\n_f()\n": "x.py:2: ZeroDivisionError",
-    "_a = 1\nmax_steps = = 3\n": "x.py:2: invalid syntax",
-    "base = 3\n": "x.py:1: base takes a quoted path",
-    "base = 'no.py'\n": "x.py -> no.py: No such file",
-    "base = 'x.py'\n": "x.py:1: base x.py leads back to itself",
-    "base = 'b.py'\n": "b.py:3: unknown key 'nope'",
-}
+REFUSED = {"--max_step=1": "unknown key 'max_step', did you mean 'max_steps'?",
+           "--max-steps=1": "did you mean 'max_steps'?",
+           "--zzzzzz=1": "unknown key 'zzzzzz', see --help",
+           **{f"--{key}=3": f"unknown key '{key}'" for key in NO_KEYS},
+           "--compile": "--key=value",
+           "--compile=1": "compile takes bool, not 1",
+           "--compile=true": "compile takes bool, not 'true'",
+           "--max_steps=True": "max_steps takes int, not True",
+           "--max_steps=1e5": "max_steps takes int, not 100000.0",
+           "--max_steps=abc": "max_steps takes int, not 'abc'",
+           "--max_steps=None": "max_steps takes int, not None",
+           "--learning_rate=True": "learning_rate takes float, not True",
+           "--out_dir=None": "out_dir takes str, not None",
+           "--clip='a'": "clip takes float or None, not 'a'",
+           "--betas=0.9": "betas takes tuple, not 0.9",
+           "configs/none.py": "configs/none.py: No such file or directory"}  # fmt: skip
+REFUSED_FILES = {"\nmax_stepz = 3\n": "x.py:2: unknown key 'max_stepz', did you mean 'max_steps'?",
+                 "max_steps = 1\n\nmax_steps = 2.5\n": "x.py:3: max_steps takes int, not 2.5",
+                 "compile = 1\n": "x.py:1: compile takes bool, not 1",
+                 "for i in range(3):\n    pass\n": "x.py:1: unknown key 'i'",
+                 "_a = 1\n_b = _a / 0\n": "x.py:2: ZeroDivisionError",
+                 "def _f():\n    return 1 / 0\n\n_f()\n": "x.py:2: ZeroDivisionError",
+                 "_a = 1\nmax_steps = = 3\n": "x.py:2: invalid syntax",
+                 "base = 3\n": "x.py:1: base takes a quoted path",
+                 "base = 'no.py'\n": "x.py -> no.py: No such file",
+                 "base = 'x.py'\n": "x.py:1: base x.py leads back to itself",
+                 "base = 'b.py'\n": "b.py:3: unknown key 'nope'"}  # fmt: skip
 
 
 @pytest.mark.parametrize("arg, text, message", [(arg, "", x) for arg, x in REFUSED.items()]
@@ -282,8 +271,7 @@ def test_checkpoint_is_listed_and_found(tmp_path, capsys):
         path = write_checkpoint(out, name)
     assert path == os.path.join(out, "stepx") and "step10" in names(out)
     assert json.load(open(f"{out}/step10/complete.json")) == {
-        "1_Pooling/config.json": 7, "model.safetensors": 7, "training_state.pt": 7
-    }  # fmt: skip
+        "1_Pooling/config.json": 7, "model.safetensors": 7, "training_state.pt": 7}  # fmt: skip
     assert checkpoint.latest_checkpoint(out, "step") == os.path.join(out, "step10")  # by number
     assert checkpoint.latest_checkpoint(out, "ext") == os.path.join(out, "ext99")
     assert checkpoint.latest_checkpoint(out, "decay") is None
@@ -394,8 +382,7 @@ def test_log_line_and_csv(tmp_path, capsys, monkeypatch):
     assert "eta" not in first and "mfu" not in first
     assert second == (
         "step   120/1000 | loss 2.3456 | acc 0.412 | gnorm 1.03 | lr 3.00e-04 | 128,000 tok/s "
-        "| mfu 41.2% | eta 1m28s"
-    )
+        "| mfu 41.2% | eta 1m28s")  # fmt: skip
     assert third == "step   120/1000 | eval_loss 0.3333"
     one, two, three = rows_of(tmp_path)
     assert list(one) == ["step", *columns, "eta"]

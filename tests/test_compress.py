@@ -1,7 +1,4 @@
-"""tools/compress.py and sample.py --compress: what of a passage is kept, the page that shows it.
-
-    python -m pytest tests/test_compress.py
-"""
+"""tools/compress.py and sample.py --compress: what of a passage is kept, the page that shows it."""
 
 import json
 import math
@@ -305,7 +302,6 @@ def test_script_errors(tmp_path):
         (("--rank=x", f"--file={txt}"), "give --model=... and one of"),
         ((f"--file={txt}", "--spans=((5, 5),)"), r"passage.txt: span \(5, 5\) is not in its 8"),
         ((f"--file={lines}",), r"x.jsonl: span \[1, 9\] is not in its 3 characters"),
-        ((f"--file={lines}", "--line=2"), "x.jsonl has no line 2"),
-    ):
+        ((f"--file={lines}", "--line=2"), "x.jsonl has no line 2")):  # fmt: skip
         with pytest.raises(SystemExit, match=told):
             execute([SCRIPT, "--model=no/such", "--compress=q", *arguments])

@@ -1,8 +1,5 @@
 """train_contrastive.py: its losses against loops, the gradient cache, and tiny runs of the script,
-whole, killed and resumed, on 1-3 ranks.
-
-    python -m pytest tests/test_contrastive.py
-"""
+whole, killed and resumed, on 1-3 ranks."""
 
 import itertools
 import json
@@ -89,8 +86,7 @@ def plain_loss(pairs, queries, passages, s, world_size, hinged=False):
     rank = [b * apart // len(pairs) for b in range(len(pairs))]
     right = [  # all texts that are known to answer query b
         {text for other in pairs if other["query"] == p["query"] for text in other["known"]}
-        for p in pairs
-    ]
+        for p in pairs]  # fmt: skip
 
     total, hits = 0.0, 0
     widths = s.matryoshka_dims or (queries[0].size(-1),)
@@ -125,14 +121,10 @@ def pair(query, passages, known=(), scores=None):
 # Groups of 1 to 3, with and without scores; a query twice with other positives (a); its other
 # positive is a negative elsewhere (p0b in group 2); one passage for two queries (p3); a negative
 # that is the text of the positive (group 5).
-PAIRS = [
-    pair("a", ["p0", "n0", "n1"], ["p0b"], [3.0, 1.0, -0.5]),
-    pair("b", ["p1"]),
-    pair("c", ["p2", "p0b"], scores=[0.5, 0.75]),
-    pair("a", ["p0c", "n1"]),
-    pair("d", ["p3", "p1", "n2"], ["p2"]),
-    pair("e", ["p3", "p3"], scores=[2.0, 1.0]),
-]
+PAIRS = [pair("a", ["p0", "n0", "n1"], ["p0b"], [3.0, 1.0, -0.5]), pair("b", ["p1"]),
+         pair("c", ["p2", "p0b"], scores=[0.5, 0.75]), pair("a", ["p0c", "n1"]),
+         pair("d", ["p3", "p1", "n2"], ["p2"]),
+         pair("e", ["p3", "p3"], scores=[2.0, 1.0])]  # fmt: skip
 
 
 def vectors(kind, n, seed):
@@ -164,16 +156,15 @@ def test_may_be_negative_equals_loops():
             assert got.tolist() == want
 
 
-LOSSES = {
-    "plain": {},
-    **{f"margin {m}": dict(false_negative_margin=m) for m in (0.0, 0.2, 0.4, -0.3)},
-    "both": dict(both_directions=True),
-    "distill": dict(distill_weight=0.7, distill_temperature=0.4),
-    "matryoshka": dict(matryoshka_dims=(2, 8, 1), distill_weight=0.7, both_directions=True),
-    "unnormalised": dict(matryoshka_dims=(4, 8), normalize=False),
-    "splade": dict(pooling="splade"),
-    "apart": dict(negatives_cross_device=False, both_directions=True, distill_weight=0.5),
-    "hinge": dict(both_directions=True),  # another loss, in the place of `contrast`
+LOSSES = {"plain": {},
+          **{f"margin {m}": dict(false_negative_margin=m) for m in (0.0, 0.2, 0.4, -0.3)},
+          "both": dict(both_directions=True),
+          "distill": dict(distill_weight=0.7, distill_temperature=0.4),
+          "matryoshka": dict(matryoshka_dims=(2, 8, 1), distill_weight=0.7, both_directions=True),
+          "unnormalised": dict(matryoshka_dims=(4, 8), normalize=False),
+          "splade": dict(pooling="splade"),
+          "apart": dict(negatives_cross_device=False, both_directions=True, distill_weight=0.5),
+          "hinge": dict(both_directions=True),  # another loss, in the place of `contrast`
 }
 CASES = [*(("dense", name) for name in LOSSES), ("tokens", "plain"), ("tokens", "apart")]
 
@@ -340,8 +331,7 @@ def model_folder(toy_tokens, tmp_path_factory):
     torch.manual_seed(0)
     model = from_scratch(
         "modernbert-tiny", n_layer=2, n_head=4, n_embd=32, n_hidden=48, vocab_size=512,
-        max_seq_len=64, layer_kinds=["global", "local"], window=4, out_dropout=0.0,
-    )  # fmt: skip
+        max_seq_len=64, layer_kinds=["global", "local"], window=4, out_dropout=0.0)  # fmt: skip
     for name, p in model.named_parameters():  # larger than at init, so that attention acts
         p.data.normal_(0, 1.0 if name == "embed.weight" else 0.3) if p.dim() == 2 else None
     ids = dict(cls=0, bos=0, sep=1, eos=1, pad=2).items()
@@ -390,13 +380,14 @@ def test_cached_gradients_equal_one_graph(pooling, dropout, model_folder, hard_f
         want, want_hits = plain_loss(pairs, texts[:n], texts[n:], s, 1)
         want.backward()
         assert loss == pytest.approx(want.item(), rel=1e-10) and hits == want_hits
-        harness.assert_same_gradients(results[s.device_batch_tokens], harness.gradients(embedder), 1e-10)
+        cached = results[s.device_batch_tokens]
+        harness.assert_same_gradients(cached, harness.gradients(embedder), 1e-10)
         # chunks that FSDP needs where another rank has more of them
         monkeypatch.setattr(grad_cache, "all_reduce_max", lambda n: n + 2)
         grad_cache.pad_chunks(batch.encoded, batch.chunks)
         assert batch.chunks[-3] != batch.chunks[-2] == batch.chunks[-1] == [len(batch.encoded) - 1]
         assert T.cached_step(embedder, batch, 5, s)[0] == pytest.approx(loss, rel=1e-12)
-        harness.assert_same_gradients(harness.gradients(embedder), results[s.device_batch_tokens], 1e-12)
+        harness.assert_same_gradients(harness.gradients(embedder), cached, 1e-12)
     tolerance = 1e-3 if dropout else 1e-10
     with pytest.raises(AssertionError) if dropout else nullcontext():
         harness.assert_same_gradients(results[60], results[10**9], tolerance)  # another dropout
@@ -422,8 +413,7 @@ def tiny(model_folder, hard_file, tmp_path_factory):
         eval_data=hard_file, query_max_length=16, passage_max_length=40, batch_size=12,
         group_size=3, device_batch_tokens=100, temperature=0.1, distill_weight=0.5,
         distill_temperature=2.0, max_steps=6, warmup_steps=2, learning_rate=1e-3, log_interval=1,
-        eval_interval=3, save_interval=3, dtype="fp32",
-    )  # fmt: skip
+        eval_interval=3, save_interval=3, dtype="fp32")  # fmt: skip
 
 
 CLOSE = dict(loss=1e-5, gnorm=1e-4, eval_loss=1e-4, acc=1e-9)
@@ -557,8 +547,7 @@ def test_two_ranks_equal_one_and_each_other(tiny, tmp_path):
         "tokens": ["--pooling=tokens", "--projection_dim=8"],
         "fsdp-tokens": ["--pooling=tokens", "--projection_dim=0", "--fsdp=full"],
         "splade": ["--pooling=splade", "--normalize=False", "--temperature=20"],
-        "lora": ["--lora_rank=4", "--lora_dropout=0", "--device_batch_tokens=9999", "--fsdp=full"],
-    }
+        "lora": ["--lora_rank=4", "--lora_dropout=0", "--device_batch_tokens=9999", "--fsdp=full"]}
     argvs = []
     for kind, flags in kinds.items():
         argvs.append(arguments(tiny, tmp_path / kind, *flags))
@@ -632,10 +621,8 @@ def test_three_forms_of_lines(tmp_path):
     empty = dict(neg=[], pos_scores=None, neg_scores=None, prompt=None)
     assert [read_pair(file, i) for i in range(4)] == [
         empty | {"query": "a", "pos": ["b", "c"], "pos_scores": [1, 2.5]},
-        empty | {"query": "a", "pos": ["b"], "neg": ["c"]},
-        empty | {"query": "a", "pos": ["b"]},
-        empty | {"query": "a\u2028b", "pos": ["a\u2028b"]},
-    ]
+        empty | {"query": "a", "pos": ["b"], "neg": ["c"]}, empty | {"query": "a", "pos": ["b"]},
+        empty | {"query": "a\u2028b", "pos": ["a\u2028b"]}]  # fmt: skip
 
 
 @pytest.mark.parametrize(("bad", "message"), [
@@ -658,8 +645,7 @@ def test_three_forms_of_lines(tmp_path):
     ("--train_also=norm", "train_also='norm' goes with LoRA"),
     ("--pooling=tokens --lora_rank=2", "without LoRA"),
     ("--num_epochs=1", "max_steps=6, num_epochs=1.0; expected one"),
-    ("--fsdp=full", "start with torchrun"),
-])  # fmt: skip
+    ("--fsdp=full", "start with torchrun")])  # fmt: skip
 def test_bad_lines_and_settings_say_what_is_expected(bad, message, tiny, tmp_path):
     more, path = bad.split(), tmp_path / "x.jsonl"
     if bad.startswith("{"):

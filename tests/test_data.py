@@ -1,4 +1,4 @@
-"""data.py, tokens.py, data/pydocs and data/text. Run: python -m pytest tests/test_data.py"""
+"""data.py, tokens.py, data/pydocs and data/text."""
 
 import importlib.util
 import itertools
@@ -163,8 +163,7 @@ SPOILED = [  # a file, what is written instead of its bytes, what is told
     ("train.bin", None, r"train\.bin"),
     ("meta.json", None, r"meta\.json is missing.*prepare\.py"),
     ("meta.json", lambda b: b.replace(b'"vocab_size": 100', b'"vocab_size": 9'),
-     r"train\.bin: token 9 is 9, expected less than 9"),
-]  # fmt: skip
+     r"train\.bin: token 9 is 9, expected less than 9")]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, change, told", SPOILED)
@@ -198,12 +197,9 @@ AWKWARD = [
     "\xa0caf\xe9 cafe\u0301 \U0001f468\u200d\U0001f469 \u4f60\u597d \u0e01\u0e34\r\n\x85\x1c\x00",
     "say [MASK] or[SEP] twice [CLS] <|endoftext|> [mask]",
     " " * 5000 + "x" + "\n" * 2000,
-    "ab" * 4000,
-]
-LLAMA = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+    "ab" * 4000]  # fmt: skip
+LLAMA = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
 
 
 def random_texts():
@@ -325,8 +321,7 @@ def test_require():
         ("query", str, r"is missing \(expected str\)$"), ("s", int, "is 'x' .expected int"),
         ("b", int, "is True .expected int"), ("f", int, "is 0.5 .expected int"),
         ("s", [str], "is 'x' .expected list of str"), ("half", str, "has half a character"),
-        ("m", [str], r"is \['x', 1\] .expected list of str"),
-    ]:  # fmt: skip
+        ("m", [str], r"is \['x', 1\] .expected list of str")]:  # fmt: skip
         with pytest.raises(ValueError, match=f"^p.jsonl line 17: field '{field}' {told}"):
             data.require(record, field, kind, "p.jsonl", 17)
 
@@ -537,19 +532,16 @@ def test_docstrings_become_english(tmp_path):
         "Box(size, kind=None, *, names=...)", "A box that holds things of one kind.")  # fmt: skip
     assert box["body"] == (
         "It is not a list, as what is in it has no order.\nParameters\nsize : int\n"
-        "How many things there are in the box, at most; with size=0 it is Empty."
-    )
+        "How many things there are in the box, at most; with size=0 it is Empty.")  # fmt: skip
     assert of["signature"] == "Box.of(thing)"
     assert of["body"] == (
         "The box that is returned has the thing in it, and it can be used as any other of its size "
         "that was made by hand:\n"
-        "Note: It is not copied, so that a change of the thing is seen in box as well."
-    )
+        "Note: It is not copied, so that a change of the thing is seen in box as well.")
     assert fill["signature"] == "fill(input, value, *, out=None)"
     assert fill["body"] == (
         "Args:\ninput (Tensor): the input tensor of any shape.\n"
-        "value (float): what is to be written to each of the elements of the tensor in {brackets}"
-    )
+        "value (float): what is to be written to each of the elements of the tensor in {brackets}")
     pair = pydocs.pair_of(box)
     assert pair["query"] == f"{box['signature']}: {box['summary']}" and pair["pos"] == [box["body"]]
     repeats = {**box, "body": f"{box['body']} And again: {box['summary']}"}

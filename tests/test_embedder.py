@@ -1,7 +1,4 @@
-"""embedder.py against sentence-transformers, transformers and plain loops.
-
-python -m pytest tests/test_embedder.py
-"""
+"""embedder.py against sentence-transformers, transformers and plain loops."""
 
 import json
 import os
@@ -321,8 +318,7 @@ CASES = [  # model, tokenizer, pooling, settings
     ("qwen3", "eos", "mean", dict(pool_instruction=False)),
     ("modernbert", "encoder", "splade", dict(template=CHAT)),
     ("modernbert", "encoder", "tokens", dict(projection=torch.nn.Linear(32, 8, bias=False))),
-    ("llama-bidirectional", "eos", "tokens", {}),
-]
+    ("llama-bidirectional", "eos", "tokens", {})]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, tokens, pooling, settings", CASES)
@@ -465,8 +461,7 @@ def test_lora_is_merged_in_the_files_only(tmp_path):
     ("encoder", "mean", dict(template=CHAT, pool_instruction=False), "than one token, a special"),
     ("bos", "mean", dict(template=Template("", "t in a book")), "its tokens would be"),
     ("encoder", "weighted_mean", dict(pool_instruction=False), "counts the instruction's"),
-    ("encoder", "splade", dict(pool_instruction=False), "counts the instruction's"),
-])  # fmt: skip
+    ("encoder", "splade", dict(pool_instruction=False), "counts the instruction's")])  # fmt: skip
 def test_a_save_that_would_differ_is_refused(tokens, pooling, settings, reason, tmp_path):
     ours = make("modernbert", tokens, pooling, **settings)
     with pytest.raises(ValueError, match=f"would give other embeddings: .*{reason}"):

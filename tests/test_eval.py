@@ -1,7 +1,4 @@
-"""eval_mteb.py: its scores against plain loops, its prompts, its errors. No network.
-
-python -m pytest tests/test_eval.py
-"""
+"""eval_mteb.py: its scores against plain loops, its prompts, its errors. No network."""
 
 import json
 import math

@@ -1,7 +1,4 @@
-"""evals/ and metrics.py: numbers against plain loops, the script on 1 and 2 ranks.
-
-    python -m pytest tests/test_evals.py
-"""
+"""evals/ and metrics.py: numbers against plain loops, the script on 1 and 2 ranks."""
 
 import json
 import math
@@ -118,8 +115,7 @@ def config(folders, tmp_path_factory):
     path = harness.write_jsonl(f"{folder}/x.jsonl", lines)
     return harness.write_config(
         folder, model=str(folder), eval_data=path, ratios=(4, 2), temperature=0.3, dtype="fp32",
-        queries_per_passage=3,
-    )  # fmt: skip
+        queries_per_passage=3)  # fmt: skip
 
 
 def plain_scores(model, tokenizer, record, window):

@@ -1,7 +1,6 @@
-"""LoRA against its formula and against peft. Run: python -m pytest tests/test_lora.py
+"""LoRA against its formula and against peft.
 
-TOL: fp32 logits of size 5 to 10 computed in another order, ours against transformers' and peft's.
-"""
+TOL: fp32 logits of size 5 to 10 computed in another order, ours against transformers' and peft's."""
 
 import functools
 import json
@@ -32,13 +31,11 @@ TOL = 2e-5
 LENGTHS = [5, 30, 1]
 TOKENS = torch.randint(3, 97, (36,), generator=torch.Generator().manual_seed(0))
 SMALL = dict(
-    vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
-)
+    vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 DECODER = dict(SMALL, num_key_value_heads=2, max_position_embeddings=512)
 MODERN = dict(
     SMALL, max_position_embeddings=512, local_attention=12, pad_token_id=0, bos_token_id=1,
-    eos_token_id=2, cls_token_id=1, sep_token_id=2,
-)  # fmt: skip
+    eos_token_id=2, cls_token_id=1, sep_token_id=2)  # fmt: skip
 FAMILIES = {
     "llama": ("LlamaForCausalLM", DECODER),
     "llama-tied": ("LlamaForCausalLM", dict(DECODER, tie_word_embeddings=True)),
@@ -49,8 +46,7 @@ FAMILIES = {
     "modernbert-untied": ("ModernBertForMaskedLM", dict(
         MODERN, tie_word_embeddings=False, norm_bias=True, attention_bias=True, mlp_bias=True,
         classifier_bias=True)),
-    "modernbert-decoder": ("ModernBertDecoderForCausalLM", MODERN),
-}  # fmt: skip
+    "modernbert-decoder": ("ModernBertDecoderForCausalLM", MODERN)}  # fmt: skip
 SEQS, ROWS = make_seqs(LENGTHS), torch.arange(sum(LENGTHS))
 
 
@@ -340,8 +336,7 @@ PEFT = [
     ("modernbert-decoder", False, dict(target_modules=["Wi"],
                                        modules_to_save=["tok_embeddings", "final_norm"])),
     *[(name, True, dict(target_modules="all-linear", vocab=101))
-      for name in ("llama", "llama-tied", "modernbert")],
-]  # fmt: skip
+      for name in ("llama", "llama-tied", "modernbert")]]  # fmt: skip
 
 
 @pytest.mark.parametrize("name,causal,changes", PEFT)
@@ -510,8 +505,7 @@ def test_load_for_training(base, tmp_path):
         ("modernbert", "targets=''", dict(targets="")),
         ("modernbert", "'norms'.*'embed', 'norm', 'head'", dict(train_also="norms")),
         ("qwen3", "'head'.*'embed', 'norm'", dict(train_also="head")),  # tied, no bias
-    ],
-)  # fmt: skip
+    ])  # fmt: skip
 def test_inject_errors(base, name, message, changes):
     model = from_pretrained(base(name)[1])
     with pytest.raises(ValueError, match=message):
@@ -558,8 +552,7 @@ EMBED = INNER + "embed_tokens.weight"
         (r"embed.weight is \(96, 64\)", dict(add={EMBED: torch.ones(96, 64)})),
         # new rows for the embedding alone
         ("missing.*: lm_head.weight", dict(add={EMBED: torch.ones(99, 64)})),
-    ],
-)  # fmt: skip
+    ])  # fmt: skip
 def test_load_errors(base, tmp_path, message, changes):
     folder, changes = base("llama")[1], dict(changes)
     lora.save_adapter(adapted(folder, train_also="norm"), str(tmp_path), folder)

@@ -1,7 +1,4 @@
-"""train_mntp.py: what it masks and asks, and tiny runs of it, whole, killed and resumed, on ranks.
-
-python -m pytest tests/test_mntp.py
-"""
+"""train_mntp.py: what it masks and asks, and tiny runs of it, whole, killed and resumed, on ranks."""
 
 import copy
 import glob
@@ -36,8 +33,7 @@ from tokens import open_tokens, read_row
 TINY = dict(
     mask_token="own", max_seq_len=64, batch_tokens=512, device_batch_tokens=256, max_steps=8,
     lora_rank=4, lora_alpha=8.0, learning_rate=1e-2, log_interval=1, eval_interval=4,
-    eval_tokens=640, save_interval=4, dtype="fp32",
-)  # fmt: skip
+    eval_tokens=640, save_interval=4, dtype="fp32")  # fmt: skip
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "modernbert-decoder")
 SCRIPT = "train_mntp.py"
 arguments = partial(harness.arguments, SCRIPT)
@@ -144,8 +140,7 @@ def test_loss_and_gradients_are_those_of_transformers_document_by_document(
     [
         ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25, 0, 0]),  # the decay begins with the warmup's end
         ("wsd", [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]),  # the decay ends with the run
-    ],
-)
+    ])  # fmt: skip
 def test_decay_steps_by_schedule_and_stop_step(schedule, shares, tiny, tmp_path):
     more = [f"--schedule={schedule}", "--decay_shape=linear", "--warmup_steps=2", "--decay_steps=4"]
     run(tiny, tmp_path / "a", *more, "--learning_rate=1e-3", "--eval_interval=0")
@@ -382,8 +377,7 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path):
     (["--eval_tokens=63"], "no row of 64 to evaluate on"),
     (["--init_from={tmp}/bare"], "no language modelling head"),
     (["--init_from={encoder}"], "is an encoder, and fills masks"),
-    (["--data={tmp}/data"], "has another tokenizer than"),
-])  # fmt: skip
+    (["--data={tmp}/data"], "has another tokenizer than")])  # fmt: skip
 def test_bad_settings_say_what_is_expected(tiny, toy_tokens, folders, tmp_path, more, message):
     base = folders["llama-bidirectional"]  # the head of a tied one cannot be missing
     model, tokenizer = from_pretrained(base), load_tokenizer(base)

@@ -49,23 +49,17 @@ def assert_close(found, expected, tolerance=TOLERANCE):
 
 # ---- transformers ----
 
-_SMALL = dict(
-    vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-    num_attention_heads=4, max_position_embeddings=512,
-)  # fmt: skip
+_SMALL = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+              num_attention_heads=4, max_position_embeddings=512)  # fmt: skip
 _GQA = _SMALL | dict(num_key_value_heads=2)
 _MB = _SMALL | dict(
     local_attention=12, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1,
-    sep_token_id=2,
-)  # fmt: skip
+    sep_token_id=2)  # fmt: skip
 _LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=4.0)
-_LLAMA3 = dict(
-    rope_type="llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=1.0,
-    high_freq_factor=4.0, original_max_position_embeddings=64,
-)  # fmt: skip
+_LLAMA3 = dict(rope_type="llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=1.0,
+               high_freq_factor=4.0, original_max_position_embeddings=64)  # fmt: skip
 _YARN = dict(
-    rope_type="yarn", rope_theta=10_000.0, factor=4.0, original_max_position_embeddings=128
-)
+    rope_type="yarn", rope_theta=10_000.0, factor=4.0, original_max_position_embeddings=128)
 _BIASES = dict(attention_bias=True, mlp_bias=True)
 _MB_BIASES = _MB | _BIASES | dict(norm_bias=True, classifier_bias=True, tie_word_embeddings=False)
 
@@ -93,8 +87,7 @@ CASES = {  # model_type, config
     "modernbert-untied-biases": ("modernbert", _MB_BIASES | dict(norm_eps=1e-3)),
     "modernbert-no-decoder-bias": ("modernbert", _MB | dict(decoder_bias=False)),
     "modernbert-decoder": ("modernbert-decoder", _MB | thetas(5e4, 700.0)),
-    "modernbert-decoder-untied-biases": ("modernbert-decoder", _MB_BIASES),
-}  # fmt: skip
+    "modernbert-decoder-untied-biases": ("modernbert-decoder", _MB_BIASES)}  # fmt: skip
 
 
 def theirs(case, causal=None, **changes):
@@ -234,8 +227,7 @@ _OLD_KEYS = {  # case, today's keys, older files' keys
     **{f"{case}, local {local}": (
         case, thetas(5e4, local or 5e4) | dict(layer_types=_EVEN), dict(
             global_rope_theta=5e4, local_rope_theta=local, global_attn_every_n_layers=2))
-       for case in ("modernbert", "modernbert-decoder") for local in (700.0, None)},
-}  # fmt: skip
+       for case in ("modernbert", "modernbert-decoder") for local in (700.0, None)}}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", _OLD_KEYS)
@@ -353,8 +345,7 @@ def test_neobert_equals_the_published_layout_and_goes_back_bit_equal(head, tmp_p
     config = dict(
         model_type="neobert", architectures=["NeoBERTLMHead"], vocab_size=VOCAB, hidden_size=32,
         num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, max_length=512,
-        norm_eps=1e-6, embedding_init_range=0.02,
-    )  # fmt: skip
+        norm_eps=1e-6, embedding_init_range=0.02)  # fmt: skip
     write_json(config, tmp_path, "config.json")
     ours = HF.from_pretrained(tmp_path)
     assert (ours.config.head == "none") == (not head)
@@ -379,8 +370,7 @@ _KINDS = ["global", "local", "local", "global"]
 _OURS = dict(vocab_size=VOCAB, n_layer=4, n_head=4, n_embd=32, n_hidden=48, max_seq_len=512)
 _OURS_MB = _OURS | dict(
     layer_kinds=_KINDS, window=3, norm="layer", embed_norm=True,
-    fused_mlp=True, activation="gelu", head="dense", head_bias=True,
-)  # fmt: skip
+    fused_mlp=True, activation="gelu", head="dense", head_bias=True)  # fmt: skip
 FAMILIES = {
     "llama": _OURS | dict(n_kv_head=2),
     "mistral": _OURS | dict(n_kv_head=2, layer_kinds=["local"] * 4, window=4, tied=False),
@@ -391,8 +381,7 @@ FAMILIES = {
     "modernbert-decoder": _OURS_MB,
     "neobert": _OURS | dict(
         causal=False, rope_pairs="adjacent", fused_qkv=True, fused_mlp=True, tied=False,
-        head_bias=True),
-}  # fmt: skip
+        head_bias=True)}  # fmt: skip
 
 
 def tiny(family, **changes):
@@ -403,8 +392,7 @@ def tiny(family, **changes):
 
 every_mask = pytest.mark.parametrize("family, causal", [
     (family, causal) for family in FAMILIES for causal in (True, False)
-    if not (causal and family in ("modernbert", "neobert"))
-])  # fmt: skip
+    if not (causal and family in ("modernbert", "neobert"))])  # fmt: skip
 
 
 def backends():
@@ -474,8 +462,7 @@ def test_attention_is_the_masked_softmax(lengths, window, causal, n_kv_head, bac
     g = torch.Generator().manual_seed(0)
     *qkv, y = (
         torch.randn(sum(lengths), heads, 16, generator=g).to(device, dtype).requires_grad_(i < 3)
-        for i, heads in enumerate((4, n_kv_head, n_kv_head, 4))
-    )
+        for i, heads in enumerate((4, n_kv_head, n_kv_head, 4)))  # fmt: skip
     out = A.attention(*qkv, make_seqs(lengths, device), causal, window, 0.0, name)
     assert out.shape == (sum(lengths), 4, 16) and out.dtype == dtype
     expected = brute_force(*qkv, lengths, causal, window)
@@ -563,10 +550,8 @@ def test_packed_equals_each_text_alone(family, causal, precision, backend, monke
     model, y, tokens = model.to(device), y.to(device), DOC_TOKENS.to(device)
     with torch.autocast(device, torch.bfloat16, enabled=dtype is torch.bfloat16):
         hidden, grads = outputs_and_gradients(model, tokens, DOCS, y, name, device)
-        alone = [
-            outputs_and_gradients(model, t, [len(t)], y1, "sdpa", device)
-            for t, y1 in zip(tokens.split(DOCS), y.split(DOCS), strict=True)
-        ]
+        alone = [outputs_and_gradients(model, t, [len(t)], y1, "sdpa", device)
+                 for t, y1 in zip(tokens.split(DOCS), y.split(DOCS), strict=True)]  # fmt: skip
     expected = torch.cat([h for h, _ in alone])
     if precision == "fp64":
         torch.testing.assert_close(hidden, expected, atol=tolerance, rtol=tolerance)
@@ -778,8 +763,7 @@ def test_checkpointing_changes_nothing(family, dropout):
     # the compiler's front half, which needs no C compiler: what is recompiled shows here
     ("modernbert", "aot_eager"), ("qwen3", "aot_eager"),
     pytest.param("modernbert", "inductor", marks=pytest.mark.slow),
-    pytest.param("llama", "inductor", marks=pytest.mark.slow),
-])  # fmt: skip
+    pytest.param("llama", "inductor", marks=pytest.mark.slow)])  # fmt: skip
 def test_compiled_blocks_change_nothing_and_are_compiled_once(family, compiler):
     from torch._dynamo.utils import counters
 
@@ -868,10 +852,8 @@ def test_named_sizes_have_the_named_number_of_parameters(size):
     assert f"{n / 1e6:.1f}M weights, {n / 1e6:.3f}M trained" in model.describe()
 
 
-_FRESH = {
-    "llama-tiny": "normal", "qwen3-tiny": "normal", "modernbert-tiny": "megatron",
-    "neobert-250m": "uniform",
-}  # fmt: skip
+_FRESH = {"llama-tiny": "normal", "qwen3-tiny": "normal", "modernbert-tiny": "megatron",
+          "neobert-250m": "uniform"}  # fmt: skip
 
 
 @pytest.mark.parametrize("size", _FRESH)
@@ -888,9 +870,8 @@ def test_fresh_weights(size):
         out = ("o_proj.weight", "down_proj.weight", "head.dense.weight")
         if init == "megatron" and name.endswith(out):
             std /= math.sqrt(2 * model.config.n_layer)
-        bound, expected = {
-            "normal": (math.inf, std), "uniform": (0.02, 0.02 / math.sqrt(3)),
-            "megatron": (2 * std, 0.8796 * std),  # what a normal cut at 2 sigma has
+        bound, expected = {"normal": (math.inf, std), "uniform": (0.02, 0.02 / math.sqrt(3)),
+                           "megatron": (2 * std, 0.8796 * std),  # what a normal cut at 2 sigma has
         }[init]  # fmt: skip
         assert p.abs().max() <= bound, name
         assert p.abs().max() > (3 * std if init == "normal" else 0.95 * bound), name
@@ -954,8 +935,7 @@ K_PROJ = "model.layers.2.self_attn.k_proj.weight"
     ("llama", {K_PROJ: (3, 5)}, "", rf"{K_PROJ}.*\(3, 5\).*\(16, 32\)"),
     ("modernbert", {}, "head.dense.weight", "head.dense.weight.*missing"),
     # names with "model." come from a model with a head: without its weights it is broken
-    ("mistral", {}, "lm_head.weight", "lm_head.weight.*missing"),
-])  # fmt: skip
+    ("mistral", {}, "lm_head.weight", "lm_head.weight.*missing")])  # fmt: skip
 def test_wrong_tensors_are_named(family, add, drop, message, tmp_path):
     HF.save_pretrained(tiny(family), tmp_path)
     path = tmp_path / "model.safetensors"
@@ -969,8 +949,7 @@ def test_bad_configs_and_arguments_are_named(folder):
     for change, message in (
         (dict(model_type="gpt9"), "gpt9.*llama"),
         (dict(hidden_act="relu6"), "relu6.*silu"),
-        (dict(rope_parameters=dict(rope_type="longrope", factor=2.0)), "longrope.*yarn"),
-    ):
+        (dict(rope_parameters=dict(rope_type="longrope", factor=2.0)), "longrope.*yarn")):
         with pytest.raises(ValueError, match=message):
             HF.config_from_hf(config_of(folder) | change)
     with pytest.raises(ValueError, match="sideways.*causal"):
@@ -1046,8 +1025,7 @@ _BF16, _GROUPED, _DROPOUT = dict(dtype=torch.bfloat16), dict(gqa=True), dict(dro
     # older torch: no grouped heads, no window, nothing at all
     (_UNGROUPED, "varlen", "cuda", _BF16, "varlen"),
     (_UNGROUPED, "varlen", "cuda", _BF16 | _GROUPED, "!varlen.*grouped heads"),
-    ((None, None), "varlen", "cuda", _BF16, "!varlen"),
-])  # fmt: skip
+    ((None, None), "varlen", "cuda", _BF16, "!varlen")])  # fmt: skip
 def test_backends_that_cannot_run_say_why(
     installed, wanted, device, settings, outcome, monkeypatch
 ):

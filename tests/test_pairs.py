@@ -1,4 +1,4 @@
-"""Prepare scripts of pairs, hard negatives, configs. Run: python -m pytest tests/test_pairs.py"""
+"""Prepare scripts of pairs, hard negatives, configs."""
 
 import ast
 import glob
@@ -21,8 +21,7 @@ from model import from_scratch
 from tokenizer import load_tokenizer
 
 echo, bge, wiki1m, st_triplets = (
-    script(f"data/{name}/prepare.py") for name in ("echo", "bge_msmarco", "wiki1m", "st_triplets")
-)
+    script(f"data/{name}/prepare.py") for name in ("echo", "bge_msmarco", "wiki1m", "st_triplets"))
 mining = script("data/mine_negatives.py")
 
 
@@ -102,13 +101,11 @@ def test_prepare_runs_as_a_script_from_anywhere(tmp_path):
 
 # ---- bge ms marco ----
 
-MSMARCO = [
-    {"query": "a", "pos": ["p", "p"], "neg": ["n", "p", "n", "m", ""], "type": "normal"},
-    {"query": "b", "pos": ["p"], "neg": ["x", "p", "y"], "pos_scores": [0.9],
-     "neg_scores": [0.5, 0.4, 1], "prompt": "Find it"},
-    {"query": "c", "pos": ["p"], "neg": None},
-    {"query": "d", "pos": [" "], "neg": ["n"]},
-]  # fmt: skip
+MSMARCO = [{"query": "a", "pos": ["p", "p"], "neg": ["n", "p", "n", "m", ""], "type": "normal"},
+           {"query": "b", "pos": ["p"], "neg": ["x", "p", "y"], "pos_scores": [0.9],
+            "neg_scores": [0.5, 0.4, 1], "prompt": "Find it"},
+           {"query": "c", "pos": ["p"], "neg": None},
+           {"query": "d", "pos": [" "], "neg": ["n"]}]  # fmt: skip
 
 
 def test_bge_msmarco(tmp_path, capsys):
@@ -118,21 +115,18 @@ def test_bge_msmarco(tmp_path, capsys):
         {"query": "a", "pos": ["p"], "neg": ["n", "m"]},
         {"query": "b", "pos": ["p"], "neg": ["x", "y"], "pos_scores": [0.9],
          "neg_scores": [0.5, 1], "prompt": "Find it\n"},
-        {"query": "c", "pos": ["p"], "neg": []},
-    ]  # fmt: skip
+        {"query": "c", "pos": ["p"], "neg": []}]  # fmt: skip
     assert pairs_of(tmp_path / "train.jsonl")[2]["neg"] == []
     printed = capsys.readouterr().out
     assert "3 lines in all" in printed and "empty: 1, pos dropped: 2, neg dropped: 4" in printed
 
 
 def test_bge_msmarco_complains(tmp_path):
-    for row, message in [
-        ({"query": "q", "pos": "p"}, "line 2: field 'pos' is 'p' .*list of str"),
-        ({"query": 3, "pos": ["p"]}, "line 2: field 'query' is 3"),
-        ({"query": "q"}, "line 2: field 'pos' is missing"),
-        ({"query": "q", "pos": ["p"], "neg": ["n"], "neg_scores": [1, 2]},
-         "line 2: field 'neg_scores' has 2 numbers for 1 texts"),
-    ]:  # fmt: skip
+    for row, message in [({"query": "q", "pos": "p"}, "line 2: field 'pos' is 'p' .*list of str"),
+                         ({"query": 3, "pos": ["p"]}, "line 2: field 'query' is 3"),
+                         ({"query": "q"}, "line 2: field 'pos' is missing"),
+                         ({"query": "q", "pos": ["p"], "neg": ["n"], "neg_scores": [1, 2]},
+                          "line 2: field 'neg_scores' has 2 numbers for 1 texts")]:  # fmt: skip
         path = write_jsonl(tmp_path / "in.jsonl", [MSMARCO[0], row])
         with pytest.raises(ValueError, match="in.jsonl " + message):
             bge.main(["--input", path, "--out", str(tmp_path)])
@@ -184,8 +178,7 @@ def test_st_triplets_forms(tmp_path):
         ({"question": "a", "answer": "p", "negative_1": "n", "negative_2": "p", "n3": "n"},
          ["p"], ["n"]),
         ({"set": ["a", "p"]}, ["p"], []),
-        ({"set": {"query": "a", "pos": ["p"], "neg": ["n", "m"]}}, ["p"], ["n", "m"]),
-    ]:  # fmt: skip
+        ({"set": {"query": "a", "pos": ["p"], "neg": ["n", "m"]}}, ["p"], ["n", "m"])]:  # fmt: skip
         assert st(tmp_path, [row]) == [{"query": "a", "pos": pos, "neg": neg}]
     lists = [{"positive": ["p", "r"], "negative": ["n", "m"], "query": "a"}]
     named = st(tmp_path, lists, "--columns", "query,positive,negative")
@@ -290,8 +283,7 @@ def test_mining_script(tmp_path, toy_tokens, capsys):
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [
         {"query": "tan", "pos": ["mon rin", "sun"], "prompt": "other: "},
         {"anchor": "tan", "positive": "ken ken"},
-        {"query": "tälo", "pos": ["mos"], "neg": ["kema"]},
-    ])  # fmt: skip
+        {"query": "tälo", "pos": ["mos"], "neg": ["kema"]}])  # fmt: skip
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": "rilo"}, {"text": "mos"}])
     out = tmp_path / "out" / "mined.jsonl"
     argv = [f"--pairs={pairs}", f"--out={out}", f"--corpus={corpus}", f"--model={tmp_path / 'm'}"]
@@ -299,8 +291,7 @@ def test_mining_script(tmp_path, toy_tokens, capsys):
     mined = read_jsonl(out)
     assert [set(pair["neg"]) for pair in mined] == [
         {"mos", "kema", "rilo"}, {"mos", "kema", "rilo"},
-        {"mon rin", "sun", "ken ken", "kema", "rilo"},
-    ]  # fmt: skip
+        {"mon rin", "sun", "ken ken", "kema", "rilo"}]  # fmt: skip
     embedder = Embedder.load(str(tmp_path / "m"), device="cpu")
     for pair, instruction in zip(mined, ("other: ", "find: ", "find: "), strict=True):
         query = embedder.encode([pair["query"]], instruction)[0]
@@ -368,8 +359,7 @@ MEMBERS = [  # init_from, the part of its adapter's name, wrap
     ("meta-llama/Llama-3.1-8B-Instruct", "Meta-Llama-31-8B-Instruct", LLAMA3),
     ("meta-llama/Meta-Llama-3.1-8B-Instruct", "Meta-Llama-31-8B-Instruct", LLAMA3),
     ("/models/Llama-2-7b-chat-hf/", "Llama-2-7b-chat-hf", INST),
-    ("meta-llama/Llama-2-7b-chat-hf@abc", "Llama-2-7b-chat-hf", INST),
-]
+    ("meta-llama/Llama-2-7b-chat-hf@abc", "Llama-2-7b-chat-hf", INST)]  # fmt: skip
 
 
 @pytest.mark.parametrize("init_from, mntp, wrap", MEMBERS)

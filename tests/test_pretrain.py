@@ -1,7 +1,4 @@
-"""pretrain_mlm.py: what it masks, and tiny runs of it, whole, killed and resumed, on 1-3 ranks.
-
-    python -m pytest tests/test_pretrain.py
-"""
+"""pretrain_mlm.py: what it masks, and tiny runs of it, whole, killed and resumed, on 1-3 ranks."""
 
 import json
 import os
@@ -30,8 +27,7 @@ arguments = partial(harness.arguments, SCRIPT)
 TINY = dict(
     model_size="modernbert-tiny", vocab_size=512, max_seq_len=64, max_steps=8, learning_rate=3e-3,
     batch_tokens=768, device_batch_tokens=256,  # 12 rows: divisible by 1, 2 and 3 ranks
-    log_interval=1, eval_interval=4, eval_tokens=640, save_interval=4, dtype="fp32",
-)  # fmt: skip
+    log_interval=1, eval_interval=4, eval_tokens=640, save_interval=4, dtype="fp32")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +104,8 @@ def test_ranks_share_the_rows_and_masks_of_one_rank(toy_tokens):
 
 def test_encoder_and_decoder_see_the_same_tokens(toy_tokens):
     tokens = open_tokens(toy_tokens, "train")
-    mlm, clm = (
-        next(train_batches(tokens, 2, corrupt, settings(objective=objective)))[0]
-        for objective in ("mlm", "clm")
-    )
+    mlm, clm = (next(train_batches(tokens, 2, corrupt, settings(objective=objective)))[0]
+                for objective in ("mlm", "clm"))  # fmt: skip
     restored = mlm.inputs.clone()
     restored[mlm.rows] = mlm.targets
     assert torch.equal(restored, clm.inputs) and mlm.seqs.lengths == clm.seqs.lengths
@@ -287,8 +281,7 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path):
         (["--eval_tokens=60"], "no row of 64 to evaluate on"),
         (["--max_seq_len=100000", "--batch_tokens=100000", "--device_batch_tokens=100000"],
          "no row"),
-    ],
-)
+    ])  # fmt: skip
 def test_bad_settings_say_what_is_expected(tiny, tmp_path, more, message):
     harness.assert_refused(message, SCRIPT, tiny, tmp_path, *more)
 

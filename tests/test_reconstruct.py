@@ -1,8 +1,5 @@
 """train_reconstruct.py and sample.py --reconstruct: the loss against transformers called twice on
-padded batches, isolation, and tiny runs of the script, whole, killed and resumed, on 1-3 ranks.
-
-    python -m pytest tests/test_reconstruct.py
-"""
+padded batches, isolation, and tiny runs of the script, whole, killed and resumed, on 1-3 ranks."""
 
 import re
 from contextlib import nullcontext
@@ -38,8 +35,7 @@ def settings(**changes):
         no_duplicates=False, template=Template("tan ", " mos"), write_template=False,
         pool_instruction=False, query_max_length=9, passage_max_length=24,
         query_instruction=("ris: ",), passage_instruction=("",), w_d2q=0.8, w_q2d=0.2,
-        eval_lines=1000, autocast=nullcontext, device="cpu",
-    )  # fmt: skip
+        eval_lines=1000, autocast=nullcontext, device="cpu")  # fmt: skip
     return SimpleNamespace(**(plain | changes))
 
 
@@ -318,8 +314,7 @@ def test_what_is_saved_is_all_that_trained(llama, tiny, pair_files, tmp_path):
     assert embedder.prompts == {"query": "ris: ", "document": ""}
     plain = write_config(
         tmp_path, data=(pair_files[0],), init_from=str(tmp_path), pooling="last", max_steps=2,
-        attention="causal", batch_size=8, prefix="tan ", suffix=" mos", eval_data="",
-    )  # fmt: skip
+        attention="causal", batch_size=8, prefix="tan ", suffix=" mos", eval_data="")  # fmt: skip
     stage2 = harness.run("train_contrastive.py", plain, tmp_path / "two")
     assert stage2.embedder.tokenize(["ris tan"]) == embedder.tokenize(["ris tan"])
     assert max(losses(tmp_path / "two")) == 2
@@ -349,12 +344,10 @@ CLOSE = dict(loss=1e-5, gnorm=1e-4, eval_loss=1e-4, eval_q2d_none_loss=1e-4)
 
 def test_two_ranks_equal_one(tiny, decoders, unbroken, tmp_path):
     """DDP and FSDP, full and LoRA, tied and untied; what FSDP has saved resumes bit by bit."""
-    kinds = {
-        "ddp": [],
-        "fsdp": ["--fsdp=full", "--gradient_checkpointing=True"],
-        "tied": ["--fsdp=full", f"--init_from={decoders['tied']}"],
-        "lora": ["--fsdp=full", "--lora_rank=4", "--lora_dropout=0", "--train_also=head"],
-    }
+    kinds = {"ddp": [],
+             "fsdp": ["--fsdp=full", "--gradient_checkpointing=True"],
+             "tied": ["--fsdp=full", f"--init_from={decoders['tied']}"],
+             "lora": ["--fsdp=full", "--lora_rank=4", "--lora_dropout=0", "--train_also=head"]}
     argvs = [arguments(tiny, tmp_path / kind, *flags) for kind, flags in kinds.items()]
     half = arguments(tiny, tmp_path / "half", *kinds["fsdp"])
     harness.run_ranks(2, [*argvs, half + ["--max_steps=3"], half + ["--resume=True"]])
@@ -413,8 +406,7 @@ def odd(llama, folders, tmp_path_factory):
     (["--init_from={tmp}/headless"], "has no language modelling head"),
     (["--init_from={encoder}"], "is an encoder: expected a causal model"),
     (["--data={tmp}/broken.jsonl"], "broken.jsonl line 13: field 'pos' is missing"),
-    (["--query_max_length=4"], "max_length 4 leaves no room for the text"),
-])  # fmt: skip
+    (["--query_max_length=4"], "max_length 4 leaves no room for the text")])  # fmt: skip
 def test_bad_settings_say_what_is_expected(tiny, odd, tmp_path, more, message):
     harness.assert_refused(message, SCRIPT, tiny, tmp_path / "out", *map(odd, more))
 
@@ -439,8 +431,7 @@ def test_what_is_written_back_is_what_transformers_generates(llama, tmp_path, mo
             inputs = torch.cat((hidden[:, -1:], words), dim=1)
             want = theirs.generate(
                 inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2]), do_sample=False,
-                max_new_tokens=12, eos_token_id=1, pad_token_id=2,
-            )  # fmt: skip
+                max_new_tokens=12, eos_token_id=1, pad_token_id=2)  # fmt: skip
         assert new == want[0].tolist() and eos_ids == [1], side
     with pytest.raises(SystemExit, match="reconstruct_side='text'"):
         sample.write_back(embedder, "a", "text", 4)
@@ -477,8 +468,7 @@ def test_learned_pairs_are_written_from_the_embedding_alone(tiny, tmp_path, monk
 @pytest.mark.parametrize(("base", "batch"), [
     ("meta-llama/Llama-3.2-1B-Instruct", 512), ("meta-llama/Llama-3.2-3B-Instruct", 1024),
     ("meta-llama/Meta-Llama-3.1-8B-Instruct", 512), ("Qwen/Qwen2.5-1.5B-Instruct", 1024),
-    ("Qwen/Qwen3-0.6B", 512),
-])  # fmt: skip
+    ("Qwen/Qwen3-0.6B", 512)])  # fmt: skip
 def test_stages_chain(base, batch):
     one = configured(SCRIPT, "reconstruct_anchor", f"--init_from={base}")
     assert one["batch_size"] == batch and batch % (one["device_batch_size"] * 8) == 0

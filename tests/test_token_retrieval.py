@@ -1,8 +1,5 @@
 """train_token_retrieval.py, passages.py and embedder.py's scores of tokens: windows, spans, the
-loss against a loop, memory, and tiny runs, whole, killed and resumed, on 1 and 2 ranks.
-
-    python -m pytest tests/test_token_retrieval.py
-"""
+loss against a loop, memory, and tiny runs, whole, killed and resumed, on 1 and 2 ranks."""
 
 import json
 import math
@@ -68,8 +65,7 @@ def test_windows_hold_each_token_once_where_it_sees_most(causal):
 
 TEXT = (
     "  na\xefve cafe\u0301 \u4f60\u597d\u3002\U0001f642\U0001f468\u200d\u2640 a\n\n\tb   c\xa0d  "
-    "\u041f\u0440\u0438 it's 12345 \ufb01ne [SEP] <s> tan tamos ri.\r\nEnd "
-)
+    "\u041f\u0440\u0438 it's 12345 \ufb01ne [SEP] <s> tan tamos ri.\r\nEnd ")  # fmt: skip
 
 
 def tokenizers_of_all_kinds(toy_tokens):
@@ -83,8 +79,7 @@ def tokenizers_of_all_kinds(toy_tokens):
     piece = Tokenizer(models.BPE({c: i for i, c in enumerate(["<unk>", *letters, "\u2581t"])},
                                  [("\u2581", "t")], unk_token="<unk>"))  # fmt: skip
     piece.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])  # fmt: skip
     piece.decoder = decoders.Metaspace()
     bert = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     bert.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
@@ -93,10 +88,8 @@ def tokenizers_of_all_kinds(toy_tokens):
         vocab_size=300, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False
     ))  # fmt: skip
     kinds = {"trimmed": Tokenizer.from_str(json.dumps(spec)), "piece": piece, "bert": bert}
-    return {"bytes": plain} | {
-        name: PreTrainedTokenizerFast(tokenizer_object=x, eos_token="E")
-        for name, x in kinds.items()
-    }
+    return {"bytes": plain} | {name: PreTrainedTokenizerFast(tokenizer_object=x, eos_token="E")
+                               for name, x in kinds.items()}  # fmt: skip
 
 
 @pytest.mark.parametrize("template", [Template(), Template("Read: ", "</s>"), Template("\u4f60 ")])
@@ -168,8 +161,7 @@ def settings(**changes):
         query_instruction="ask: ", passage_instruction="read: ", query_max_length=24,
         passage_max_length=None, passage_window=0, window_overlap=0, causal=True, stop_step=10**9,
         device_batch_tokens=10**9, temperature=0.3, device=torch.device("cpu"),
-        autocast=nullcontext,
-    )  # fmt: skip
+        autocast=nullcontext)  # fmt: skip
     assert changes.keys() <= plain.keys()
     return SimpleNamespace(**(plain | changes))
 
@@ -230,8 +222,7 @@ def plain_loss(model, tokenizer, records, s):
         both = tokenizer(head + record["passage"] + suffix, return_offsets_mapping=True)
         ids, hidden, cosines, gold = both["input_ids"], [], [], set()
         for start, stop, first, last in windows_of(
-            len(ids), s.passage_window, s.window_overlap, True
-        ):
+            len(ids), s.passage_window, s.window_overlap, True):  # fmt: skip
             part = model(torch.tensor(ids[start:stop]), make_seqs([stop - start]))
             hidden += [part[j - start] for j in range(first, last)]
         for j, offsets in enumerate(both["offset_mapping"]):
@@ -247,12 +238,10 @@ def plain_loss(model, tokenizer, records, s):
     return total, scores
 
 
-CASES = {
-    "one row": {},
-    "micro-batches": dict(device_batch_tokens=90),
-    "windows": dict(passage_window=12, window_overlap=5),
-    "windows in parts": dict(passage_window=12, window_overlap=5, device_batch_tokens=30),
-}
+CASES = {"one row": {},
+         "micro-batches": dict(device_batch_tokens=90),
+         "windows": dict(passage_window=12, window_overlap=5),
+         "windows in parts": dict(passage_window=12, window_overlap=5, device_batch_tokens=30)}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -424,12 +413,10 @@ def test_memory_grows_with_the_length_of_a_passage():
 
 # ---- whole runs ----
 
-TINY = dict(
-    prefix="<", suffix=">", query_instruction="ask: ", passage_instruction="read: ",
-    query_max_length=24, batch_size=12, queries_per_passage=3, device_batch_tokens=100,
-    temperature=0.1, max_steps=6, warmup_steps=2, learning_rate=1e-3, log_interval=1,
-    eval_interval=3, save_interval=3, dtype="fp32",
-)  # fmt: skip
+TINY = dict(prefix="<", suffix=">", query_instruction="ask: ", passage_instruction="read: ",
+            query_max_length=24, batch_size=12, queries_per_passage=3, device_batch_tokens=100,
+            temperature=0.1, max_steps=6, warmup_steps=2, learning_rate=1e-3, log_interval=1,
+            eval_interval=3, save_interval=3, dtype="fp32")  # fmt: skip
 run, arguments = partial(harness.run, SCRIPT), partial(harness.arguments, SCRIPT)
 
 
@@ -475,8 +462,7 @@ def test_all_that_trained_is_saved(tiny, model_folder, tmp_path):
     loaded = Embedder.load(str(tmp_path / "whole/step6"), dtype="fp32")
     alone = Embedder.load(
         model_folder, [str(tmp_path / "whole/step6/adapter")], dtype="fp32", pooling="last",
-        template=embedder.template, prompts=embedder.prompts, max_length=24,
-    )  # fmt: skip
+        template=embedder.template, prompts=embedder.prompts, max_length=24)  # fmt: skip
     for text, want in zip(texts, ours, strict=True):
         for other in (loaded, alone):
             assert np.abs(score_tokens(other, ["tan", "kema"], text)[0] - want).max() < 1e-5
@@ -501,8 +487,7 @@ def test_two_ranks_equal_one(tiny, tmp_path):
         "parts-fsdp": [*windows, "--fsdp=full"],
         "lora": ["--lora_rank=4", "--lora_dropout=0", "--train_also=embed,norm", "--fsdp=full"],
         "idle": ["--batch_size=2", "--fsdp=full"],  # often one passage alone: a rank has none
-        "idle-ddp": ["--batch_size=2"],
-    }  # fmt: skip
+        "idle-ddp": ["--batch_size=2"]}  # fmt: skip
     argvs = []
     for kind, flags in kinds.items():
         argvs.append(arguments(tiny, tmp_path / kind, *flags))
@@ -570,8 +555,7 @@ GOOD = {"query": "a", "passage": "tan tama", "spans": [[0, 3]]}
     ({"answer": "tan"}, "field 'answer' has tan"),
     ({"passage": 5}, "field 'passage' is 5 (expected str)"),
     ({"query": None}, "field 'query' is None"),
-    ({"query": " "}, "field 'query' is empty"),
-])  # fmt: skip
+    ({"query": " "}, "field 'query' is empty")])  # fmt: skip
 def test_broken_lines_name_file_line_and_field(change, message, tiny, tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [GOOD, GOOD, GOOD | change])
     with pytest.raises(ValueError) as error:
@@ -589,7 +573,6 @@ def test_broken_lines_name_file_line_and_field(change, message, tiny, tmp_path):
     (["--queries_per_passage=0"], "queries_per_passage=0"),
     (["--data=nowhere.jsonl"], "nowhere.jsonl"),
     (["--lora_rank=2", "--lora_targets=q_prj"], "q_prj"),
-    (["--query_max_length=5"], "max_length 5 leaves no room"),
-])  # fmt: skip
+    (["--query_max_length=5"], "max_length 5 leaves no room")])  # fmt: skip
 def test_bad_settings_say_what_is_expected(tiny, tmp_path, more, message):
     harness.assert_refused(message, SCRIPT, tiny, tmp_path, *more)

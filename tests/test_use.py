@@ -1,7 +1,4 @@
-"""sample.py: against transformers and plain loops.
-
-    pytest tests/test_use.py
-"""
+"""sample.py: against transformers and plain loops."""
 
 import math
 import re
@@ -239,8 +236,7 @@ def test_a_file_of_lines_is_filled_line_by_line(folders, tmp_path, capsys):
 
 @pytest.mark.parametrize("uses", [
     [], ["--text=a", "--file=b"], ["--prompt=a", "--file=b"], ["--rank=a", "--compress=b"],
-    ["--reconstruct=a", "--rank=b", "--file=c"],
-])  # fmt: skip
+    ["--reconstruct=a", "--rank=b", "--file=c"]])  # fmt: skip
 def test_one_use_at_a_time(uses):
     with pytest.raises(SystemExit, match="give --model=... and one of --text="):
         execute([SCRIPT, "--model=no/such", *uses])

@@ -98,8 +98,7 @@ SABOTAGE = {
     "a key that is not saved": (
         HF, "config_to_hf",
         lambda real, c: {k: v for k, v in real(c).items() if k != "local_attention"},
-        {"save -> reload"}),
-}  # fmt: skip
+        {"save -> reload"})}  # fmt: skip
 
 
 @pytest.mark.parametrize("broken", SABOTAGE)
