@@ -133,8 +133,6 @@ def kill(process):
 
 
 # ---- checks that are the same for every stage ----
-
-
 def curves(out_dir):
     """{column: {step: value}} of log.csv, but for what depends on the clock."""
     with open(os.path.join(out_dir, "log.csv"), newline="") as f:
@@ -237,8 +235,6 @@ def assert_refused(message, script, config, out_dir, *more):
 
 
 # ---- files ----
-
-
 def ndcg(ranked, grades, k=None):
     """By plain loops; ranked: ids, the best first; grades: {id: grade} of the right ones."""
     gain = sum(grades.get(d, 0) / math.log2(i + 2) for i, d in enumerate(ranked[:k]))
@@ -269,15 +265,13 @@ def read_jsonl(path):
 
 
 # ---- small models of each family ----
-
 _SMALL = dict(n_embd=64, n_hidden=96, n_head=4, n_layer=3, vocab_size=512, max_seq_len=256)
 _LOCAL = dict(layer_kinds=["global", "local", "local"], window=6)
 FAMILIES = {"llama": ("llama-tiny", dict(n_kv_head=2)),
             "llama-bidirectional": ("llama-tiny", dict(causal=False, tied=False)),
             "mistral": ("llama-tiny", dict(family="mistral", layer_kinds=["local"] * 3, window=9)),
             "qwen2": ("llama-tiny", dict(family="qwen2", qkv_bias=True)),
-            "qwen3": ("qwen3-tiny", {}),
-            "modernbert": ("modernbert-tiny", _LOCAL),
+            "qwen3": ("qwen3-tiny", {}), "modernbert": ("modernbert-tiny", _LOCAL),
             "modernbert-decoder": ("modernbert-tiny", _LOCAL | dict(causal=True)),
             "modernbert-headless": ("modernbert-tiny", _LOCAL | dict(head="none")),
             "neobert": ("neobert-250m", {})}  # fmt: skip

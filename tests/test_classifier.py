@@ -74,8 +74,6 @@ def sentences(n, seed=0, longest=9, syllables=3):
 
 
 # ---- words ----
-
-
 def plain_words(tokenizer, words, max_length):
     """(ids, for each word its tokens' positions), by characters, one at a time."""
     owner = [i for i, word in enumerate(words) for _ in (" " if i else "") + word]
@@ -151,7 +149,6 @@ def test_entity_scores_equal_loops():
 
 
 # ---- losses and gradients ----
-
 TEXTS = [{"text": "tan mos", "pair": "ris tan kelo", "label": 1.0, "targets": [2], "lines": [1]},
          {"text": "", "pair": None, "label": 0.0, "targets": [0], "lines": [2]},
          {"text": "suma tan " * 9, "pair": "ris", "label": 0.25, "targets": [1], "lines": [3]},
@@ -261,10 +258,8 @@ def test_text_metrics_equal_loops():
 
 
 # ---- folders ----
-
 FOLDERS = [  # family, settings, why transformers has no such class
-    ("modernbert", dict(prediction_head=True), None),
-    ("llama", dict(), None),
+    ("modernbert", dict(prediction_head=True), None), ("llama", dict(), None),
     ("llama-bidirectional", dict(), None),
     ("modernbert", dict(task="texts", pooling="cls", prediction_head=True), None),
     ("modernbert", dict(task="texts", prediction_head=True, loss_kind="mse"), None),
@@ -274,8 +269,7 @@ FOLDERS = [  # family, settings, why transformers has no such class
     ("qwen3", dict(task="texts", pooling="last"), None),
     ("llama", dict(label_position="next_token"), "not one before"),
     ("modernbert", dict(), "prediction_head=True"),
-    ("modernbert-decoder", dict(), "labels no tokens"),
-    ("llama", dict(task="texts"), "pool last"),
+    ("modernbert-decoder", dict(), "labels no tokens"), ("llama", dict(task="texts"), "pool last"),
     ("neobert", dict(task="texts", pooling="cls"), "no NeoBERT")]  # fmt: skip
 
 
@@ -329,7 +323,6 @@ def test_saved_folders_are_transformers_or_ours(family, case, reason, folders, t
 
 
 # ---- whole runs ----
-
 TINY = dict(
     max_length=14,  # cuts some words
     batch_size=8, device_batch_size=2, max_steps=6, warmup_steps=2, learning_rate=1e-2,
@@ -506,8 +499,6 @@ def test_dropout_is_off_in_evaluation_and_in_a_frozen_model(tiny, tokenizer, tmp
 
 
 # ---- bad input ----
-
-
 @pytest.mark.parametrize(("kind", "line", "message"), [
     ("words", '{"words": ["a", "b"], "labels": ["A"]}', "2 words and 1 in 'labels'"),
     ("words", '{"words": [], "labels": []}', "0 words and 0"),
@@ -568,8 +559,7 @@ def test_pairs_with_negatives_become_labelled_texts(tmp_path):
     (["--device_batch_size=3"], "batch_size=8 must be k x device_batch_size=3"),
     (["--init_from=nowhere/at/all"], "nowhere/at/all"),
     (["--label_names=('A','B')"], "data.jsonl line"),
-    (["--pooling=max", "--task=texts"], "pooling='max'"),
-    (["--max_length=2"], "leaves no room"),
+    (["--pooling=max", "--task=texts"], "pooling='max'"), (["--max_length=2"], "leaves no room"),
     (["--eval_data={other}"], "other.jsonl line 2: label 'Z' is none of the 3 labels"),
     (["--init_from={llama}", "--prediction_head=True"], "is for ModernBERT, this is a llama"),
     (["--out_dir={unbroken}", "--resume=True", "--data={other}", "--eval_data="],
@@ -611,7 +601,6 @@ def test_configs_have_keys_of_the_script():
 
 
 # ---- prepare ----
-
 COLUMNS = (
     "-DOCSTART- -X- -X- O\n\nEU NNP I-NP I-ORG\nrejects VBZ I-VP O\nGerman JJ I-NP I-MISC\n"
     "call NN I-NP O\n\nPeter NNP I-NP I-PER\nBlackburn NNP I-NP I-PER\nParis NNP B-NP I-LOC\n"

@@ -31,7 +31,6 @@ from harness import ROOT, run_ranks
 from tools import plot
 
 # ---- config ----
-
 SCRIPT = '''"""Train a thing.
 
     python script.py x.py
@@ -103,8 +102,7 @@ VALUES = {
 def test_command_line_value(run, arg):
     got, value = run(f"--{arg}"), VALUES[arg]
     key = arg.partition("=")[0]
-    assert got[key] == value and type(got[key]) is type(value)
-    assert got["config"][key] == value
+    assert got[key] == value and type(got[key]) is type(value) and got["config"][key] == value
 
 
 def test_a_default_of_none_needs_an_annotation(run):
@@ -117,8 +115,7 @@ def test_files_run_in_order_base_first(run):
         "configs/x.py": 'base = "../base.py"\nimport math\n_n = 3\nmax_steps = int(math.pi * _n)\n'
         "learning_rate = _base_rate * 2\nclip = 1\n",
         "base.py": "_base_rate = 5.0\nmax_steps = 7\nwarmup_steps = max_steps * 2\n"
-        "compile = True\n",
-        "y.py": "warmup_steps += 1\n"}  # fmt: skip
+        "compile = True\n", "y.py": "warmup_steps += 1\n"}  # fmt: skip
     config = run("configs/x.py", "y.py", files=files)["config"]
     assert (config["max_steps"], config["warmup_steps"], config["compile"]) == (9, 15, True)
     assert config["learning_rate"] == 10.0 and config["clip"] == 1.0
@@ -140,8 +137,7 @@ NO_KEYS = ("pi", "local", "_hidden", "table", "inside")
 REFUSED = {"--max_step=1": "unknown key 'max_step', did you mean 'max_steps'?",
            "--max-steps=1": "did you mean 'max_steps'?",
            "--zzzzzz=1": "unknown key 'zzzzzz', see --help",
-           **{f"--{key}=3": f"unknown key '{key}'" for key in NO_KEYS},
-           "--compile": "--key=value",
+           **{f"--{key}=3": f"unknown key '{key}'" for key in NO_KEYS}, "--compile": "--key=value",
            "--compile=1": "compile takes bool, not 1",
            "--compile=true": "compile takes bool, not 'true'",
            "--max_steps=True": "max_steps takes int, not True",
@@ -193,8 +189,6 @@ def test_saved_config_runs_again(run, tmp_path, capsys):
 
 
 # ---- devices and seeds ----
-
-
 def test_dtype_of(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     assert common.dtype_of("bf16", cpu) is torch.bfloat16
@@ -249,8 +243,6 @@ def test_a_signal_sets_a_flag_and_a_second_ctrl_c_ends(number):
 
 
 # ---- checkpoints ----
-
-
 def write_checkpoint(out_dir, name, text="weights"):
     tmp = checkpoint.begin_checkpoint(out_dir, name)
     os.makedirs(os.path.join(tmp, "1_Pooling"))
@@ -274,8 +266,7 @@ def test_checkpoint_is_listed_and_found(tmp_path, capsys):
         "1_Pooling/config.json": 7, "model.safetensors": 7, "training_state.pt": 7}  # fmt: skip
     assert checkpoint.latest_checkpoint(out, "step") == os.path.join(out, "step10")  # by number
     assert checkpoint.latest_checkpoint(out, "ext") == os.path.join(out, "ext99")
-    assert checkpoint.latest_checkpoint(out, "decay") is None
-    assert capsys.readouterr().out == ""
+    assert checkpoint.latest_checkpoint(out, "decay") is None and capsys.readouterr().out == ""
 
 
 def test_checkpoint_replaces_one_of_the_same_name_and_final_leads_to_it(tmp_path):
@@ -356,8 +347,6 @@ def test_prune_can_keep_models(tmp_path, capsys):
 
 
 # ---- the log ----
-
-
 def open_log(out_dir, columns, stop_step, start_step=0, tracker=""):
     keys = dict(out_dir=str(out_dir), stop_step=stop_step, tracker=tracker, dry_run=False)
     s = types.SimpleNamespace(**keys, config=keys, rank=common.get_rank())
@@ -455,8 +444,6 @@ def test_smooth_averages_and_does_not_lag():
 
 
 # ---- lengths and the learning rate ----
-
-
 def lengths(per_epoch=1000, per_step=10, **keys):
     usual = dict.fromkeys(("max_steps", "max_tokens", "num_epochs", "stop_step"))
     usual |= dict(learning_rate=1.0, min_lr=0.1, schedule="linear", decay_shape="linear")
@@ -499,8 +486,6 @@ def test_a_decay_begins_after_the_warmup_or_ends_with_the_horizon():
 
 
 # ---- StableAdamW ----
-
-
 def stable_adamw_by_loop(params, grads_of_steps, lr, betas, eps, weight_decay):
     """The update of the paper, a tensor at a time. -> (params, how often an update was clipped)"""
     theta = [p.clone() for p in params]
@@ -555,8 +540,6 @@ def test_hyperparameters_stay_the_scripts_on_resume():
 
 
 # ---- two ranks: check_* run in both ----
-
-
 def toy(seed, weights=None):
     """7 and 1 rows do not divide by two: ranks hold uneven shards, and an empty one."""
     torch.manual_seed(seed)

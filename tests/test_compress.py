@@ -125,15 +125,11 @@ def test_words_by_hand():
         return [passage[a:b] for a, b in keep(scores, spans, passage, ratio, *more)]
 
     assert kept(7) == ["able"]  # a token of spaces is the best, and no word
-    assert kept(3.5) == ["able", "far"]
-    assert kept(7 / 3) == ["able", "run  far"]
-    assert kept(7 / 4) == ["able cats\n\nrun  far"]
-    assert kept(1) == [passage]
-    assert kept(7, "tokens") == ["\n\n"]
-    assert kept(3.5, "tokens") == [" able", "\n\n"]
+    assert kept(3.5) == ["able", "far"] and kept(7 / 3) == ["able", "run  far"]
+    assert kept(7 / 4) == ["able cats\n\nrun  far"] and kept(1) == [passage]
+    assert kept(7, "tokens") == ["\n\n"] and kept(3.5, "tokens") == [" able", "\n\n"]
     # neighbours: the nearest first, on the left before the right, as far as there is room
-    assert kept(3.5, "words", 1) == ["un able"]
-    assert kept(7 / 3, "words", 1) == ["un able cats"]
+    assert kept(3.5, "words", 1) == ["un able"] and kept(7 / 3, "words", 1) == ["un able cats"]
     assert kept(7 / 4, "words", 1) == ["un able cats", "far"]
     assert kept(7 / 3, "words", 2) == ["un able cats"]
     assert kept(7 / 4, "words", 2) == ["un able cats\n\nrun"]
@@ -170,8 +166,7 @@ def test_bytes_of_a_character_and_nothing():
 
 def test_text_of():
     passage = "one two\nthree  four five"
-    assert text_of(passage, []) == ""
-    assert text_of(passage, [[0, 3], [8, 13]]) == "one three"
+    assert text_of(passage, []) == "" and text_of(passage, [[0, 3], [8, 13]]) == "one three"
     assert text_of(passage, [[0, 3], [7, 13]]) == "one\nthree"
     assert text_of(passage, [[3, 8], [15, 19]]) == " two\nfour"
     assert share_of([[0, 5], [10, 20]], [[3, 12]]) == pytest.approx(4 / 9)
@@ -264,8 +259,7 @@ def test_page_of_equal_scores():
     """No division by nothing; and a long passage does not take a span for each character."""
     spans = np.array([[i, i + 2] for i in range(0, 4000, 2)])
     text = page("q", "ab" * 2000, np.ones(2000, np.float32), spans, [[0, 2]])
-    assert Page(text).passage == "ab" * 2000
-    assert len(text) < 4000 + 4000
+    assert Page(text).passage == "ab" * 2000 and len(text) < 4000 + 4000
 
 
 def test_script(folder, tmp_path, capsys):

@@ -43,8 +43,6 @@ def settings(**changes):
 
 
 # ---- losses, against loops over numbers ----
-
-
 def plain_similarity(q, d):
     """q and d [C], or lists of tokens [L, C] as they are without padding."""
     if q.dim() == 1:
@@ -212,8 +210,6 @@ def test_loss_and_its_gradients_equal_loops(kind, name, world_size, monkeypatch)
 
 
 # ---- batches ----
-
-
 @pytest.fixture(scope="module")
 def easy_files(tmp_path_factory):
     """Passages that hold the words of their query, 60 to train on and 40 others; some of them are
@@ -322,8 +318,6 @@ def test_instructions_of_files_and_lines(easy_files, hard_file, toy_tokens):
 
 
 # ---- the gradient cache ----
-
-
 @pytest.fixture(scope="module")
 def model_folder(toy_tokens, tmp_path_factory):
     """A ModernBERT of two layers with a masked language modelling head, and a tokenizer."""
@@ -394,7 +388,6 @@ def test_cached_gradients_equal_one_graph(pooling, dropout, model_folder, hard_f
 
 
 # ---- whole runs ----
-
 SCRIPT = "train_contrastive.py"
 arguments, run = partial(harness.arguments, SCRIPT), partial(harness.run, SCRIPT)
 KEEP = f"""import os, runpy, sys, torch  # keeps the weights of each rank
@@ -542,8 +535,7 @@ def test_two_ranks_equal_one_and_each_other(tiny, tmp_path):
     (tmp_path / "keep.py").write_text(KEEP)
     everything = ["--both_directions=True", "--false_negative_margin=0.3", "--seed=0"]
     kinds = {
-        "ddp": everything,
-        "fsdp": [*everything, "--fsdp=full"],
+        "ddp": everything, "fsdp": [*everything, "--fsdp=full"],
         "tokens": ["--pooling=tokens", "--projection_dim=8"],
         "fsdp-tokens": ["--pooling=tokens", "--projection_dim=0", "--fsdp=full"],
         "splade": ["--pooling=splade", "--normalize=False", "--temperature=20"],
@@ -611,8 +603,6 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path):
 
 
 # ---- bad input ----
-
-
 def test_three_forms_of_lines(tmp_path):
     lines = [{"query": "a", "pos": ["b", "c"], "neg": None, "pos_scores": [1, 2.5], "prompt": None},
              {"anchor": "a", "positive": "b", "negative": "c"}, {"query": "a", "positive": "b"},
@@ -635,12 +625,10 @@ def test_three_forms_of_lines(tmp_path):
     ('{"query": "a", "pos": ["b"], "prompt": 1}', "line 22: field 'prompt' is 1"),
     ('{"anchor": "a", "positive": ["b"]}', "line 22: field 'positive' is ['b']"),
     ('{"positive": "b"}', "line 22: field 'query' is missing"),
-    ("--pooling=max", "pooling 'max': expected one of"),
-    ("--group_size=0", "group_size=0"),
+    ("--pooling=max", "pooling 'max': expected one of"), ("--group_size=0", "group_size=0"),
     ("--matryoshka_dims=(64,16)", "matryoshka_dims=(64, 16): embeddings have 32"),
     ("--query_instruction=('a','b')", "query_instruction: 2 texts for 1 data files"),
-    ("--data=nowhere.jsonl", "nowhere.jsonl"),
-    ("--init_from=nowhere/at/all", "nowhere/at/all"),
+    ("--data=nowhere.jsonl", "nowhere.jsonl"), ("--init_from=nowhere/at/all", "nowhere/at/all"),
     ("--lora_rank=2 --lora_targets=q_prj", "q_prj"),
     ("--train_also=norm", "train_also='norm' goes with LoRA"),
     ("--pooling=tokens --lora_rank=2", "without LoRA"),

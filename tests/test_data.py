@@ -35,8 +35,6 @@ def tokenizer():
 
 
 # ---- packed rows, order ----
-
-
 def test_make_seqs():
     seqs = make_seqs([3, 1, 4])
     assert seqs.cu_seqlens.tolist() == [0, 3, 4, 8] and seqs.cu_seqlens.dtype == torch.int32
@@ -107,8 +105,6 @@ def test_each_step_reads_the_next_batch_of_one_file(tmp_path):
 
 
 # ---- token files ----
-
-
 def write_folder(folder, docs, vocab_size=100, split="train"):
     counts = tokens.write_tokens(str(folder), split, docs, vocab_size)
     meta = {"dtype": tokens.token_dtype(vocab_size), "vocab_size": vocab_size}
@@ -160,8 +156,7 @@ SPOILED = [  # a file, what is written instead of its bytes, what is told
      r"train\.idx: entries 1, 2 are 2, 2, expected increasing"),
     ("meta.json", lambda b: b.replace(b"uint16", b"float16"),
      r"meta\.json: dtype 'float16', expected 'uint16' or 'uint32'"),
-    ("train.bin", None, r"train\.bin"),
-    ("meta.json", None, r"meta\.json is missing.*prepare\.py"),
+    ("train.bin", None, r"train\.bin"), ("meta.json", None, r"meta\.json is missing.*prepare\.py"),
     ("meta.json", lambda b: b.replace(b'"vocab_size": 100', b'"vocab_size": 9'),
      r"train\.bin: token 9 is 9, expected less than 9")]  # fmt: skip
 
@@ -190,13 +185,10 @@ def test_unknown_split_and_unprepared_folder(tmp_path):
 
 
 # ---- tokenizers ----
-
 AWKWARD = [
-    "",
-    "plain words, and it's 12345 of them:\n\n\tdef f(x): return x**2  # don't   ",
+    "", "plain words, and it's 12345 of them:\n\n\tdef f(x): return x**2  # don't   ",
     "\xa0caf\xe9 cafe\u0301 \U0001f468\u200d\U0001f469 \u4f60\u597d \u0e01\u0e34\r\n\x85\x1c\x00",
-    "say [MASK] or[SEP] twice [CLS] <|endoftext|> [mask]",
-    " " * 5000 + "x" + "\n" * 2000,
+    "say [MASK] or[SEP] twice [CLS] <|endoftext|> [mask]", " " * 5000 + "x" + "\n" * 2000,
     "ab" * 4000]  # fmt: skip
 LLAMA = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
@@ -284,8 +276,6 @@ def test_tokenizer_survives_saving(tokenizer, tmp_path):
 
 
 # ---- JSONL, reading ahead ----
-
-
 def test_lines_are_read_by_number_and_broken_ones_are_named(tmp_path):
     """In a walk, and each by itself: blank lines between, and a last line without its end."""
     path = tmp_path / "pairs.jsonl"
@@ -346,7 +336,6 @@ def test_prefetch():
 
 
 # ---- data/text/prepare.py ----
-
 WORDS = "the a model text token of in is row and packs reads every long short\n".split(" ")
 
 
@@ -464,7 +453,6 @@ def test_text_names_the_line_in_a_later_part(tmp_path, monkeypatch):
 
 
 # ---- data/pydocs/prepare.py ----
-
 SOURCE = '''
 """The module for tests of prepare, which says in enough words what it is and why it is there for
 all to read.

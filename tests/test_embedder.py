@@ -105,8 +105,6 @@ def differ(a, b):
 
 
 # ---- ids ----
-
-
 def test_prompt_and_text_are_tokenized_as_one_string():
     tokenizer, instructions, text = TOKENIZERS["encoder"], ["find a book: ", ""], "the cat"
     (ids, (start, end)), = tokenize(tokenizer, [text], instructions[0], Template(), 48, False)
@@ -141,8 +139,7 @@ def test_only_the_text_is_cut(tokens):
     (short, (start, end)), = tokenize(tokenizer, [long], "find:", template, 40, False)
     tail = " in a book<|end|>" + ("</s>" if tokens in ("encoder", "eos") else "")
     n = len(tokenizer(tail, add_special_tokens=False)["input_ids"])
-    assert short == whole[: 40 - n] + whole[-n:]
-    assert tokenizer.decode(short).endswith(tail)
+    assert short == whole[: 40 - n] + whole[-n:] and tokenizer.decode(short).endswith(tail)
     assert (start, end) == (first, 40)
     (exact, _), = tokenize(tokenizer, [long], "find:", template, len(whole))
     assert exact == whole
@@ -158,8 +155,6 @@ def test_max_length_leaves_room_for_a_word():
 
 
 # ---- pooling ----
-
-
 def pooled_rows(hidden, encoded):
     """hidden [T, C] -> a list of B arrays [n, C]: what is pooled of each text"""
     starts = np.cumsum([0, *(len(ids) for ids, _ in encoded[:-1])])
@@ -223,8 +218,6 @@ def test_splade_and_tokens_equal_loops(monkeypatch):
 
 
 # ---- encode ----
-
-
 def test_order_and_odd_texts():
     ours = make("modernbert", "encoder")
     got = ours.encode(TEXTS, "find:")
@@ -236,8 +229,7 @@ def test_order_and_odd_texts():
     assert differ(got[3:4], got[4:5]) < 1e-6  # equal texts
     other = np.delete(got, 4, axis=0)  # all others differ from each other
     apart = np.abs(other[:, None] - other[None]).max(-1)
-    assert apart[~np.eye(len(other), dtype=bool)].min() > 1e-3
-    assert ours.encode([]).shape == (0, 32)
+    assert apart[~np.eye(len(other), dtype=bool)].min() > 1e-3 and ours.encode([]).shape == (0, 32)
     for pool_instruction, instruction in ((True, ""), (False, "find:")):  # nothing to pool
         bare = make("qwen3", "bare", pool_instruction=pool_instruction)
         got = bare.encode(["", "the cat"], instruction)
@@ -301,13 +293,11 @@ def test_two_ranks_give_what_one_gives(tmp_path):
 
 
 # ---- folders ----
-
 CASES = [  # model, tokenizer, pooling, settings
     ("modernbert", "encoder", "mean", dict(template=CHAT)),
     ("modernbert", "encoder", "mean", dict(pool_instruction=False)),
     ("modernbert", "encoder", "weighted_mean", dict(template=Template("a dog: "))),
-    ("modernbert", "encoder", "cls", {}),
-    ("modernbert", "encoder", "last", dict(normalize=False)),
+    ("modernbert", "encoder", "cls", {}), ("modernbert", "encoder", "last", dict(normalize=False)),
     ("llama", "bos", "last", dict(template=CHAT, pool_instruction=False)),
     ("llama", "bos", "cls", dict(template=CHAT, pool_instruction=False)),
     ("llama-bidirectional", "bos", "mean", dict(template=CHAT, pool_instruction=False)),

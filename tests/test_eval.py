@@ -150,8 +150,7 @@ def test_retrieval(kind, tmp_path):
 
 def test_training_pairs_are_a_retrieval_task(tmp_path):
     rows = [{"query": "tan", "pos": ["tan ris", "kes"], "neg": ["tan tan"]},
-            {"query": "ris", "pos": ["ris"]},
-            {"query": "tan", "pos": ["tan tan tan"]}]  # fmt: skip
+            {"query": "ris", "pos": ["ris"]}, {"query": "tan", "pos": ["tan tan tan"]}]  # fmt: skip
     write_jsonl(tmp_path / "test.jsonl", rows)
     calls = []
     got = scores_of(word_encoder(calls=calls), tmp_path / "test.jsonl", tmp_path)["test"]
@@ -326,8 +325,7 @@ def test_same_path_other_model(tmp_path, toy_tokens):
     save(1, "tan ")
     assert not run()[1]
     save(0, "")
-    assert run() == (first[0], True)
-    assert not run("dot")[1]
+    assert run() == (first[0], True) and not run("dot")[1]
     # the scores are those of the embedder
     e = Embedder.load(str(path), dtype="fp32", device="cpu")
     texts = [f"{d['title']} {d['text']}" for d in docs]

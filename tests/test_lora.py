@@ -1,6 +1,6 @@
 """LoRA against its formula and against peft.
 
-TOL: fp32 logits of size 5 to 10 computed in another order, ours against transformers' and peft's."""
+TOL: fp32 logits of size 5 to 10 computed in another order, against transformers' and peft's."""
 
 import functools
 import json
@@ -115,8 +115,7 @@ def make_peft(cls, base, vocab=0, **changes):
 
 
 def close(a, b, limit=TOL):
-    assert a.shape == b.shape
-    assert (a - b).abs().max().item() < limit
+    assert a.shape == b.shape and (a - b).abs().max().item() < limit
 
 
 def same(a, b):
@@ -128,8 +127,6 @@ def loss_of(model, tokens=TOKENS):
 
 
 # ---- the layer, merging ----
-
-
 @pytest.mark.parametrize("rslora", [False, True])
 def test_formula(rslora):
     torch.manual_seed(0)
@@ -171,8 +168,7 @@ def test_merge_and_unmerge(base, dtype):
 
     state = lora.merged_state(model, before)
     kept = lora.merge(model)
-    assert lora.merged_state(model, before) is before
-    assert same(model.state_dict(), state)
+    assert lora.merged_state(model, before) is before and same(model.state_dict(), state)
     assert not lora.lora_layers(model) and all(p.requires_grad for p in model.parameters())
     assert {type(m) for m in model.modules() if "Linear" in type(m).__name__} == {nn.Linear}
     w = before["blocks.1.mlp.down_proj.base.weight"]
@@ -190,8 +186,6 @@ def test_merge_and_unmerge(base, dtype):
 
 
 # ---- training ----
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bf16_base_trains_in_fp32(base, autocast):
     torch.manual_seed(0)
@@ -220,7 +214,6 @@ def test_bf16_base_trains_in_fp32(base, autocast):
 
 
 # ---- ours -> peft ----
-
 def test_targets(base, tmp_path):
     """Some of the layers: ModernBERT calls two of them Wo."""
     cls, folder = base("modernbert")
@@ -316,7 +309,6 @@ def test_auto_model(base, tmp_path, head):
 
 
 # ---- peft -> ours ----
-
 QKV = ["q_proj", "k_proj", "v_proj"]
 PEFT = [
     ("llama", True, dict(target_modules=QKV + ["o_proj", "gate_proj", "up_proj", "down_proj"])),
@@ -385,8 +377,6 @@ def test_neobert(tmp_path):
 
 
 # ---- models for training, merged models ----
-
-
 def run_settings(**changes):
     usual = dict(lora_rank=4, lora_alpha=12, lora_dropout=0.0, lora_targets="all")
     return SimpleNamespace(**usual | dict(train_also="", compute_dtype=torch.bfloat16) | changes)
@@ -496,8 +486,6 @@ def test_load_for_training(base, tmp_path):
 
 
 # ---- errors ----
-
-
 @pytest.mark.parametrize(
     "name,message,changes",
     [

@@ -1,4 +1,4 @@
-"""train_mntp.py: what it masks and asks, and tiny runs of it, whole, killed and resumed, on ranks."""
+"""train_mntp.py: what it masks and asks, and tiny runs, whole, killed and resumed, on ranks."""
 
 import copy
 import glob
@@ -57,8 +57,6 @@ def settings(**changes):
 
 
 # ---- what is asked of the model ----
-
-
 @pytest.mark.parametrize("mask_all", [False, True])
 def test_masking_counts_and_spares_special_tokens(mask_all):
     rng = np.random.default_rng(0)
@@ -155,8 +153,6 @@ def test_decay_steps_by_schedule_and_stop_step(schedule, shares, tiny, tmp_path)
 
 
 # ---- bidirectional, in training and after ----
-
-
 def early_change(model):
     """How much the first state depends on the last token: a text, and the same with another end."""
     first, ids = [], torch.arange(5, 17)
@@ -218,8 +214,6 @@ def test_positions_grow_and_the_base_keeps_its_precision(tiny, folders, tmp_path
 
 
 # ---- the mask's token ----
-
-
 def test_mask_tokens(tiny, folders, tmp_path):
     tokenizer = load_tokenizer(folders["qwen3"])
     same = ["a_b tan_mon", "tan mon [MASK]"]
@@ -293,8 +287,6 @@ def test_sample_reads_one_place_before(unbroken):
 
 
 # ---- whole runs ----
-
-
 def test_a_run_learns_and_evaluates_on_fixed_masks(tiny, unbroken, folders, tmp_path):
     curve = losses(unbroken)
     assert list(curve) == list(range(1, 9)) and curve[8] < curve[1] - 0.2
@@ -367,14 +359,12 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path):
 @pytest.mark.parametrize(("more", "message"), [
     (["--batch_tokens=700"], "batch_tokens=700 must be k x device_batch_tokens=256"),
     (["--device_batch_tokens=32"], "device_batch_tokens=32 must be a multiple of max_seq_len"),
-    (["--data=data/pydocs"], "data/pydocs"),
-    (["--mask_prob=0"], "mask_prob=0.0: expected a share"),
+    (["--data=data/pydocs"], "data/pydocs"), (["--mask_prob=0"], "mask_prob=0.0: expected a share"),
     (["--init_from=nowhere/at/all"], "no such folder"),
     (["--num_epochs=3"], "max_steps=8, num_epochs=3.0; expected one of"),
     (["--mask_token=<msk>"], "mask_token='<msk>': expected a token of the vocabulary"),
     (["--mask_token=new", "--train_also=embed"], "has '[MASK]' already"),
-    (["--lora_targets=query"], "query"),
-    (["--eval_tokens=63"], "no row of 64 to evaluate on"),
+    (["--lora_targets=query"], "query"), (["--eval_tokens=63"], "no row of 64 to evaluate on"),
     (["--init_from={tmp}/bare"], "no language modelling head"),
     (["--init_from={encoder}"], "is an encoder, and fills masks"),
     (["--data={tmp}/data"], "has another tokenizer than")])  # fmt: skip
@@ -392,8 +382,6 @@ def test_bad_settings_say_what_is_expected(tiny, toy_tokens, folders, tmp_path, 
 
 
 # ---- configs and data ----
-
-
 @pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(ROOT, "configs", "mntp_*.py"))))
 def test_configs_name_keys_and_divide(path):
     name = os.path.basename(path).removesuffix(".py")

@@ -48,7 +48,6 @@ def assert_close(found, expected, tolerance=TOLERANCE):
 
 
 # ---- transformers ----
-
 _SMALL = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
               num_attention_heads=4, max_position_embeddings=512)  # fmt: skip
 _GQA = _SMALL | dict(num_key_value_heads=2)
@@ -282,8 +281,6 @@ def test_overrides_on_reading(tmp_path):
 
 
 # ---- NeoBERT, against the published layout ----
-
-
 def neobert_state(n_layer=3, width=32, hidden=64, seed=0):
     """Random weights under the published names: with a head, "model." before the encoder's."""
     g = torch.Generator().manual_seed(seed)
@@ -365,7 +362,6 @@ def test_neobert_equals_the_published_layout_and_goes_back_bit_equal(head, tmp_p
 
 
 # ---- small models of each family, ours alone ----
-
 _KINDS = ["global", "local", "local", "global"]
 _OURS = dict(vocab_size=VOCAB, n_layer=4, n_head=4, n_embd=32, n_hidden=48, max_seq_len=512)
 _OURS_MB = _OURS | dict(
@@ -420,8 +416,6 @@ def assert_near(found, expected, tolerance, name=""):
 
 
 # ---- attention ----
-
-
 def seen(lengths, causal, left, right, device="cpu"):
     """[T, T] bool: which keys a query sees. left and right: -1 for no limit."""
     text = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
@@ -441,8 +435,7 @@ def brute_force(q, k, v, lengths, causal, window):
 
 _W = 16
 _ATTENTION = [  # lengths, (left, right)
-    ([37], (-1, -1)),
-    ([5, 1, 40, 40, 40, 17], (-1, -1)),
+    ([37], (-1, -1)), ([5, 1, 40, 40, 40, 17], (-1, -1)),
     ([_W, _W + 1, _W + 2, 1, 2, _W - 1], (_W, _W)),  # at the window's edge
     ([_W, _W + 1, _W + 2, 1, 2, _W - 1], (_W - 1, 0)),
     ([256, 257, 700, 700, 1, 300], (_W, _W)),  # past 256: blocks of queries
@@ -519,7 +512,6 @@ def test_masks_made_in_inference_mode_serve_training():
 
 
 # ---- packed = each text alone ----
-
 DOCS = [9, 1, 30, 30, 30, 14]
 DOC_TOKENS, DOC_SEQS = random_tokens(DOCS), make_seqs(DOCS)
 
@@ -598,8 +590,6 @@ def test_each_output_depends_on_what_it_may_see_and_on_nothing_else(
 
 
 # ---- the loss over a vocabulary ----
-
-
 def leaves_of(*shapes, dtype=torch.float32, seed=0):
     """Random tensors that want gradients, and a second set of the same."""
     g = torch.Generator().manual_seed(seed)
@@ -648,8 +638,7 @@ def test_linear_cross_entropy_with_extreme_logits():
     weight = torch.tensor([[1.0], [-1.0]], requires_grad=True)
     loss, hits = M.linear_cross_entropy(x, weight, None, torch.tensor([0, 0]))
     loss.backward()
-    assert loss.item() == 2e4 and hits.item() == 1
-    assert x.grad.tolist() == [[0.0], [-2.0]]
+    assert loss.item() == 2e4 and hits.item() == 1 and x.grad.tolist() == [[0.0], [-2.0]]
 
 
 def test_hits_are_the_best_answers_and_no_near_ones():
@@ -708,8 +697,7 @@ def test_linear_cross_entropy_in_bf16():
     loss, _ = M.linear_cross_entropy(*ours, None, targets)
     expected = F.cross_entropy(F.linear(*ref), targets, reduction="sum")
     (loss + expected).backward()
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(expected.item(), rel=3e-3)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=3e-3)
     for a, b in zip(ours, ref, strict=True):
         assert a.grad.dtype == torch.bfloat16
         assert (a.grad.float() - b.grad).norm() <= 1e-2 * b.grad.norm()
@@ -733,8 +721,6 @@ def test_model_loss_is_the_cross_entropy_of_its_logits(family):
 
 
 # ---- checkpointing, compile, dropout ----
-
-
 def train_gradients(model, seed=0, lengths=DOCS):
     torch.manual_seed(seed)
     model.zero_grad()
@@ -835,13 +821,10 @@ def test_attention_dropout_drops_probabilities_and_keeps_their_mean(window):
     out = A.attention(q, k, v, make_seqs([n] * copies), False, window, p).view(copies, n, 4)
     expected = A.attention(q[:n], k[:n], v[:n], make_seqs([n]), False, window).view(n, 4)
     error = out.std(0) / copies**0.5
-    assert ((out.mean(0) - expected).abs() < 5 * error).all()
-    assert (out.std(0) > 0.05).all()
+    assert ((out.mean(0) - expected).abs() < 5 * error).all() and (out.std(0) > 0.05).all()
 
 
 # ---- sizes and fresh weights ----
-
-
 @pytest.mark.parametrize("size", [s for s in M.SIZES if not s.endswith("tiny")])
 def test_named_sizes_have_the_named_number_of_parameters(size):
     with torch.device("meta"):
@@ -914,8 +897,6 @@ def test_flops_count_what_multiplies():
 
 
 # ---- folders, errors and warnings ----
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A small Llama folder, never written to after this."""
@@ -947,8 +928,7 @@ def test_wrong_tensors_are_named(family, add, drop, message, tmp_path):
 
 def test_bad_configs_and_arguments_are_named(folder):
     for change, message in (
-        (dict(model_type="gpt9"), "gpt9.*llama"),
-        (dict(hidden_act="relu6"), "relu6.*silu"),
+        (dict(model_type="gpt9"), "gpt9.*llama"), (dict(hidden_act="relu6"), "relu6.*silu"),
         (dict(rope_parameters=dict(rope_type="longrope", factor=2.0)), "longrope.*yarn")):
         with pytest.raises(ValueError, match=message):
             HF.config_from_hf(config_of(folder) | change)
@@ -1008,15 +988,13 @@ _BF16, _GROUPED, _DROPOUT = dict(dtype=torch.bfloat16), dict(gqa=True), dict(dro
 
 
 @pytest.mark.parametrize("installed, wanted, device, settings, outcome", [
-    (_BOTH, "auto", "cpu", {}, "sdpa"),
-    (_BOTH, "auto", "cuda", {}, "sdpa"),
+    (_BOTH, "auto", "cpu", {}, "sdpa"), (_BOTH, "auto", "cuda", {}, "sdpa"),
     (_BOTH, "flsh", "cpu", {}, "!flsh.*flash_attn.*varlen.*sdpa"),
     (_BOTH, "flash_attn", "cpu", _BF16, "!flash_attn.*CUDA.*cpu"),
     (_BOTH, "varlen", "cpu", _BF16, "!varlen.*CUDA.*cpu"),
     (_BOTH, "flash_attn", "cuda", {}, "!flash_attn.*float32"),
     (_BOTH, "varlen", "cuda", {}, "!varlen.*float32"),
-    (_BOTH, "flash_attn", "cuda", _BF16, "flash_attn"),
-    (_BOTH, "varlen", "cuda", _BF16, "varlen"),
+    (_BOTH, "flash_attn", "cuda", _BF16, "flash_attn"), (_BOTH, "varlen", "cuda", _BF16, "varlen"),
     (_BOTH, "auto", "cuda", _BF16 | _DROPOUT, "flash_attn"),  # the first, and it can do dropout
     (_VARLEN, "flash_attn", "cuda", _BF16, "!flash_attn.*not installed"),
     (_VARLEN, "auto", "cuda", _BF16, "varlen"),
@@ -1064,8 +1042,6 @@ def test_one_warning_for_texts_that_are_too_long():
 
 
 # ---- new tokens ----
-
-
 @pytest.mark.parametrize("family", ["llama", "mistral", "modernbert", "neobert"])
 def test_resize_vocab(family, tmp_path):
     model = tiny(family)
@@ -1101,8 +1077,7 @@ def test_without_a_head_there_are_no_logits_and_a_frozen_embedding_grows():
         model(random_tokens([4]), make_seqs([4]), rows=torch.arange(2))
     model.embed.weight.requires_grad_(False)
     model.resize_vocab(VOCAB + 1)
-    assert model.embed.weight.shape == (VOCAB + 1, 32)
-    assert not model.embed.weight.requires_grad
+    assert model.embed.weight.shape == (VOCAB + 1, 32) and not model.embed.weight.requires_grad
 
 
 def test_weights_gathered_elsewhere_are_what_is_saved(tmp_path):
@@ -1115,8 +1090,6 @@ def test_weights_gathered_elsewhere_are_what_is_saved(tmp_path):
 
 
 # ---- bf16 ----
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16(family):
     model = tiny(family)

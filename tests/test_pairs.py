@@ -32,8 +32,6 @@ def pairs_of(path):
 
 
 # ---- echo ----
-
-
 def echo_lines(n):
     return [{"query": f"q{i}", "positive": f"p{i} 你好", "negative": f"n{i}"} for i in range(n)]
 
@@ -100,7 +98,6 @@ def test_prepare_runs_as_a_script_from_anywhere(tmp_path):
 
 
 # ---- bge ms marco ----
-
 MSMARCO = [{"query": "a", "pos": ["p", "p"], "neg": ["n", "p", "n", "m", ""], "type": "normal"},
            {"query": "b", "pos": ["p"], "neg": ["x", "p", "y"], "pos_scores": [0.9],
             "neg_scores": [0.5, 0.4, 1], "prompt": "Find it"},
@@ -144,8 +141,6 @@ def test_hub_rows_are_read_by_datasets(tmp_path):
 
 
 # ---- wiki1m ----
-
-
 def test_wiki1m(tmp_path, capsys):
     path = tmp_path / "wiki.txt"
     path.write_bytes('One "quoted" sentence.\r\n\n  Naïve.  \nlast\n'.encode())
@@ -162,8 +157,6 @@ def test_wiki1m(tmp_path, capsys):
 
 
 # ---- sentence-transformers ----
-
-
 def st(tmp_path, rows, *argv):
     path = write_jsonl(tmp_path / "in.jsonl", rows)
     out = tmp_path / "out.jsonl"
@@ -191,8 +184,7 @@ def test_st_triplets_leaves_out(tmp_path, capsys):
     kept = st(tmp_path, rows, "--min_score", "4")
     assert [r["query"] for r in kept] == ["a4", "a5"]
     printed = capsys.readouterr().out
-    assert "columns a, b\n" in printed
-    assert "1 without anchor or positive, 4 below" in printed
+    assert "columns a, b\n" in printed and "1 without anchor or positive, 4 below" in printed
     rows = [{"a": f"a{i}", "b": "b"} for i in range(300)]
     train = st(tmp_path, rows, "--val_share", "0.3")
     val = read_jsonl(tmp_path / "out.val.jsonl")
@@ -213,8 +205,6 @@ def test_st_triplets_complains(tmp_path):
 
 
 # ---- hard negatives ----
-
-
 def made_up(rng, n_lines, n_texts, width):
     """Lines over numbered texts with repeated queries, and small whole vectors: ties everywhere,
     and sums that are exact in any order."""
@@ -315,7 +305,6 @@ def test_mining_script(tmp_path, toy_tokens, capsys):
 
 
 # ---- configs ----
-
 CONFIGS = sorted(glob.glob(os.path.join(ROOT, "configs", "contrastive_*.py")))
 
 
@@ -366,8 +355,7 @@ MEMBERS = [  # init_from, the part of its adapter's name, wrap
 def test_llm2vec_members(init_from, mntp, wrap):
     for name, temperature in ("llm2vec", 1 / 50), ("llm2vec_simcse", 1 / 20):
         c = configured(name, f"--init_from={init_from}")
-        assert c["init_from"] == init_from
-        assert c["adapters"] == (f"McGill-NLP/LLM2Vec-{mntp}-mntp",)
+        assert c["init_from"] == init_from and c["adapters"] == (f"McGill-NLP/LLM2Vec-{mntp}-mntp",)
         assert (c["prefix"], c["suffix"]) == wrap
         assert c["attention"] == "bidirectional" and c["pooling"] == "mean"
         assert (c["lora_rank"], c["lora_alpha"], c["lora_dropout"]) == (16, 32.0, 0.05)

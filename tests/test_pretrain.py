@@ -42,8 +42,6 @@ def run(config, out_dir, *more):
 
 
 # ---- what is asked of the model ----
-
-
 def test_masking_counts_and_spares_special_tokens():
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 100, 200_000)
@@ -112,8 +110,6 @@ def test_encoder_and_decoder_see_the_same_tokens(toy_tokens):
 
 
 # ---- whole runs ----
-
-
 def test_a_run_learns_and_its_folder_loads_in_transformers(unbroken, toy_tokens):
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -264,19 +260,16 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path):
     [
         (["--batch_tokens=700"], "batch_tokens=700 must be k x device_batch_tokens=256"),
         (["--device_batch_tokens=96"], "device_batch_tokens=96 must be a multiple of max_seq_len"),
-        (["--vocab_size=100"], "100"),
-        (["--model_size=bert"], "model_size='bert'"),
+        (["--vocab_size=100"], "100"), (["--model_size=bert"], "model_size='bert'"),
         (["--data=nowhere"], "nowhere"),
         (["--data_dir=nowhere"], "'data_dir' is now called 'data'"),
         (["--batch_size=768"], "'batch_size' is now called 'batch_tokens'"),
         (["--objective=rtd"], "objective='rtd': expected one of 'mlm', 'clm'"),
-        (["--schedule=cosin"], "schedule"),
-        (["--init_from=nowhere/at/all"], "no such folder"),
+        (["--schedule=cosin"], "schedule"), (["--init_from=nowhere/at/all"], "no such folder"),
         (["--num_epochs=3"], "max_steps=8, num_epochs=3.0; expected one"),
         (["--lora_rank=4"], "LoRA needs a base"),
         (["--train_also=norm"], "train_also='norm' goes with LoRA"),
-        (["--zero1=True"], "start with torchrun"),
-        (["--fsdp=full"], "start with torchrun"),
+        (["--zero1=True"], "start with torchrun"), (["--fsdp=full"], "start with torchrun"),
         (["--fsdp=True"], "fsdp='True': expected one of '', 'full'"),
         (["--eval_tokens=60"], "no row of 64 to evaluate on"),
         (["--max_seq_len=100000", "--batch_tokens=100000", "--device_batch_tokens=100000"],

@@ -84,8 +84,6 @@ def micro_batches(pair_files, step, tokenizer, s):
 
 
 # ---- the loss, against transformers called twice ----
-
-
 @pytest.fixture
 def doubled(monkeypatch):
     """In fp64, also what the code, ours and theirs, does in fp32."""
@@ -233,8 +231,6 @@ def test_evaluation_equals_plain_loops(llama, pair_files):
 
 
 # ---- the order of pairs ----
-
-
 def test_every_rank_takes_its_pairs_of_one_order(llama, pair_files):
     files, choices = [open_pairs(pair_files[0])], np.zeros(30, int)
     tokenizer = load_tokenizer(llama)
@@ -256,7 +252,6 @@ def test_every_rank_takes_its_pairs_of_one_order(llama, pair_files):
 
 
 # ---- whole runs ----
-
 TINY = dict(
     prefix="tan ", suffix=" mos", query_instruction=("ris: ",), query_max_length=9,
     passage_max_length=24, batch_size=12, device_batch_size=2,  # divisible by 1, 2 and 3 ranks
@@ -412,8 +407,6 @@ def test_bad_settings_say_what_is_expected(tiny, odd, tmp_path, more, message):
 
 
 # ---- sample.py --reconstruct ----
-
-
 def test_what_is_written_back_is_what_transformers_generates(llama, tmp_path, monkeypatch, capsys):
     model, tokenizer = from_pretrained(llama), load_tokenizer(llama)
     prompts = {"query": "ris: ", "document": "sus "}
@@ -463,8 +456,6 @@ def test_learned_pairs_are_written_from_the_embedding_alone(tiny, tmp_path, monk
 
 
 # ---- configs ----
-
-
 @pytest.mark.parametrize(("base", "batch"), [
     ("meta-llama/Llama-3.2-1B-Instruct", 512), ("meta-llama/Llama-3.2-3B-Instruct", 1024),
     ("meta-llama/Meta-Llama-3.1-8B-Instruct", 512), ("Qwen/Qwen2.5-1.5B-Instruct", 1024),

@@ -41,8 +41,6 @@ def prepared(module, capsys, out, *argv):
 
 
 # ---- spans ----
-
-
 def test_join_and_trim():
     rng = random.Random(0)
     for _ in range(200):
@@ -68,7 +66,6 @@ def test_sentences():
 
 
 # ---- SQuAD ----
-
 CONTEXT = "Köln lies on the Rhine. Its cathedral took 632 years. It is tall 😀. The Rhine is long."
 
 
@@ -132,7 +129,6 @@ def test_squad_from_the_hub(tmp_path, monkeypatch):
 
 
 # ---- QED ----
-
 QED = "Howl is a film . It was made by Miyazaki in Tokyo . The book , by Jones , came first ."
 
 
@@ -184,8 +180,7 @@ def test_qed(tmp_path, capsys):
         (single, multi), told = prepared(qa, capsys, tmp_path / "out.jsonl", *argv)
         assert "left out, no correct answer (type none): 1" in told
         assert quoted(single) == ["a film", "It was made by Miyazaki in Tokyo ."]
-        assert single["query"] == "who made howl"
-        assert QED[slice(*single["answer"])] == "Miyazaki"
+        assert single["query"] == "who made howl" and QED[slice(*single["answer"])] == "Miyazaki"
         assert quoted(multi) == [  # two neighbours: one span
             "It was made by Miyazaki in Tokyo . The book , by Jones , came first ."]  # fmt: skip
         lines, _ = prepared(qa, capsys, tmp_path / "a.jsonl", "--gold=answer", *argv)
@@ -216,8 +211,6 @@ def test_val_and_without(tmp_path):
 
 
 # ---- HotpotQA ----
-
-
 def test_hotpot(tmp_path, monkeypatch, capsys):
     context = [["Ed Wood", ["Ed Wood is a film.", " It stars Woody, a woodsman.", " The end."]],
                ["Scott D.", ["Scott was born in 1966.", " He likes wood."]]]  # fmt: skip
@@ -266,7 +259,6 @@ def test_qa_errors(tmp_path):
 
 
 # ---- AceRAG ----
-
 PROMPT = f"Answer with the passages.\n{acerag.TAG}\n\nQuestion: who?\nAnswer:"
 TEMPLATE = ("{% for m in messages %}[INST] {{ m['content'].strip() }} [/INST]{% endfor %}"
             "{% if add_generation_prompt %} {% endif %}")  # fmt: skip
@@ -354,8 +346,7 @@ def test_acerag_cuts_the_middle_as_it_does(tokenizer):
     assert len(places) == len(ids) and cut > 0
     call = dict(add_special_tokens=False, return_offsets_mapping=True)
     whole = tokenizer(acerag.rendered(tokenizer, PROMPT.replace(acerag.TAG, context)), **call)
-    assert len(whole["input_ids"]) > len(ids) + cut
-    assert (np.diff(places[:, 0]) >= 0).all()
+    assert len(whole["input_ids"]) > len(ids) + cut and (np.diff(places[:, 0]) >= 0).all()
     half = len(places) // 2
     assert places[half, 0] - places[half - 1, 1] > cut / 2  # the gap
     for k in (0, half - 1, half, len(ids) - 1):
@@ -424,8 +415,6 @@ def test_acerag_reports_bytes_of_a_character(tmp_path, capsys):
 
 
 # ---- annotate.py ----
-
-
 def answer_to(name, content, status=200, error=None):
     body = {"choices": [{"message": {"role": "assistant", "content": content}}]}
     return {"custom_id": name, "response": {"status_code": status, "body": body}, "error": error}
@@ -496,8 +485,6 @@ def test_quotes_are_found_where_they_are():
 
 
 # ---- pydocs ----
-
-
 def doc(name, summary, body, module="pkg.mod"):
     return {"module": module, "name": name, "signature": f"{name}()", "summary": summary,
             "body": body}  # fmt: skip

@@ -35,8 +35,6 @@ SCRIPT = "train_token_retrieval.py"
 
 
 # ---- windows ----
-
-
 @pytest.mark.parametrize("causal", [True, False])
 def test_windows_hold_each_token_once_where_it_sees_most(causal):
     for n, window, overlap in [(1, 4, 0), (9, 9, 3), (10, 9, 3), (23, 5, 2), (40, 8, 7), (41, 8, 0),
@@ -62,7 +60,6 @@ def test_windows_hold_each_token_once_where_it_sees_most(causal):
 
 
 # ---- spans, tokens and back ----
-
 TEXT = (
     "  na\xefve cafe\u0301 \u4f60\u597d\u3002\U0001f642\U0001f468\u200d\u2640 a\n\n\tb   c\xa0d  "
     "\u041f\u0440\u0438 it's 12345 \ufb01ne [SEP] <s> tan tamos ri.\r\nEnd ")  # fmt: skip
@@ -147,8 +144,6 @@ def test_offsets_that_lie_are_found(toy_tokens, monkeypatch):
 
 
 # ---- the loss ----
-
-
 @pytest.fixture(scope="module")
 def model_folder(folders):
     return folders["llama"]
@@ -303,8 +298,6 @@ def test_score_tokens_of_odd_passages(model_folder):
 
 
 # ---- batches ----
-
-
 def test_batches_are_a_function_of_seed_and_step(files):
     file, s = open_pairs(files[0]), settings(batch_size=5)
     runs, n = find_runs(file, 3), len(file)
@@ -359,7 +352,6 @@ def test_passages_are_cut_and_spans_behind_the_cut_are_lost(model_folder):
 
 
 # ---- memory ----
-
 LONG = """
 import sys
 sys.path[:0] = [{root!r}]
@@ -412,7 +404,6 @@ def test_memory_grows_with_the_length_of_a_passage():
 
 
 # ---- whole runs ----
-
 TINY = dict(prefix="<", suffix=">", query_instruction="ask: ", passage_instruction="read: ",
             query_max_length=24, batch_size=12, queries_per_passage=3, device_batch_tokens=100,
             temperature=0.1, max_steps=6, warmup_steps=2, learning_rate=1e-3, log_interval=1,
@@ -537,7 +528,6 @@ def test_rope_scaling_reaches_the_model_and_its_folder(tiny, tmp_path):
 
 
 # ---- bad input ----
-
 GOOD = {"query": "a", "passage": "tan tama", "spans": [[0, 3]]}
 
 
@@ -548,8 +538,7 @@ GOOD = {"query": "a", "passage": "tan tama", "spans": [[0, 3]]}
     ({"spans": [[0, 3, 4]]}, "field 'spans' has [0, 3, 4]"),
     ({"spans": [[0, True]]}, "field 'spans' has [0, True]"),
     ({"spans": [0, 3]}, "field 'spans' is [0, 3] (expected list of list)"),
-    ({"spans": []}, "field 'spans' is empty"),
-    ({"spans": None}, "field 'spans' is None"),
+    ({"spans": []}, "field 'spans' is empty"), ({"spans": None}, "field 'spans' is None"),
     ({"spans": [[3, 4]]}, "field 'spans' has [3, 4], spaces alone"),
     ({"answer": [2, 99]}, "field 'answer' has [2, 99]"),
     ({"answer": "tan"}, "field 'answer' has tan"),

@@ -53,8 +53,7 @@ def test_filters_equal_plain_loops():
     for p in (1e-9, 0.1, 0.5, 0.9, 0.999):
         want = torch.tensor([loop_top_p(row, p) for row in logits.tolist()], dtype=torch.float64)
         got = sample.keep_top_p(logits, p)
-        assert torch.equal(got[1:], want[1:])
-        assert (got > -math.inf).any(-1).all()
+        assert torch.equal(got[1:], want[1:]) and (got > -math.inf).any(-1).all()
         # the smallest set that reaches p: it does, and without its least probable it does not
         for row, kept in zip(logits.softmax(-1), got > -math.inf):
             assert row[kept].sum() >= p > row[kept].sum() - row[kept].min()
@@ -163,8 +162,7 @@ def test_the_mask_takes_the_space_before_it(folders, capsys):
     sample.print_fill(tokenizer, "tan [MASK] mo", ids, places, p, best)
     out = capsys.readouterr().out
     first = tokenizer.decode(word[:1])
-    assert f"75.0% {first!r}" in out and "25.0% '[SEP]'" in out
-    assert f"best: tan{first} mo" in out
+    assert f"75.0% {first!r}" in out and "25.0% '[SEP]'" in out and f"best: tan{first} mo" in out
     assert "no token" in sample.shown(tokenizer, 511)  # the embedding has more rows than words
 
 
