@@ -21,18 +21,21 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import common
+from attention import make_seqs
 from formats.huggingface import from_pretrained, save_pretrained
 from model import from_scratch
+from recorder import WORDS as WORDS
+from token_scores import windows_of
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 pool = []  # of run_ranks: (torchrun, its folder, the numbers of its jobs)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-WORDS = [f"{a}{b}" for a in ("ta", "mo", "ri", "su", "ke") for b in ("n", "lo", "ma", "s")]
 
 
 def arguments(script, config, out_dir, *more):
@@ -179,6 +182,20 @@ def assert_same_gradients(got, want, tolerance):
         assert (got[name] - x).norm() <= tolerance * x.norm(), name
 
 
+def assert_masked(ids, inputs, masked, targets, n, s):
+    """What masking makes of `ids`, of which 0-4 are special and n may be masked."""
+    assert (ids[masked] == targets).all() and (targets >= 5).all()
+    untouched = np.setdiff1d(np.arange(len(ids)), masked)
+    assert (inputs[untouched] == ids[untouched]).all() and abs(len(masked) / n - s.mask_prob) < 5e-3
+    hidden, kept = (inputs[masked] == 3).mean(), (inputs[masked] == targets).mean()
+    swapped = inputs[masked][(inputs[masked] != 3) & (inputs[masked] != targets)]
+    if s.mask_all:
+        assert hidden == 1
+    else:  # 10 % stay, and some draw themselves
+        assert abs(hidden - 0.8) < 0.01 and abs(kept - (0.1 + 0.1 / 95)) < 0.01
+        assert (swapped >= 5).all()
+
+
 def assert_killed_and_resumed_is_bit_equal(script, config, folder, steps, *more, ranks=1):
     """A whole run, and one that is killed at one of `steps` (first, last) and resumed."""
     whole, broken = folder / "whole", folder / "broken"
@@ -262,6 +279,43 @@ def write_jsonl(path, records):
 def read_jsonl(path):
     with open(path, encoding="utf-8") as f:
         return [json.loads(line) for line in f]
+
+
+def spans_file(path, n_passages=12, seed=1):
+    """Passages of ragged lengths with 1 to 4 queries each; a query's gold are the 1 to 3 places
+    where its word stands in the passage, the answer the first of them (of two lines in three)."""
+    rng, lines = np.random.default_rng(seed), []
+    for i in range(n_passages):
+        words = rng.choice(WORDS, 5 + (i * 13) % 37).tolist()
+        starts = np.cumsum([0] + [len(w) + 1 for w in words]).tolist()
+        for word in rng.permutation(sorted(set(words)))[: 1 + i % 4]:
+            at = [k for k, w in enumerate(words) if w == word][:3]
+            spans = [[starts[k], starts[k] + len(word)] for k in at]
+            line = {"query": f"{word} {rng.choice(WORDS)}", "passage": " ".join(words)}
+            line |= {"spans": spans} | ({"answer": spans[0]} if len(lines) % 3 else {})
+            lines.append(line)
+    return write_jsonl(path, lines)
+
+
+def plain_scores(model, tokenizer, record, s):
+    """(cosines [n] of the passage's tokens, numbers of the gold ones) of one line, with loops: each
+    text alone through the model; windows by hand."""
+    ids = tokenizer(s.template.prefix + s.query_instruction + record["query"] + s.template.suffix)
+    ids = ids["input_ids"]
+    q = model(torch.tensor(ids), make_seqs([len(ids)]))[-1]
+    head = s.template.prefix + s.passage_instruction
+    both = tokenizer(head + record["passage"] + s.template.suffix, return_offsets_mapping=True)
+    ids, hidden, cosines, gold = both["input_ids"], [], [], []
+    for start, stop, first, last in windows_of(len(ids), s.passage_window, s.window_overlap, True):
+        part = model(torch.tensor(ids[start:stop]), make_seqs([stop - start]))
+        hidden += part[first - start : last - start]
+    for vector, offsets in zip(hidden, both["offset_mapping"], strict=True):
+        a, b = (x - len(head) for x in offsets)
+        if max(a, 0) < min(b, len(record["passage"])):
+            if any(a < end and b > start for start, end in record["spans"]):
+                gold.append(len(cosines))
+            cosines.append((q / q.norm()) @ (vector / vector.norm()))
+    return torch.stack(cosines), gold
 
 
 # ---- small models of each family ----

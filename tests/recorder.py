@@ -81,13 +81,8 @@ RUNS = {  # name: (ranks, script, keys)
 }  # fmt: skip
 
 
-def make_data(folder):
-    """Token files, JSONL files and two models in `folder`, the same every time."""
-    rng = np.random.default_rng(0)
-    texts = []
-    for _ in range(300):
-        i, n = rng.integers(len(WORDS)), rng.integers(4, 60)
-        texts.append(" ".join(WORDS[(i + k * k) % len(WORDS)] for k in range(n)))
+def toy_tokenizer(texts):
+    """A byte-level BPE that puts [CLS] and [SEP] around a text; they are also its BOS and EOS."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -97,9 +92,19 @@ def make_data(folder):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
     bpe.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)])  # fmt: skip
-    tokenizer = transformers.PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, cls_token="[CLS]", sep_token="[SEP]", bos_token="[CLS]",
         eos_token="[SEP]", pad_token="[PAD]", mask_token="[MASK]")  # fmt: skip
+
+
+def make_data(folder):
+    """Token files, JSONL files and two models in `folder`, the same every time."""
+    rng = np.random.default_rng(0)
+    texts = []
+    for _ in range(300):
+        i, n = rng.integers(len(WORDS)), rng.integers(4, 60)
+        texts.append(" ".join(WORDS[(i + k * k) % len(WORDS)] for k in range(n)))
+    tokenizer = toy_tokenizer(texts)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
 
     os.makedirs(os.path.join(folder, "tokens"))

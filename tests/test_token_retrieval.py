@@ -22,11 +22,10 @@ import evals.token_retrieval
 import harness
 import passages as P
 import train_token_retrieval as T
-from attention import make_seqs
 from data import open_pairs
 from embedder import Embedder
 from formats.huggingface import from_pretrained
-from harness import ROOT, WORDS, assert_close, assert_equal_bits, losses, run_ranks, write_jsonl
+from harness import ROOT, assert_close, assert_equal_bits, losses, run_ranks, write_jsonl
 from spans import covered, find_runs, gold_tokens, read_spans
 from token_scores import score_tokens, windows_of
 from tokenizer import Template, load_tokenizer, tokenize, tokenize_passage
@@ -161,26 +160,11 @@ def settings(**changes):
     return SimpleNamespace(**(plain | changes))
 
 
-def spans_file(path, n_passages=12, seed=1):
-    """Passages of ragged lengths with 1 to 4 queries each; a query's gold are the 1 to 3 places
-    where its word stands in the passage, the answer the first of them (of two lines in three)."""
-    rng, lines = np.random.default_rng(seed), []
-    for i in range(n_passages):
-        words = rng.choice(WORDS, 5 + (i * 13) % 37).tolist()
-        starts = np.cumsum([0] + [len(w) + 1 for w in words]).tolist()
-        for word in rng.permutation(sorted(set(words)))[: 1 + i % 4]:
-            at = [k for k, w in enumerate(words) if w == word][:3]
-            spans = [[starts[k], starts[k] + len(word)] for k in at]
-            line = {"query": f"{word} {rng.choice(WORDS)}", "passage": " ".join(words)}
-            line |= {"spans": spans} | ({"answer": spans[0]} if len(lines) % 3 else {})
-            lines.append(line)
-    return write_jsonl(path, lines)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spans")
-    return spans_file(folder / "train.jsonl"), spans_file(folder / "val.jsonl", 8, seed=2)
+    train = harness.spans_file(folder / "train.jsonl")
+    return train, harness.spans_file(folder / "val.jsonl", 8, seed=2)
 
 
 def encoded_runs(file, tokenizer, s, most=4):
@@ -206,30 +190,12 @@ def doubled(model_folder, monkeypatch):
 
 
 def plain_loss(model, tokenizer, records, s):
-    """The loss of the lines, one by one, with loops: each text alone through the model; windows by
-    hand. -> (sum of losses, scores of each line)"""
-    total, scores, suffix = 0.0, [], s.template.suffix
-    for record in records:
-        ids = tokenizer(s.template.prefix + s.query_instruction + record["query"] + suffix)
-        ids = ids["input_ids"]
-        q = model(torch.tensor(ids), make_seqs([len(ids)]))[-1]
-        head = s.template.prefix + s.passage_instruction
-        both = tokenizer(head + record["passage"] + suffix, return_offsets_mapping=True)
-        ids, hidden, cosines, gold = both["input_ids"], [], [], set()
-        for start, stop, first, last in windows_of(
-            len(ids), s.passage_window, s.window_overlap, True):  # fmt: skip
-            part = model(torch.tensor(ids[start:stop]), make_seqs([stop - start]))
-            hidden += [part[j - start] for j in range(first, last)]
-        for j, offsets in enumerate(both["offset_mapping"]):
-            a, b = (x - len(head) for x in offsets)
-            if max(a, 0) < min(b, len(record["passage"])):
-                if any(a < end and b > start for start, end in record["spans"]):
-                    gold.add(len(cosines))
-                cosines.append((q / q.norm()) @ (hidden[j] / hidden[j].norm()))
+    """The loss of the lines, one by one -> (sum of losses, plain_scores of each line)"""
+    total, scores = 0.0, [harness.plain_scores(model, tokenizer, x, s) for x in records]
+    for cosines, gold in scores:
         sum_exp = sum(torch.exp(x / s.temperature) for x in cosines)
-        logs = [torch.log(torch.exp(cosines[j] / s.temperature) / sum_exp) for j in sorted(gold)]
+        logs = [torch.log(torch.exp(cosines[j] / s.temperature) / sum_exp) for j in gold]
         total = total - sum(logs) / len(logs)
-        scores.append((torch.stack(cosines), sorted(gold)))
     return total, scores
 
 

@@ -207,21 +207,19 @@ def test_an_adapter_is_read_with_its_base(folders, tmp_path):
     assert (want - base).abs().max() > 0.1
 
 
-def start(*arguments, stdin=""):
-    command = [sys.executable, SCRIPT, *arguments]
-    run = subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
 def test_scripts(folders, tmp_path):
     shutil.copytree(folders["modernbert"], tmp_path / "step12")
-    out = start(f"--model={tmp_path}", "--text=-", stdin="tan [MASK]\nmo [MASK] ri\n")
+    llama = f"--model={folders['llama']}"
+    uses = ((f"--model={tmp_path}", "--text=-"),
+            (llama, "--prompt=tan molo", "--num_samples=2", "--max_new_tokens=7"))  # fmt: skip
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    both = [subprocess.Popen([sys.executable, SCRIPT, *use], cwd=ROOT, text=True, **pipes)
+            for use in uses]  # fmt: skip
+    (out, error), (out2, error2) = (x.communicate("tan [MASK]\nmo [MASK] ri\n") for x in both)
+    assert [x.returncode for x in both] == [0, 0], error + error2
     assert "step12: modernbert, bidirectional, 0." in out
     assert out.count("%") == 10 and "mask 2:" in out and "best: tan" in out
-    more = ["--prompt=tan molo", "--num_samples=2", "--max_new_tokens=7"]
-    out = start(f"--model={folders['llama']}", *more)
-    assert "--- sample 2: " in out and out.count("\ntan molo") == 2
+    assert "--- sample 2: " in out2 and out2.count("\ntan molo") == 2
 
 
 def test_a_file_of_lines_is_filled_line_by_line(folders, tmp_path, capsys):
