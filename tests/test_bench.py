@@ -20,7 +20,8 @@ from tools import bench
 def run_bench(name, out_dir, *more):
     argv = ["tools.bench", name, f"--out_dir={out_dir}", "--rounds=2", "--threads=1", *more]
     if name == "mlm":  # the command
-        run = subprocess.run([sys.executable, "-m", *argv], capture_output=True, text=True, cwd=ROOT)
+        argv = [sys.executable, "-m", *argv]
+        run = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
         assert run.returncode == 0, run.stdout + run.stderr
     else:
         with pytest.MonkeyPatch.context() as patch:
