@@ -61,8 +61,7 @@ def toy_tokens(tmp_path_factory):
     from tokenizer import vocab_size_of
     from tokens import write_meta, write_tokens
 
-    rng = np.random.default_rng(0)
-    docs = []
+    rng, docs = np.random.default_rng(0), []
     for _ in range(400):
         i, n = rng.integers(len(words)), rng.integers(5, 60)
         docs.append(" ".join(words[(i + k * k) % len(words)] for k in range(n)))

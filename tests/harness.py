@@ -245,6 +245,11 @@ def printed_before_the_4th_bad_step(script, config, out_dir, *more):
     return out.getvalue()
 
 
+def raises(kind, message, function, *args, **keys):
+    with pytest.raises(kind, match=message):
+        function(*args, **keys)
+
+
 def assert_refused(message, script, config, out_dir, *more):
     with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as error:
         run(script, config, out_dir, *more)

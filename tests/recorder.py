@@ -99,8 +99,7 @@ def toy_tokenizer(texts):
 
 def make_data(folder):
     """Token files, JSONL files and two models in `folder`, the same every time."""
-    rng = np.random.default_rng(0)
-    texts = []
+    rng, texts = np.random.default_rng(0), []
     for _ in range(300):
         i, n = rng.integers(len(WORDS)), rng.integers(4, 60)
         texts.append(" ".join(WORDS[(i + k * k) % len(WORDS)] for k in range(n)))
@@ -111,8 +110,7 @@ def make_data(folder):
     tokenizer.save_pretrained(os.path.join(folder, "tokens", "tokenizer"))
     splits = {}
     for split, part in (("train", texts[:250]), ("val", texts[250:])):
-        ids = tokenizer(part)["input_ids"]
-        path = os.path.join(folder, "tokens", split)
+        ids, path = tokenizer(part)["input_ids"], os.path.join(folder, "tokens", split)
         np.concatenate(ids).astype("<u2").tofile(path + ".bin")
         np.cumsum([0, *map(len, ids)]).astype("<i8").tofile(path + ".idx")
         splits[split] = {"docs": len(ids), "tokens": sum(map(len, ids))}

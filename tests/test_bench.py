@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import make_seqs
-from harness import ROOT
+from harness import ROOT, raises
 from model import from_scratch
 from tools import bench
 
@@ -40,8 +40,7 @@ TINY += [pytest.param(*run, marks=pytest.mark.slow) for run in SLOW]
 @pytest.mark.parametrize(("name", "size", "n"), TINY)
 def test_tiny_run(name, size, n, tmp_path):
     """Real processes: the file's fields, and sides that computed the same results."""
-    out = run_bench(name, tmp_path, f"--size={size}", f"--n={n}")
-    cases = bench.BENCHES[name]
+    out, cases = run_bench(name, tmp_path, f"--size={size}", f"--n={n}"), bench.BENCHES[name]
     assert [case["size"] for case in out["setting"]["cases"]] == [size] * len(cases)
     assert len(out["rows"]) == sum(len(case.sides) - 1 for case in cases)
     for row in out["rows"]:
@@ -83,8 +82,7 @@ def test_ratios(monkeypatch):
     assert sides["matmul"]["our_share"] == pytest.approx((flops[0] / 1e9 + flops[1] / 2e9) / 2)
 
     turns[best][0] = (99.0, 9.01, 1e6)
-    with pytest.raises(SystemExit, match="another result"):
-        bench.compare(model, job, MLM)
+    raises(SystemExit, "another result", bench.compare, model, job, MLM)
 
 
 def test_flops_are_those_torch_counts():

@@ -189,8 +189,7 @@ def test_losses_and_gradients_equal_each_text_alone(case, tokenizer, folders, mo
     """In fp64: a packed batch against every text by itself, with losses written out."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     s = settings(**case)
-    classifier = make_classifier(folders["modernbert"], s).double()
-    examples = examples_for(s)
+    classifier, examples = make_classifier(folders["modernbert"], s).double(), examples_for(s)
     batch = T.make_batch(examples, tokenizer, s)
     if s.loss_kind != "softmax":
         batch.targets = batch.targets.double()
@@ -232,8 +231,7 @@ def test_losses_and_gradients_equal_each_text_alone(case, tokenizer, folders, mo
 def test_text_metrics_equal_loops():
     rng = np.random.default_rng(0)
     y, z = rng.integers(0, 3, 60), rng.normal(size=(60, 3))
-    guess = z.argmax(1)
-    found = score_texts([{"targets": [int(i)]} for i in y], z, "softmax")
+    guess, found = z.argmax(1), score_texts([{"targets": [int(i)]} for i in y], z, "softmax")
     assert found["acc"] == pytest.approx(np.mean(y == guess))
     f1 = [2 * np.sum((y == k) & (guess == k)) / np.sum([y == k, guess == k]) for k in range(3)]
     assert found["f1"] == pytest.approx(np.mean(f1))
@@ -243,8 +241,7 @@ def test_text_metrics_equal_loops():
     y, z = rng.random(40) < 0.4, rng.normal(size=(40, 1))
     y[:5] = True  # a query without a wrong candidate is left out
     examples = [{"text": f"q{i // 5}", "label": float(label)} for i, label in enumerate(y)]
-    found = score_texts(examples, z, "bce")
-    hits = np.sum(y & (z[:, 0] > 0))
+    found, hits = score_texts(examples, z, "bce"), np.sum(y & (z[:, 0] > 0))
     assert found["f1"] == pytest.approx(2 * hits / (np.sum(y) + np.sum(z > 0)))
     queries = [slice(q, q + 5) for q in range(0, 40, 5) if 0 < y[q : q + 5].sum() < 5]
     want = [ndcg_score([y[q]], [z[q, 0]], k=10) for q in queries]
@@ -630,8 +627,7 @@ def test_conll2003_from_columns_and_from_the_hubs_schema(tmp_path, capsys):
     from datasets import ClassLabel, Dataset, Features, List, Value
 
     names = {f: sorted({x for row in WANTED for x in row[f]}) for f in prepare.FIELDS}
-    rows = {"tokens": [row["words"] for row in WANTED]}
-    features = {"tokens": List(Value("string"))}
+    rows, features = {"tokens": [row["words"] for row in WANTED]}, {"tokens": List(Value("string"))}
     for f in prepare.FIELDS:
         rows[f"{f}_tags"] = [[names[f].index(x) for x in row[f]] for row in WANTED]
         features[f"{f}_tags"] = List(ClassLabel(names=names[f]))

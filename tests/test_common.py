@@ -27,7 +27,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 import checkpoint
 import common
 import optim
-from harness import ROOT, run_ranks
+from harness import ROOT, raises, run_ranks
 from tools import plot
 
 # ---- config ----
@@ -201,8 +201,7 @@ def test_dtype_of(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda x=fast: x, raising=False)
         assert common.dtype_of("auto", cpu) is dtype
         assert common.dtype_of("auto", torch.device("mps")) is torch.float32
-    with pytest.raises(SystemExit, match="not 'fp16'"):
-        common.dtype_of("fp16", cpu)
+    raises(SystemExit, "not 'fp16'", common.dtype_of, "fp16", cpu)
 
 
 def test_peak_flops(monkeypatch):
@@ -377,10 +376,8 @@ def test_log_line_and_csv(tmp_path, capsys, monkeypatch):
     assert list(one) == ["step", *columns, "eta"]
     assert float(two["loss"]) == 2.3456 and two["eval_loss"] == "" and float(two["eta"]) == 88.0
     assert float(three["eval_loss"]) == 1 / 3 and three["loss"] == "" and one["mfu"] == ""
-    with pytest.raises(KeyError, match="los"):
-        log(121, {"los": 1.0})
-    with pytest.raises(SystemExit, match="tracker"):
-        open_log(tmp_path, columns, 1000, tracker="mlflow")
+    raises(KeyError, "los", log, 121, {"los": 1.0})
+    raises(SystemExit, "tracker", open_log, tmp_path, columns, 1000, tracker="mlflow")
 
 
 def test_resumed_log_is_cut_back(tmp_path):
@@ -425,8 +422,7 @@ def test_plot_writes_a_png(tmp_path, monkeypatch):
         for step in range(1, 51):
             log(step, {"loss": 1 / step, "lr": 0.1})
         log(50, {"eval_loss": 0.5})
-    command = ["plot.py", f"{tmp_path}/a", f"{tmp_path}/b"]
-    curves = tmp_path / "curves.png"
+    command, curves = ["plot.py", f"{tmp_path}/a", f"{tmp_path}/b"], tmp_path / "curves.png"
     monkeypatch.setattr(sys, "argv", [*command, "--keys=loss,eval_loss,lr", f"--out={curves}"])
     runpy.run_path(f"{ROOT}/tools/plot.py", run_name="__main__")
     assert curves.read_bytes()[:4] == b"\x89PNG"
@@ -461,8 +457,7 @@ def lengths(per_epoch=1000, per_step=10, **keys):
     ({"max_steps": 5, "decay_steps": 1, "decay_tokens": 10}, "decay_steps.*give one of"),
 ])  # fmt: skip
 def test_lengths_are_given_once(keys, message):
-    with pytest.raises(SystemExit, match=message):
-        lengths(**keys)
+    raises(SystemExit, message, lengths, **keys)
 
 
 def test_horizon_warmup_and_decay_in_steps():
@@ -511,8 +506,7 @@ def test_stable_adamw_is_the_papers_loop():
               for shape, size in sizes.items()] for t in range(8)]  # fmt: skip
     how = dict(lr=0.05, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     expected, clipped = stable_adamw_by_loop(start, grads, **how)
-    params = [nn.Parameter(p.clone()) for p in start]
-    frozen = nn.Parameter(torch.ones(2))
+    params, frozen = [nn.Parameter(p.clone()) for p in start], nn.Parameter(torch.ones(2))
     optimizer = optim.StableAdamW([*params, frozen], **how)
     for now in grads:
         for p, g in zip(params, now, strict=True):

@@ -13,7 +13,7 @@ import tokenizers as tk
 
 from embedder import Embedder
 from formats.huggingface import from_pretrained
-from harness import ROOT, execute, write_jsonl
+from harness import ROOT, execute, raises, write_jsonl
 from token_scores import score_tokens
 from tokenizer import load_tokenizer
 from tools.compress import compress_text, keep, page, share_of, text_of, units_of
@@ -94,8 +94,7 @@ def test_words_are_whole(cut):
         tokens_of = {w: touched([w], spans) for w in words}
         seen = [w for w in words if tokens_of[w]]
         for ratio in (1, 2, 4, 16):
-            budget = math.ceil(len(spans) / ratio)
-            kept = keep(scores, spans, passage, ratio)
+            budget, kept = math.ceil(len(spans) / ratio), keep(scores, spans, passage, ratio)
             in_order(kept, passage)
             for start, end in kept:
                 assert any(w[0] == start for w in words) and any(w[1] == end for w in words)
@@ -158,10 +157,8 @@ def test_bytes_of_a_character_and_nothing():
     assert keep(scores, spans, passage, 3) == [[0, 1], [4, 5]]
     assert keep(scores[:2], spans[1:2].repeat(2, 0), " ", 1) == []  # only spaces
     for wrong in (dict(ratio=0.5), dict(ratio=math.nan), dict(ratio=2, neighbours=-1)):
-        with pytest.raises(ValueError, match="expected ratio="):
-            keep(scores, spans, passage, **wrong)
-    with pytest.raises(ValueError, match="unit 'lines'"):
-        keep(scores, spans, passage, 2, "lines")
+        raises(ValueError, "expected ratio=", keep, scores, spans, passage, **wrong)
+    raises(ValueError, "unit 'lines'", keep, scores, spans, passage, 2, "lines")
 
 
 def test_text_of():
@@ -224,8 +221,7 @@ class Page(HTMLParser):
 
 
 def test_page(cut):
-    rng = np.random.default_rng(2)
-    query = 'Is <script>alert("1")</script> & so on?'
+    rng, query = np.random.default_rng(2), 'Is <script>alert("1")</script> & so on?'
     for i, passage in enumerate(passages(10, seed=2)):
         passage += ' <b class="x">&amp; </div>' * (i % 2)
         spans = cut(passage)
@@ -297,5 +293,4 @@ def test_script_errors(tmp_path):
         ((f"--file={txt}", "--spans=((5, 5),)"), r"passage.txt: span \(5, 5\) is not in its 8"),
         ((f"--file={lines}",), r"x.jsonl: span \[1, 9\] is not in its 3 characters"),
         ((f"--file={lines}", "--line=2"), "x.jsonl has no line 2")):  # fmt: skip
-        with pytest.raises(SystemExit, match=told):
-            execute([SCRIPT, "--model=no/such", "--compress=q", *arguments])
+        raises(SystemExit, told, execute, [SCRIPT, "--model=no/such", "--compress=q", *arguments])

@@ -23,7 +23,7 @@ import tokens
 from attention import make_seqs
 from conftest import ROOT
 from formats.tiktoken_bpe import fast_encode, tiktoken_for
-from harness import read_jsonl, script, write_jsonl
+from harness import raises, read_jsonl, script, write_jsonl
 from tokenizer import check_tokenizer, load_tokenizer
 
 pydocs, text = script("data/pydocs/prepare.py"), script("data/text/prepare.py")
@@ -41,8 +41,7 @@ def test_make_seqs():
     assert seqs.positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
     assert seqs.positions.dtype == torch.int64
     assert seqs.lengths == [3, 1, 4] and seqs.max_seqlen == 4
-    with pytest.raises(ValueError, match=r"at least 1 token.*\[2, 0\]"):
-        make_seqs([2, 0])
+    raises(ValueError, r"at least 1 token.*\[2, 0\]", make_seqs, [2, 0])
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000])
@@ -69,8 +68,7 @@ def test_permutation_of_many_rows_in_parts():
     whole = order.permuted(index, n, 0, 0)
     assert ((0 <= whole) & (whole < n)).all()
     assert [order.permuted(index[i : i + 1], n, 0, 0)[0] for i in range(3)] == whole.tolist()
-    with pytest.raises(ValueError, match="not all in 0..6"):
-        order.permuted(np.array([7]), 7, 0, 0)
+    raises(ValueError, "not all in 0..6", order.permuted, np.array([7]), 7, 0, 0)
 
 
 def test_order_is_endless_without_replacement_and_the_same_for_any_batch():
@@ -82,8 +80,7 @@ def test_order_is_endless_without_replacement_and_the_same_for_any_batch():
     epoch, row = np.array(sequences[0]).reshape(2, 6, n_rows)
     assert (epoch == np.arange(6)[:, None]).all() and (np.sort(row) == np.arange(n_rows)).all()
     assert len({tuple(places) for places in row.tolist()}) == 6
-    with pytest.raises(ValueError, match="not one whole row"):
-        order.rows_of_step(0, 4, 0, 3)
+    raises(ValueError, "not one whole row", order.rows_of_step, 0, 4, 0, 3)
 
 
 def test_each_step_reads_the_next_batch_of_one_file(tmp_path):
@@ -125,8 +122,7 @@ def test_read_row_equals_a_walk_over_documents(tmp_path):
             assert ids.dtype == np.int64 and ids.tolist() == [token for token, _ in row]
             pieces = itertools.groupby(row, lambda pair: pair[1])
             assert lengths == [len(list(piece)) for _, piece in pieces]
-        with pytest.raises(IndexError, match="train.bin"):
-            tokens.read_row(file, len(rows), size)
+        raises(IndexError, "train.bin", tokens.read_row, file, len(rows), size)
 
 
 @pytest.mark.parametrize("vocab_size, bytes_each", [(65536, 2), (65537, 4)])
@@ -176,8 +172,7 @@ def test_spoiled_files_are_named(tmp_path, name, change, told):
 
 def test_unknown_split_and_unprepared_folder(tmp_path):
     write_folder(tmp_path, [[1]])
-    with pytest.raises(ValueError, match="no split 'val', it has train"):
-        tokens.open_tokens(str(tmp_path), "val")
+    raises(ValueError, "no split 'val', it has train", tokens.open_tokens, str(tmp_path), "val")
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "prepare.py").write_text("")
     with pytest.raises(FileNotFoundError, match=r"run: python .*new.prepare\.py"):
@@ -255,8 +250,7 @@ def test_other_tokenizers_run_themselves():
     assert fast_encode(tokenizer)(["a b", "c"]) == [[0, 7], [1]]
     assert fast_encode(tokenizer)([]) == []
     check_tokenizer(tokenizer, 8)  # the largest id counts, not the 3 tokens
-    with pytest.raises(ValueError, match="ids up to 7.*vocab_size is 7"):
-        check_tokenizer(tokenizer, 7)
+    raises(ValueError, "ids up to 7.*vocab_size is 7", check_tokenizer, tokenizer, 7)
 
 
 def test_tokenizer_survives_saving(tokenizer, tmp_path):
@@ -278,14 +272,12 @@ def test_tokenizer_survives_saving(tokenizer, tmp_path):
 # ---- JSONL, reading ahead ----
 def test_lines_are_read_by_number_and_broken_ones_are_named(tmp_path):
     """In a walk, and each by itself: blank lines between, and a last line without its end."""
-    path = tmp_path / "pairs.jsonl"
-    good = b'\n{"text": "a"}\n\n  \n{"text": "\xc3\xa9"} \r\n'
+    path, good = tmp_path / "pairs.jsonl", b'\n{"text": "a"}\n\n  \n{"text": "\xc3\xa9"} \r\n'
     path.write_bytes(good + b'{"text": 3}')
     lines, file = list(data.read_jsonl(str(path))), data.open_pairs(str(path))
     assert lines == [(2, {"text": "a"}), (5, {"text": "\xe9"}), (6, {"text": 3})]
     assert [data.read_line(file, i)[::-1] for i in range(len(file))] == lines
-    with pytest.raises(ValueError, match=r"pairs\.jsonl line 6: field 'text' is 3"):
-        data.read_pair(file, 2)
+    raises(ValueError, r"pairs\.jsonl line 6: field 'text' is 3", data.read_pair, file, 2)
     for line, told in [
         (b'{"query": "x"', "not JSON: Expecting ',' delimiter"),
         (b'{"query": "\xff"}', "not JSON: 'utf-8' codec"), (b'["query"]', "a list, expected an"),
@@ -294,11 +286,9 @@ def test_lines_are_read_by_number_and_broken_ones_are_named(tmp_path):
         walk, file = data.read_jsonl(str(path)), data.open_pairs(str(path))
         assert next(walk) == lines[0] and next(walk) == lines[1] and len(file) == 4
         for read in (lambda: next(walk), lambda: data.read_line(file, 2)):  # noqa: B023
-            with pytest.raises(ValueError, match=rf"pairs\.jsonl line 6: {told}"):
-                read()
+            raises(ValueError, rf"pairs\.jsonl line 6: {told}", read)
     path.write_text(" \n\n")
-    with pytest.raises(ValueError, match=r"pairs\.jsonl: there is no line in it"):
-        data.open_pairs(str(path))
+    raises(ValueError, r"pairs\.jsonl: there is no line in it", data.open_pairs, str(path))
 
 
 def test_require():
@@ -361,8 +351,7 @@ def make_corpus(folder, files, docs_a_file):
 
 def prepare_text(out, *args):
     command = [sys.executable, os.path.join(ROOT, "data", "text", "prepare.py"), "--out", str(out)]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(out) + ".hf"}
-    output = subprocess.PIPE
+    env, output = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(out) + ".hf"}, subprocess.PIPE
     return subprocess.Popen([*command, *args], env=env, stdout=output, stderr=output, text=True)
 
 

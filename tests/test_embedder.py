@@ -18,7 +18,7 @@ from transformers.utils import logging
 import embedder as module
 from embedder import POOLINGS, Embedder
 from formats.huggingface import from_pretrained, save_pretrained
-from harness import FAMILIES, run_ranks
+from harness import FAMILIES, raises, run_ranks
 from lora import inject, save_adapter
 from model import Transformer, from_scratch
 from pooling import pack, pool
@@ -234,8 +234,7 @@ def test_order_and_odd_texts():
         bare = make("qwen3", "bare", pool_instruction=pool_instruction)
         got = bare.encode(["", "the cat"], instruction)
         assert (got[0] == 0).all() and np.linalg.norm(got[1]) > 0.99
-    with pytest.raises(TypeError, match="a list of texts, not one string"):
-        ours.encode("the cat")
+    raises(TypeError, "a list of texts, not one string", ours.encode, "the cat")
 
 
 def test_training_and_encoding_agree():
@@ -367,8 +366,7 @@ def test_reads_what_sentence_transformers_writes(tmp_path, capsys):
 
     for extra, word in ((Dense(32, 8), "Dense"), (Pooling(32, ("mean", "max")), "max")):
         SentenceTransformer(modules=[*parts[:2], extra], device="cpu").save(str(tmp_path / word))
-        with pytest.raises(ValueError, match=f"{word}.*not supported|not supported.*{word}"):
-            load(tmp_path / word)
+        raises(ValueError, f"{word}.*not supported|not supported.*{word}", load, tmp_path / word)
 
 
 def test_plain_folder_and_overrides(tmp_path, capsys):
@@ -387,8 +385,7 @@ def test_plain_folder_and_overrides(tmp_path, capsys):
     half = load(tmp_path, dtype="bf16")
     assert half.model.embed.weight.dtype == torch.bfloat16
     assert 0 < differ(half.encode(TEXTS), ours.encode(TEXTS)) < 0.1
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        load("./nothing/here")
+    raises(FileNotFoundError, "no such folder", load, "./nothing/here")
 
 
 def test_adapter_chain_equals_peft(tmp_path):
@@ -454,8 +451,7 @@ def test_lora_is_merged_in_the_files_only(tmp_path):
     ("encoder", "splade", dict(pool_instruction=False), "counts the instruction's")])  # fmt: skip
 def test_a_save_that_would_differ_is_refused(tokens, pooling, settings, reason, tmp_path):
     ours = make("modernbert", tokens, pooling, **settings)
-    with pytest.raises(ValueError, match=f"would give other embeddings: .*{reason}"):
-        ours.save(tmp_path / "refused")
+    raises(ValueError, f"would give other embeddings: .*{reason}", ours.save, tmp_path / "refused")
     assert not os.path.exists(tmp_path / "refused")
     ours.save(tmp_path / "own", sentence_transformers=False)
     again = load(tmp_path / "own")

@@ -39,8 +39,7 @@ def test_token_metrics_equal_loops():
     rng = np.random.default_rng(3)
     for trial in range(20):
         words = rng.choice(WORDS, 3 + 5 * trial).tolist()
-        passage = "\n ".join(words)
-        ends = np.cumsum([len(w) + 2 for w in words]) - 2
+        passage, ends = "\n ".join(words), np.cumsum([len(w) + 2 for w in words]) - 2
         spans = np.array([[e - len(w), e] for e, w in zip(ends, words)])
         n = len(spans)
         gold = np.sort(rng.choice(n, 1 + trial % 3, replace=False))
@@ -72,14 +71,12 @@ def test_baselines_equal_loops(toy_tokens):
     sentences = "Tan is a tama. |The tan, a tan! |Rilo sun\n|mos tan_rilo  kema. |Rilo? |"
     sentences = sentences.split("|")
     bags = [re.findall(r"\w+", x.lower()) for x in sentences]
-    mean = sum(map(len, bags)) / len(bags)
-    want = []
+    mean, want = sum(map(len, bags)) / len(bags), []
     for bag in bags:
         score = 0.0
         for word in ("rilo", "tan", "x"):
             df = sum(word in b for b in bags)
-            idf = math.log(1 + (len(bags) - df + 0.5) / (df + 0.5))
-            tf = bag.count(word)
+            idf, tf = math.log(1 + (len(bags) - df + 0.5) / (df + 0.5)), bag.count(word)
             score += idf * tf * 2.2 / (tf + 1.2 * (1 - 0.75 + 0.75 * len(bag) / mean))
         want.append(score)
     assert max(want) > 0.5

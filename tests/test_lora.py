@@ -18,6 +18,7 @@ import lora
 from attention import make_seqs
 from formats.huggingface import from_pretrained, save_pretrained
 from formats.peft import pinned_chain
+from harness import raises
 from model import from_scratch
 
 transformers = pytest.importorskip("transformers")
@@ -166,8 +167,7 @@ def test_merge_and_unmerge(base, dtype):
     names = lora.trained_names(model)
     assert (want - plain).abs().max() > 0.5
 
-    state = lora.merged_state(model, before)
-    kept = lora.merge(model)
+    state, kept = lora.merged_state(model, before), lora.merge(model)
     assert lora.merged_state(model, before) is before and same(model.state_dict(), state)
     assert not lora.lora_layers(model) and all(p.requires_grad for p in model.parameters())
     assert {type(m) for m in model.modules() if "Linear" in type(m).__name__} == {nn.Linear}
@@ -503,14 +503,11 @@ def test_inject_errors(base, name, message, changes):
 
 def test_errors(base):
     model = from_pretrained(base("llama")[1])
-    with pytest.raises(ValueError, match="no adapter"):
-        lora.save_adapter(model, "nowhere", "base")
+    raises(ValueError, "no adapter", lora.save_adapter, model, "nowhere", "base")
     model = adapted(base("llama")[1])
-    with pytest.raises(ValueError, match="merge it first"):
-        lora.inject(model, 4, 8, 0.0, "all")
+    raises(ValueError, "merge it first", lora.inject, model, 4, 8, 0.0, "all")
     model.classifier = nn.Linear(64, 3)
-    with pytest.raises(KeyError, match="classifier"):
-        lora.save_adapter(model, "nowhere", "base")
+    raises(KeyError, "classifier", lora.save_adapter, model, "nowhere", "base")
 
 
 INNER = "base_model.model.model."
@@ -549,8 +546,7 @@ def test_load_errors(base, tmp_path, message, changes):
     save_file(state | changes.pop("add", {}), path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(ValueError, match=message):
-        lora.load_adapter(from_pretrained(folder), str(tmp_path))
+    raises(ValueError, message, lora.load_adapter, from_pretrained(folder), str(tmp_path))
 
 
 def test_peft_dora(base, tmp_path):

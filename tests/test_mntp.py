@@ -25,7 +25,7 @@ from attention import make_seqs
 from checkpoint import latest_checkpoint
 from embedder import Embedder
 from formats.huggingface import from_pretrained, save_pretrained
-from harness import ROOT, assert_close, assert_equal_bits, configured, losses, write_config
+from harness import ROOT, assert_close, assert_equal_bits, configured, losses, raises, write_config
 from model import Transformer
 from tokenizer import load_tokenizer, vocab_size_of
 from tokens import open_tokens, read_row
@@ -204,8 +204,7 @@ def test_positions_grow_and_the_base_keeps_its_precision(tiny, folders, tmp_path
 
 # ---- the mask's token ----
 def test_mask_tokens(tiny, folders, tmp_path):
-    tokenizer = load_tokenizer(folders["qwen3"])
-    same = ["a_b tan_mon", "tan mon [MASK]"]
+    tokenizer, same = load_tokenizer(folders["qwen3"]), ["a_b tan_mon", "tan mon [MASK]"]
     ids, vocab = tokenizer(same)["input_ids"], tokenizer.get_vocab()
     expected = {"_": vocab["_"], "eos": tokenizer.eos_token_id, "own": tokenizer.mask_token_id}
     for word, mask_id in expected.items():
@@ -218,8 +217,7 @@ def test_mask_tokens(tiny, folders, tmp_path):
         assert kept(same)["input_ids"] == ids and kept.mask_token == "[MASK]"
 
     tokenizer.mask_token = None
-    with pytest.raises(SystemExit, match="the tokenizer has none"):
-        train_mntp.choose_mask(tokenizer, "own")
+    raises(SystemExit, "the tokenizer has none", train_mntp.choose_mask, tokenizer, "own")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -236,8 +234,7 @@ def test_a_new_mask_token_trains_and_is_saved(tied, tiny, folders, tmp_path):
     tokenizer.mask_token = None
     tokenizer.save_pretrained(base)
     more = [f"--init_from={base}", "--mask_token=new"]
-    with pytest.raises(SystemExit, match="train_also='embed'"):
-        run(tiny, tmp_path / "a", *more)
+    raises(SystemExit, "train_also='embed'", run, tiny, tmp_path / "a", *more)
     more += ["--train_also=embed", "--schedule=constant"]
     done = harness.run(SCRIPT, tiny, tmp_path / "a", *more)
     row = done.model.embed.weight[n].detach()

@@ -17,6 +17,7 @@ import formats.huggingface as HF
 import model as M
 from attention import make_seqs
 from formats import read_json, write_json
+from harness import raises
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -520,8 +521,7 @@ def outputs_and_gradients(model, tokens, lengths, y, backend="sdpa", device="cpu
     """Hidden states, and the gradients of sum(logits * y) by parameter name."""
     model.zero_grad()
     model.backend = backend
-    seqs = make_seqs(lengths, device)
-    rows = torch.arange(len(tokens), device=device)
+    seqs, rows = make_seqs(lengths, device), torch.arange(len(tokens), device=device)
     hidden = model(tokens, seqs)
     (model(tokens, seqs, rows=rows) * y).sum().backward()
     return hidden.detach(), {k: p.grad.clone() for k, p in model.named_parameters()}
@@ -649,8 +649,7 @@ def test_hits_are_the_best_answers_and_no_near_ones():
 
 
 def test_no_labels_give_zero_and_connected_gradients():
-    model = tiny("modernbert").train()
-    none = torch.zeros(0, dtype=torch.long)
+    model, none = tiny("modernbert").train(), torch.zeros(0, dtype=torch.long)
     loss, hits = model(DOC_TOKENS, DOC_SEQS, rows=none, targets=none)
     assert loss.item() == 0 and hits.item() == 0
     loss.backward()
@@ -792,8 +791,7 @@ def test_dropout_acts_in_training_only_and_is_saved_only_if_the_model_has_it(
             assert torch.equal(our_hidden(model, DOC_TOKENS, DOCS), plain(DOC_TOKENS, DOC_SEQS))
             a, b = model.train()(DOC_TOKENS, DOC_SEQS), model(DOC_TOKENS, DOC_SEQS)
             assert not torch.equal(a, b)
-    key = {"attn": "attention_dropout", "out": "attention_out_dropout"}[kind]
-    values = []
+    key, values = {"attn": "attention_dropout", "out": "attention_out_dropout"}[kind], []
     for model in (plain, changed, built):
         HF.save_pretrained(model, tmp_path)
         values.append(config_of(tmp_path).get(key, 0.0))
@@ -803,11 +801,9 @@ def test_dropout_acts_in_training_only_and_is_saved_only_if_the_model_has_it(
 
 def test_out_dropout_acts_on_the_attention_block_alone():
     """At p = 1 attention adds nothing: each token stays by itself, and the MLP still works."""
-    model = tiny("llama", out_dropout=1.0).train()
-    tokens = random_tokens([12])
+    model, tokens = tiny("llama", out_dropout=1.0).train(), random_tokens([12])
     with torch.no_grad():
-        together = model(tokens, make_seqs([12]))
-        apart = model(tokens, make_seqs([1] * 12))
+        together, apart = model(tokens, make_seqs([12])), model(tokens, make_seqs([1] * 12))
         model.embed.weight.zero_()
         assert not torch.equal(together, model(tokens, make_seqs([12])))
     torch.testing.assert_close(together, apart)
@@ -829,8 +825,7 @@ def test_attention_dropout_drops_probabilities_and_keeps_their_mean(window):
 def test_named_sizes_have_the_named_number_of_parameters(size):
     with torch.device("meta"):
         model = M.Transformer(M.ModelConfig(**M.SIZES[size]))
-    n = sum(p.numel() for p in model.parameters())
-    name = size.rsplit("-", 1)[1]
+    n, name = sum(p.numel() for p in model.parameters()), size.rsplit("-", 1)[1]
     assert abs(n / (int(name[:-1]) * {"m": 10**6, "b": 10**9}[name[-1]]) - 1) < 0.1
     assert f"{n / 1e6:.1f}M weights, {n / 1e6:.3f}M trained" in model.describe()
 
@@ -871,10 +866,8 @@ def test_from_scratch_takes_changes_and_names_what_it_knows():
     b = M.from_scratch("ettin-17m", vocab_size=50, causal=True)
     assert b.config.family == "modernbert-decoder" and hasattr(b.blocks[0].attn, "q_proj")
     assert [b.config.window_of(i) for i in range(3)] == [(-1, 0), (63, 0), (63, 0)]
-    with pytest.raises(ValueError, match="ettin-18m.*ettin-17m"):
-        M.from_scratch("ettin-18m")
-    with pytest.raises(TypeError, match="n_layers"):
-        M.from_scratch("llama-tiny", n_layers=2)
+    raises(ValueError, "ettin-18m.*ettin-17m", M.from_scratch, "ettin-18m")
+    raises(TypeError, "n_layers", M.from_scratch, "llama-tiny", n_layers=2)
     with pytest.raises(ValueError, match="3.*6|6.*3"):  # as many layer_kinds as layers
         M.from_scratch("modernbert-tiny", n_layer=3)
 
@@ -883,8 +876,7 @@ def test_from_scratch_takes_changes_and_names_what_it_knows():
     ("llama", 4), ("neobert", 4), ("mistral", 4), ("modernbert", 0)])  # fmt: skip
 def test_windows_that_a_folder_cannot_keep_are_refused(family, window):
     """config.json of Llama and NeoBERT has no windows, Mistral's one for all layers."""
-    with pytest.raises(ValueError, match=f"{family}.*local"):
-        tiny(family, layer_kinds=_KINDS, window=window)
+    raises(ValueError, f"{family}.*local", tiny, family, layer_kinds=_KINDS, window=window)
 
 
 def test_flops_count_what_multiplies():
@@ -922,18 +914,15 @@ def test_wrong_tensors_are_named(family, add, drop, message, tmp_path):
     path = tmp_path / "model.safetensors"
     state = load_file(path) | {name: torch.ones(shape) for name, shape in add.items()}
     save_file({name: w for name, w in state.items() if name != drop}, path)
-    with pytest.raises(ValueError, match=message):
-        HF.from_pretrained(tmp_path)
+    raises(ValueError, message, HF.from_pretrained, tmp_path)
 
 
 def test_bad_configs_and_arguments_are_named(folder):
     for change, message in (
         (dict(model_type="gpt9"), "gpt9.*llama"), (dict(hidden_act="relu6"), "relu6.*silu"),
         (dict(rope_parameters=dict(rope_type="longrope", factor=2.0)), "longrope.*yarn")):
-        with pytest.raises(ValueError, match=message):
-            HF.config_from_hf(config_of(folder) | change)
-    with pytest.raises(ValueError, match="sideways.*causal"):
-        HF.from_pretrained(folder, attention="sideways")
+        raises(ValueError, message, HF.config_from_hf, config_of(folder) | change)
+    raises(ValueError, "sideways.*causal", HF.from_pretrained, folder, attention="sideways")
     with pytest.raises(ValueError, match="window"):  # a Llama has no local layers
         HF.from_pretrained(folder, window=8)
     assert HF.from_pretrained(folder, window=0).config.layer_kinds == ["global"] * 4
@@ -950,8 +939,7 @@ def test_names_of_folders_and_of_the_hub(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(HF, "snapshot_download", download)
     for name in ("missing", "./missing", "/tmp/missing/model", "a/b/c", "~/missing"):
-        with pytest.raises(FileNotFoundError, match=name):
-            HF.from_pretrained(name)
+        raises(FileNotFoundError, name, HF.from_pretrained, name)
     assert not asked  # none of these went to the hub
     HF.from_pretrained("owner/name")
     HF.from_pretrained("owner/name@step599525")
@@ -959,8 +947,7 @@ def test_names_of_folders_and_of_the_hub(folder, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="out/missing.*no such folder"):  # a mistyped path, perhaps
         HF.from_pretrained("out/missing")
     write_json(config_of(folder), tmp_path, "config.json")
-    with pytest.raises(FileNotFoundError, match="no model.*safetensors"):
-        HF.from_pretrained(tmp_path)
+    raises(FileNotFoundError, "no model.*safetensors", HF.from_pretrained, tmp_path)
 
 
 def test_a_name_is_pinned_to_the_checkpoint_that_it_means_now(tmp_path):
@@ -1011,8 +998,7 @@ def test_backends_that_cannot_run_say_why(
     monkeypatch.setattr(A, "varlen_attn", installed[1])
     device, settings = torch.device(device), dict(dtype=torch.float32) | settings
     if outcome.startswith("!"):
-        with pytest.raises(ValueError, match=outcome[1:]):
-            A.choose_backend(wanted, device, **settings)
+        raises(ValueError, outcome[1:], A.choose_backend, wanted, device, **settings)
     else:
         assert A.choose_backend(wanted, device, **settings) == outcome
 
@@ -1067,14 +1053,12 @@ def test_resize_vocab(family, tmp_path):
     HF.save_pretrained(model, tmp_path)
     again = HF.from_pretrained(tmp_path)
     assert torch.equal(our_logits(again, new, [1]), our_logits(model, new, [1]))
-    with pytest.raises(ValueError, match="40.*100"):
-        model.resize_vocab(40)
+    raises(ValueError, "40.*100", model.resize_vocab, 40)
 
 
 def test_without_a_head_there_are_no_logits_and_a_frozen_embedding_grows():
     model = tiny("llama", head="none")
-    with pytest.raises(ValueError, match="head"):
-        model(random_tokens([4]), make_seqs([4]), rows=torch.arange(2))
+    raises(ValueError, "head", model, random_tokens([4]), make_seqs([4]), rows=torch.arange(2))
     model.embed.weight.requires_grad_(False)
     model.resize_vocab(VOCAB + 1)
     assert model.embed.weight.shape == (VOCAB + 1, 32) and not model.embed.weight.requires_grad
@@ -1092,8 +1076,7 @@ def test_weights_gathered_elsewhere_are_what_is_saved(tmp_path):
 # ---- bf16 ----
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16(family):
-    model = tiny(family)
-    rows = torch.arange(0, len(DOC_TOKENS), 3)
+    model, rows = tiny(family), torch.arange(0, len(DOC_TOKENS), 3)
     hidden = our_hidden(model, DOC_TOKENS, DOCS)
     plain, expected = train_gradients(model)
     model.zero_grad()
@@ -1118,8 +1101,7 @@ def test_bf16(family):
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_norms_work_in_fp32(kind):
     """bf16 in and out, rounded once; the weight of a norm in fp32 is not rounded at all."""
-    g = torch.Generator().manual_seed(0)
-    norm = M.Norm(64, kind, 1e-5)
+    g, norm = torch.Generator().manual_seed(0), M.Norm(64, kind, 1e-5)
     with torch.no_grad():
         norm.weight.copy_(torch.randn(64, generator=g))
     x = torch.randn(50, 64, generator=g).bfloat16()

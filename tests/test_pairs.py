@@ -16,7 +16,7 @@ from datasets import Dataset
 import harness
 from data import open_pairs, read_pair
 from embedder import Embedder
-from harness import ROOT, read_jsonl, script, write_jsonl
+from harness import ROOT, raises, read_jsonl, script, write_jsonl
 from model import from_scratch
 from tokenizer import load_tokenizer
 
@@ -82,11 +82,9 @@ def test_echo_complains(tmp_path):
         echo.main([*argv, "--datasets", "nq"])
     write_jsonl(path, echo_lines(2))
     path.write_text(path.read_text() + '{"query": "q"\n')
-    with pytest.raises(ValueError, match=r"nq.jsonl line 3: not JSON"):
-        echo.main([*argv, "--datasets", "nq"])
+    raises(ValueError, r"nq.jsonl line 3: not JSON", echo.main, [*argv, "--datasets", "nq"])
     assert not os.path.exists(tmp_path / "nq.jsonl")  # nothing half written
-    with pytest.raises(SystemExit, match="has no squad.jsonl"):
-        echo.main([*argv, "--datasets", "nq", "squad"])
+    raises(SystemExit, "has no squad.jsonl", echo.main, [*argv, "--datasets", "nq", "squad"])
 
 
 def test_prepare_runs_as_a_script_from_anywhere(tmp_path):
@@ -158,8 +156,7 @@ def test_wiki1m(tmp_path, capsys):
 
 # ---- sentence-transformers ----
 def st(tmp_path, rows, *argv):
-    path = write_jsonl(tmp_path / "in.jsonl", rows)
-    out = tmp_path / "out.jsonl"
+    path, out = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     st_triplets.main(["--input", path, "--out", str(out), *argv])
     return read_jsonl(out)
 
@@ -186,22 +183,19 @@ def test_st_triplets_leaves_out(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "columns a, b\n" in printed and "1 without anchor or positive, 4 below" in printed
     rows = [{"a": f"a{i}", "b": "b"} for i in range(300)]
-    train = st(tmp_path, rows, "--val_share", "0.3")
-    val = read_jsonl(tmp_path / "out.val.jsonl")
+    train, val = st(tmp_path, rows, "--val_share", "0.3"), read_jsonl(tmp_path / "out.val.jsonl")
     assert len(train) + len(val) == 300 and 50 < len(val) < 130
 
 
 def test_st_triplets_complains(tmp_path):
     rows = [{"anchor": "a", "positive": "p"}, {"anchor": "a", "positiv": "p"}]
-    with pytest.raises(ValueError, match=r"in.jsonl line 2: field 'positive' is missing"):
-        st(tmp_path, rows)
+    raises(ValueError, r"in.jsonl line 2: field 'positive' is missing", st, tmp_path, rows)
     with pytest.raises(ValueError, match=r"in.jsonl line 1: columns \['text'\], expected 2"):
         st(tmp_path, [{"text": "a", "label": 1}])
     out = ["--out", str(tmp_path / "out.jsonl")]
     with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
         st_triplets.main(["--input", str(tmp_path / "nothing.jsonl"), *out])
-    with pytest.raises(SystemExit, match="one of --input and --dataset"):
-        st_triplets.main(out)
+    raises(SystemExit, "one of --input and --dataset", st_triplets.main, out)
 
 
 # ---- hard negatives ----
@@ -365,8 +359,7 @@ def test_llm2vec_members(init_from, mntp, wrap):
 
 def test_unknown_base_is_an_error():
     for name in ("llm2vec", "anchor"):
-        with pytest.raises(SystemExit, match="KeyError: 'my-llama'"):
-            configured(name, "--init_from=out/my-llama")
+        raises(SystemExit, "KeyError: 'my-llama'", configured, name, "--init_from=out/my-llama")
 
 
 def test_anchor_members():
@@ -382,8 +375,7 @@ def test_anchor_members():
 
 def test_echo_configs_fit_the_prepared_files():
     """The config's passage instructions are the ones of the symmetric tasks, file by file."""
-    c = configured("echo_data")
-    expected = {}
+    c, expected = configured("echo_data"), {}
     for name in echo.DATASETS:
         for file, prompt, both in echo.outputs(name, "; "):
             expected[f"data/echo/{file}.jsonl"] = prompt if both else ""

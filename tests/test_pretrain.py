@@ -190,8 +190,7 @@ def test_other_objective_lora_and_muon(tiny, folders, tmp_path):
 
     more = ["--objective=clm", "--max_steps=4", "--optimizer=muon", "--attn_dropout=0.25"]
     run(tiny, tmp_path / "clm", f"--init_from={folders['modernbert']}", *more)
-    decoder = str(tmp_path / "clm" / "step4")
-    ids = torch.arange(5, 45)
+    decoder, ids = str(tmp_path / "clm" / "step4"), torch.arange(5, 45)
     ours = from_pretrained(decoder).eval()
     assert ours.config.attn_dropout == 0.0  # the model's own: the next stage chooses for itself
     theirs = AutoModelForCausalLM.from_pretrained(decoder).eval()

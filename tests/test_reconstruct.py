@@ -20,7 +20,7 @@ import train_reconstruct as R
 from data import open_pairs, read_pair
 from embedder import Embedder
 from formats.huggingface import from_pretrained, hf_module, save_pretrained
-from harness import WORDS, assert_close, assert_equal_bits, configured, losses, write_config
+from harness import WORDS, assert_close, assert_equal_bits, configured, losses, raises, write_config
 from pairs import pairs_of_step
 from tokenizer import Template, load_tokenizer
 
@@ -210,8 +210,7 @@ def test_pairs_do_not_see_each_other(llama, pair_files, doubled):
 def test_evaluation_equals_plain_loops(llama, pair_files):
     s, tokenizer = settings(device_batch_size=4, eval_lines=0), load_tokenizer(llama)
     net, file = R.Reconstruction(from_pretrained(llama)), open_pairs(pair_files[1])
-    theirs = AutoModelForCausalLM.from_pretrained(llama)
-    found = R.evaluate(net, file, tokenizer, s)
+    theirs, found = AutoModelForCausalLM.from_pretrained(llama), R.evaluate(net, file, tokenizer, s)
     lines = [read_pair(file, i) for i in range(17)]
     encoded = R.encode([x | {"passages": x["pos"][:1]} for x in lines], 0, tokenizer, s)
     counts = R.pack_pairs(encoded, 17).n_targets
@@ -426,11 +425,9 @@ def test_what_is_written_back_is_what_transformers_generates(llama, tmp_path, mo
                 inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2]), do_sample=False,
                 max_new_tokens=12, eos_token_id=1, pad_token_id=2)  # fmt: skip
         assert new == want[0].tolist() and eos_ids == [1], side
-    with pytest.raises(SystemExit, match="reconstruct_side='text'"):
-        sample.write_back(embedder, "a", "text", 4)
+    raises(SystemExit, "reconstruct_side='text'", sample.write_back, embedder, "a", "text", 4)
     embedder.model.drop_head()
-    with pytest.raises(SystemExit, match="kept its head"):
-        sample.write_back(embedder, "a", "query", 4)
+    raises(SystemExit, "kept its head", sample.write_back, embedder, "a", "query", 4)
 
 
 def test_learned_pairs_are_written_from_the_embedding_alone(tiny, tmp_path, monkeypatch, capsys):

@@ -13,8 +13,8 @@ import tokenizers as tk
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from harness import raises, script, write_jsonl
 from harness import read_jsonl as read
-from harness import script, write_jsonl
 from spans import join_spans, squeezed
 
 qa, acerag, pydocs = (script(f"data/{n}/prepare.py") for n in ("qa_spans", "acerag", "pydocs"))
@@ -45,8 +45,7 @@ def test_join_and_trim():
     rng = random.Random(0)
     for _ in range(200):
         spans = [sorted(rng.sample(range(30), 2)) for _ in range(rng.randint(0, 6))]
-        inside = {i for start, end in spans for i in range(start, end)}
-        joined = join_spans(spans)
+        inside, joined = {i for start, end in spans for i in range(start, end)}, join_spans(spans)
         assert {i for start, end in joined for i in range(start, end)} == inside
         assert all(a[1] < b[0] for a, b in zip(joined[:-1], joined[1:], strict=True))  # no touch
     assert qa.trim_span("ab  cd \n e", [2, 8]) == [4, 6]
@@ -124,8 +123,7 @@ def test_squad_from_the_hub(tmp_path, monkeypatch):
     path = squad_file(tmp_path, [given])
     qa.main(["--format=squad", f"--input={path}", f"--out={tmp_path}/file.jsonl"])
     assert read(tmp_path / "hub.jsonl") == read(tmp_path / "file.jsonl") != []
-    with pytest.raises(SystemExit, match="QED is not on the hub"):
-        qa.main(["--format=qed", *out])
+    raises(SystemExit, "QED is not on the hub", qa.main, ["--format=qed", *out])
 
 
 # ---- QED ----
@@ -233,8 +231,7 @@ def test_hotpot(tmp_path, monkeypatch, capsys):
     lines, _ = prepared(qa, capsys, tmp_path / "a.jsonl", "--gold=answer", *argv)
     assert [quoted(line) for line in lines] == [["wood"]]
 
-    columns = {"title": [t for t, _ in context], "sentences": [s for _, s in context]}
-    rows = []
+    columns, rows = {"title": [t for t, _ in context], "sentences": [s for _, s in context]}, []
     for r in records:
         titles, places = zip(*r["supporting_facts"], strict=True)
         facts = {"title": titles, "sent_id": places}
@@ -306,15 +303,13 @@ def as_acerag_does(tokenizer, prompt, context, window):
     a, b = ids(prompt), ids(prompt.replace(acerag.TAG, context))
     head = next(i for i in range(len(a)) if a[i] != b[i])
     tail = next(i for i in range(len(a)) if a[-1 - i] != b[-1 - i])
-    middle = b[head : len(b) - tail]
-    room = (window - head - tail) * 8
+    middle, room = b[head : len(b) - tail], (window - head - tail) * 8
     return middle if len(middle) <= room else middle[: room // 2] + middle[-(room // 2) :]
 
 
 def test_acerag_spans_have_the_gold_tokens_text(tokenizer):
     """Whatever tokens are gold, the spans spell what these tokens spell, and nothing else."""
-    rng = random.Random(1)
-    exact = 0
+    rng, exact = random.Random(1), 0
     brackets = ["[1] The fox jumps over it, and [2]", "[CON] jumps, he said [TEXT]"]  # like the tag
     for context in [*texts(30, seed=2), *brackets]:
         ids = as_acerag_does(tokenizer, PROMPT, context, 4096)
@@ -339,8 +334,7 @@ def test_acerag_spans_have_the_gold_tokens_text(tokenizer):
 
 
 def test_acerag_cuts_the_middle_as_it_does(tokenizer):
-    context = " ".join(texts(20, seed=3))
-    window = 60
+    context, window = " ".join(texts(20, seed=3)), 60
     ids = as_acerag_does(tokenizer, PROMPT, context, window)
     places, cut = acerag.context_tokens(tokenizer, PROMPT, context, acerag.TAG, window)
     assert len(places) == len(ids) and cut > 0

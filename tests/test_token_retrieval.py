@@ -25,7 +25,7 @@ import train_token_retrieval as T
 from data import open_pairs
 from embedder import Embedder
 from formats.huggingface import from_pretrained
-from harness import ROOT, assert_close, assert_equal_bits, losses, run_ranks, write_jsonl
+from harness import ROOT, assert_close, assert_equal_bits, losses, raises, run_ranks, write_jsonl
 from spans import covered, find_runs, gold_tokens, read_spans
 from token_scores import score_tokens, windows_of
 from tokenizer import Template, load_tokenizer, tokenize, tokenize_passage
@@ -54,8 +54,7 @@ def test_windows_hold_each_token_once_where_it_sees_most(causal):
         for a, b in zip(found[:-1], found[1:], strict=True):
             assert a[1] - b[0] >= overlap and (a[1] - b[0] == overlap or b is found[-1])
     assert windows_of(50, 0, 0, causal) == [(0, 50, 0, 50)]
-    with pytest.raises(ValueError, match="windows of 8 tokens cannot share 8"):
-        windows_of(50, 8, 8, causal)
+    raises(ValueError, "windows of 8 tokens cannot share 8", windows_of, 50, 8, 8, causal)
 
 
 # ---- spans, tokens and back ----
@@ -108,8 +107,7 @@ def test_spans_to_tokens_and_back(toy_tokens, template):
             record = {"passage": passage, "spans": [[start, end]], "where": "x line 1"}
             text = passage[start:end].strip()
             if not text:
-                with pytest.raises(ValueError, match="x line 1: span"):
-                    gold_tokens(record, spans)
+                raises(ValueError, "x line 1: span", gold_tokens, record, spans)
                 continue
             (inside,) = gold_tokens(record, spans)
             first, last = spans[inside[0], 0], spans[inside[-1], 1]
@@ -127,8 +125,7 @@ def test_offsets_that_lie_are_found(toy_tokens, monkeypatch):
     record = {"passage": TEXT, "spans": [[2, 7]], "where": "x.jsonl line 3"}
     with pytest.raises(ValueError, match=r"x.jsonl line 3: span \[2, 7\], 'na\xefve', comes back"):
         gold_tokens(record, spans[5:])
-    with pytest.raises(ValueError, match="comes back from its tokens as ''"):
-        gold_tokens(record, spans[:0])
+    raises(ValueError, "comes back from its tokens as ''", gold_tokens, record, spans[:0])
     passage = "tan molo rima suke kes tan"
     record = dict(query="ta", passage=passage, spans=[[4, 8]], answer=None, where="x line 3")
     good = P.encode_passage([record], tokenizer, s)
@@ -259,8 +256,7 @@ def test_score_tokens_of_odd_passages(model_folder):
     scores, spans = score_tokens(embedder, ["tan"], TEXT, window=7, overlap=3)
     assert scores.shape == (1, len(spans)) and np.abs(scores).max() <= 1 + 1e-6
     embedder.pooling = "tokens"
-    with pytest.raises(ValueError, match="'tokens'"):
-        score_tokens(embedder, ["tan"], TEXT)
+    raises(ValueError, "'tokens'", score_tokens, embedder, ["tan"], TEXT)
 
 
 # ---- batches ----
@@ -296,8 +292,7 @@ def test_passages_are_cut_and_spans_behind_the_cut_are_lost(model_folder):
     tokenizer, words = load_tokenizer(model_folder), "tan tama mos rilo sun kema"
     base = {"passage": words, "answer": None, "where": "x", "line": 1}
     spans = [[[0, 3]], [[0, 3], [14, 22]], [[14, 17], [23, 26]], [[5, 16]]]
-    records = [base | {"query": f"q{i}", "spans": x} for i, x in enumerate(spans)]
-    s = settings()
+    records, s = [base | {"query": f"q{i}", "spans": x} for i, x in enumerate(spans)], settings()
     whole = P.encode_passage(records, tokenizer, s)
     ids = whole.texts[0]
     assert whole.lost.tolist() == [0, 0] and len(whole.records) == 4

@@ -16,7 +16,7 @@ import sample
 from attention import make_seqs
 from embedder import Embedder
 from formats.huggingface import from_pretrained, resolve_folder
-from harness import ROOT, execute, write_jsonl
+from harness import ROOT, execute, raises, write_jsonl
 from tokenizer import load_tokenizer
 
 SCRIPT = f"{ROOT}/sample.py"
@@ -121,15 +121,13 @@ def test_prompts(folders):
     assert eos_ids == {tokenizer.sep_token_id}
     net.config.hf["eos_token_id"] = [7, 8]
     assert sample.encode_prompt(net, tokenizer, "tan")[1] == {tokenizer.sep_token_id, 7, 8}
-    with pytest.raises(SystemExit, match="300 tokens, the model 256 positions"):
-        sample.generate(net, [5] * 300, 1)
+    raises(SystemExit, "300 tokens, the model 256 positions", sample.generate, net, [5] * 300, 1)
     assert len(sample.generate(net, [5] * 250, 9)[0]) == 6
     bidirectional, _ = loaded(folders["modernbert"])
     with pytest.raises(SystemExit, match=r"bidirectional.*--text with a \[MASK\]"):
         sample.encode_prompt(bidirectional, tokenizer, "tan")
     for wrong in (dict(temperature=-1), dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1)):
-        with pytest.raises(SystemExit, match=next(iter(wrong))):
-            sample.generate(net, [0], 1, **wrong)
+        raises(SystemExit, next(iter(wrong)), sample.generate, net, [0], 1, **wrong)
 
 
 @pytest.mark.parametrize("family", ["modernbert", "llama-bidirectional"])
@@ -157,11 +155,9 @@ def test_the_mask_takes_the_space_before_it(folders, capsys):
     word, after = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (" lo", " mo"))
     tan = tokenizer("tan", add_special_tokens=False)["input_ids"]
     assert ids == [0, *tan, tokenizer.mask_token_id, *after, 1]
-    p = torch.tensor([[0.75, 0.25]])
-    best = torch.tensor([[word[0], tokenizer.sep_token_id]])
+    p, best = torch.tensor([[0.75, 0.25]]), torch.tensor([[word[0], tokenizer.sep_token_id]])
     sample.print_fill(tokenizer, "tan [MASK] mo", ids, places, p, best)
-    out = capsys.readouterr().out
-    first = tokenizer.decode(word[:1])
+    out, first = capsys.readouterr().out, tokenizer.decode(word[:1])
     assert f"75.0% {first!r}" in out and "25.0% '[SEP]'" in out and f"best: tan{first} mo" in out
     assert "no token" in sample.shown(tokenizer, 511)  # the embedding has more rows than words
 
@@ -173,10 +169,8 @@ def test_fill_errors(folders):
     with pytest.raises(SystemExit, match="causal.*--prompt"):
         sample.fill(loaded(folders["llama"])[0], tokenizer, ["[MASK]"], 5, {})
     tokenizer.mask_token = None
-    with pytest.raises(SystemExit, match="no mask token"):
-        sample.fill(net, tokenizer, ["[MASK]"], 5, {})
-    with pytest.raises(SystemExit, match="no language modelling head"):
-        sample.load(folders["modernbert-headless"])
+    raises(SystemExit, "no mask token", sample.fill, net, tokenizer, ["[MASK]"], 5, {})
+    raises(SystemExit, "no language modelling head", sample.load, folders["modernbert-headless"])
 
 
 def test_newest_model(tmp_path):

@@ -130,8 +130,7 @@ def test_verify_fails_on_missing_and_bad_weights(broken, tmp_path):
 
 
 def test_verify_fails_on_a_tokenizer_that_does_not_fit(broken):
-    good = read_json(broken, "tokenizer.json")
-    tokenizer = load_tokenizer(str(broken))
+    good, tokenizer = read_json(broken, "tokenizer.json"), load_tokenizer(str(broken))
     tokenizer.add_tokens([f"<new {i}>" for i in range(400)])
     tokenizer.save_pretrained(broken)
     [(title, figure)] = failures(broken).items()
