@@ -160,6 +160,4 @@ def test_token_retrieval_on_two_ranks(config, tmp_path):
     (["--passage_window=8", "--window_overlap=8"], "windows of 8 tokens cannot share 8"),
 ])  # fmt: skip
 def test_bad_settings_say_what_is_expected(config, tmp_path, more, message):
-    with pytest.raises((SystemExit, ValueError)) as error:
-        harness.run(SCRIPT, config, tmp_path, *more)
-    assert message in str(error.value)
+    harness.assert_refused(message, SCRIPT, config, tmp_path, *more)

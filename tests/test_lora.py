@@ -486,14 +486,12 @@ def test_load_for_training(base, tmp_path):
 
 
 # ---- errors ----
-@pytest.mark.parametrize(
-    "name,message,changes",
-    [
-        ("modernbert", "'q_proj'.*'qkv_proj', 'o_proj', 'gate_up_proj'", dict(targets="q_proj")),
-        ("modernbert", "targets=''", dict(targets="")),
-        ("modernbert", "'norms'.*'embed', 'norm', 'head'", dict(train_also="norms")),
-        ("qwen3", "'head'.*'embed', 'norm'", dict(train_also="head")),  # tied, no bias
-    ])  # fmt: skip
+@pytest.mark.parametrize("name,message,changes", [
+    ("modernbert", "'q_proj'.*'qkv_proj', 'o_proj', 'gate_up_proj'", dict(targets="q_proj")),
+    ("modernbert", "targets=''", dict(targets="")),
+    ("modernbert", "'norms'.*'embed', 'norm', 'head'", dict(train_also="norms")),
+    ("qwen3", "'head'.*'embed', 'norm'", dict(train_also="head")),  # tied, no bias
+])  # fmt: skip
 def test_inject_errors(base, name, message, changes):
     model = from_pretrained(base(name)[1])
     with pytest.raises(ValueError, match=message):
@@ -516,28 +514,25 @@ A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
 EMBED = INNER + "embed_tokens.weight"
 
 
-@pytest.mark.parametrize(
-    "message,changes",
-    [
-        ("use_dora = True: not supported", dict(use_dora=True)),
-        ("bias = 'all': not supported", dict(bias="all")),
-        ("init_lora_weights = 'pissa': not supported", dict(init_lora_weights="pissa")),
-        ("some_new_key = 1: not supported", dict(some_new_key=1)),
-        ("peft_type = 'IA3': not supported", dict(peft_type="IA3")),
-        ("missing.*blocks.1.attn.q_proj.lora_B", dict(drop=[B])),
-        ("missing.*q_proj.lora_A", dict(drop=[A, B])),
-        # a regular expression over an inner class's names
-        ("missing.*q_proj.lora_A", dict(drop=[A, B], target_modules=r"layers\.\d\.self_attn\..*")),
-        ("missing.*: norm.weight", dict(drop=[INNER + "norm.weight"])),
-        ("missing.*: lm_head.weight", dict(modules_to_save=["lm_head"])),
-        ("unexpected.*classifier", dict(add={"base_model.model.classifier.weight": torch.ones(3)})),
-        ("unexpected.*magnitude", dict(add={f"{Q}.lora_magnitude_vector": torch.ones(64)})),
-        ("unexpected.*layers.7", dict(add={A.replace("1", "7"): torch.ones(3)})),
-        (r"lora_A is \(4, 65\), the model's is \(4, 64\)", dict(add={A: torch.ones(4, 65)})),
-        (r"embed.weight is \(96, 64\)", dict(add={EMBED: torch.ones(96, 64)})),
-        # new rows for the embedding alone
-        ("missing.*: lm_head.weight", dict(add={EMBED: torch.ones(99, 64)})),
-    ])  # fmt: skip
+@pytest.mark.parametrize("message,changes", [
+    ("use_dora = True: not supported", dict(use_dora=True)),
+    ("bias = 'all': not supported", dict(bias="all")),
+    ("init_lora_weights = 'pissa': not supported", dict(init_lora_weights="pissa")),
+    ("some_new_key = 1: not supported", dict(some_new_key=1)),
+    ("peft_type = 'IA3': not supported", dict(peft_type="IA3")),
+    ("missing.*blocks.1.attn.q_proj.lora_B", dict(drop=[B])),
+    ("missing.*q_proj.lora_A", dict(drop=[A, B])),
+    # a regular expression over an inner class's names
+    ("missing.*q_proj.lora_A", dict(drop=[A, B], target_modules=r"layers\.\d\.self_attn\..*")),
+    ("missing.*: norm.weight", dict(drop=[INNER + "norm.weight"])),
+    ("missing.*: lm_head.weight", dict(modules_to_save=["lm_head"])),
+    ("unexpected.*classifier", dict(add={"base_model.model.classifier.weight": torch.ones(3)})),
+    ("unexpected.*magnitude", dict(add={f"{Q}.lora_magnitude_vector": torch.ones(64)})),
+    ("unexpected.*layers.7", dict(add={A.replace("1", "7"): torch.ones(3)})),
+    (r"lora_A is \(4, 65\), the model's is \(4, 64\)", dict(add={A: torch.ones(4, 65)})),
+    (r"embed.weight is \(96, 64\)", dict(add={EMBED: torch.ones(96, 64)})),
+    # new rows for the embedding alone
+    ("missing.*: lm_head.weight", dict(add={EMBED: torch.ones(99, 64)}))])  # fmt: skip
 def test_load_errors(base, tmp_path, message, changes):
     folder, changes = base("llama")[1], dict(changes)
     lora.save_adapter(adapted(folder, train_also="norm"), str(tmp_path), folder)

@@ -122,12 +122,10 @@ def test_loss_and_gradients_are_those_of_transformers_document_by_document(
     assert want.norm() > 0.1 and (got - want).norm() < 1e-6 * want.norm()
 
 
-@pytest.mark.parametrize(
-    ("schedule", "shares"),  # of the way from min_lr to learning_rate, in each of eight steps
-    [
-        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25, 0, 0]),  # the decay begins with the warmup's end
-        ("wsd", [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]),  # the decay ends with the run
-    ])  # fmt: skip
+@pytest.mark.parametrize(("schedule", "shares"), [  # from min_lr up, in each of eight steps
+    ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25, 0, 0]),  # the decay begins with the warmup's end
+    ("wsd", [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]),  # the decay ends with the run
+])  # fmt: skip
 def test_decay_steps_by_schedule_and_stop_step(schedule, shares, tiny, tmp_path):
     more = [f"--schedule={schedule}", "--decay_shape=linear", "--warmup_steps=2", "--decay_steps=4"]
     run(tiny, tmp_path / "a", *more, "--learning_rate=1e-3", "--eval_interval=0")

@@ -240,26 +240,23 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path):
     assert "step 2: loss nan" in out and "Rows of" in out
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--batch_tokens=700"], "batch_tokens=700 must be k x device_batch_tokens=128"),
-        (["--device_batch_tokens=96"], "device_batch_tokens=96 must be a multiple of max_seq_len"),
-        (["--vocab_size=100"], "100"), (["--model_size=bert"], "model_size='bert'"),
-        (["--data=nowhere"], "nowhere"),
-        (["--data_dir=nowhere"], "'data_dir' is now called 'data'"),
-        (["--batch_size=768"], "'batch_size' is now called 'batch_tokens'"),
-        (["--objective=rtd"], "objective='rtd': expected one of 'mlm', 'clm'"),
-        (["--schedule=cosin"], "schedule"), (["--init_from=nowhere/at/all"], "no such folder"),
-        (["--num_epochs=3"], "max_steps=8, num_epochs=3.0; expected one"),
-        (["--lora_rank=4"], "LoRA needs a base"),
-        (["--train_also=norm"], "train_also='norm' goes with LoRA"),
-        (["--zero1=True"], "start with torchrun"), (["--fsdp=full"], "start with torchrun"),
-        (["--fsdp=True"], "fsdp='True': expected one of '', 'full'"),
-        (["--eval_tokens=60"], "no row of 64 to evaluate on"),
-        (["--max_seq_len=100000", "--batch_tokens=100000", "--device_batch_tokens=100000"],
-         "no row"),
-    ])  # fmt: skip
+@pytest.mark.parametrize(("more", "message"), [
+    (["--batch_tokens=700"], "batch_tokens=700 must be k x device_batch_tokens=128"),
+    (["--device_batch_tokens=96"], "device_batch_tokens=96 must be a multiple of max_seq_len"),
+    (["--vocab_size=100"], "100"), (["--model_size=bert"], "model_size='bert'"),
+    (["--data=nowhere"], "nowhere"),
+    (["--data_dir=nowhere"], "'data_dir' is now called 'data'"),
+    (["--batch_size=768"], "'batch_size' is now called 'batch_tokens'"),
+    (["--objective=rtd"], "objective='rtd': expected one of 'mlm', 'clm'"),
+    (["--schedule=cosin"], "schedule"), (["--init_from=nowhere/at/all"], "no such folder"),
+    (["--num_epochs=3"], "max_steps=8, num_epochs=3.0; expected one"),
+    (["--lora_rank=4"], "LoRA needs a base"),
+    (["--train_also=norm"], "train_also='norm' goes with LoRA"),
+    (["--zero1=True"], "start with torchrun"), (["--fsdp=full"], "start with torchrun"),
+    (["--fsdp=True"], "fsdp='True': expected one of '', 'full'"),
+    (["--eval_tokens=60"], "no row of 64 to evaluate on"),
+    (["--max_seq_len=100000", "--batch_tokens=100000", "--device_batch_tokens=100000"],
+     "no row")])  # fmt: skip
 def test_bad_settings_say_what_is_expected(tiny, tmp_path, more, message):
     harness.assert_refused(message, SCRIPT, tiny, tmp_path, *more)
 

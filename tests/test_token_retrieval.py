@@ -140,11 +140,6 @@ def test_offsets_that_lie_are_found(toy_tokens, monkeypatch):
 
 
 # ---- the loss ----
-@pytest.fixture(scope="module")
-def model_folder(folders):
-    return folders["llama"]
-
-
 def settings(**changes):
     """What the main block gives to the functions, for one rank on the CPU."""
     plain = dict(
@@ -178,12 +173,12 @@ def hidden_states(model, passages):
 
 
 @pytest.fixture
-def doubled(model_folder, monkeypatch):
+def doubled(folders, monkeypatch):
     """The model in fp64: what the code does in fp32 becomes fp64, too."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    model = from_pretrained(model_folder).double().train()
+    model = from_pretrained(folders["llama"]).double().train()
     model.drop_head()
-    return model, load_tokenizer(model_folder)
+    return model, load_tokenizer(folders["llama"])
 
 
 def plain_loss(model, tokenizer, records, s):
@@ -226,10 +221,10 @@ def test_loss_and_gradients_equal_a_loop(case, doubled, files):
 
 
 @pytest.mark.parametrize("window", [0, 12])
-def test_training_and_use_give_equal_scores(window, model_folder, files):
+def test_training_and_use_give_equal_scores(window, folders, files):
     s = settings(passage_window=window, window_overlap=5 if window else 0)
     prompts = {"query": "ask: ", "document": "read: "}
-    model, tokenizer = from_pretrained(model_folder), load_tokenizer(model_folder)
+    model, tokenizer = from_pretrained(folders["llama"]), load_tokenizer(folders["llama"])
     model.drop_head()
     embedder = Embedder(model, tokenizer, "last", s.template, prompts, max_length=24)
     passages, far = encoded_runs(open_pairs(files[0]), tokenizer, s), 0.0
@@ -249,8 +244,8 @@ def test_training_and_use_give_equal_scores(window, model_folder, files):
     assert embedder.training
 
 
-def test_score_tokens_of_odd_passages(model_folder):
-    embedder = Embedder(from_pretrained(model_folder), load_tokenizer(model_folder), "last")
+def test_score_tokens_of_odd_passages(folders):
+    embedder = Embedder(from_pretrained(folders["llama"]), load_tokenizer(folders["llama"]), "last")
     scores, spans = score_tokens(embedder, ["tan", ""], "")
     assert scores.shape == (2, 0) and spans.shape == (0, 2)
     scores, spans = score_tokens(embedder, ["tan"], TEXT, window=7, overlap=3)
@@ -288,8 +283,8 @@ def test_ranks_share_a_batch_out():
     assert P.share_out(texts[:1], 2) == [[0], []]
 
 
-def test_passages_are_cut_and_spans_behind_the_cut_are_lost(model_folder):
-    tokenizer, words = load_tokenizer(model_folder), "tan tama mos rilo sun kema"
+def test_passages_are_cut_and_spans_behind_the_cut_are_lost(folders):
+    tokenizer, words = load_tokenizer(folders["llama"]), "tan tama mos rilo sun kema"
     base = {"passage": words, "answer": None, "where": "x", "line": 1}
     spans = [[[0, 3]], [[0, 3], [14, 22]], [[14, 17], [23, 26]], [[5, 16]]]
     records, s = [base | {"query": f"q{i}", "spans": x} for i, x in enumerate(spans)], settings()
@@ -373,8 +368,8 @@ run, arguments = partial(harness.run, SCRIPT), partial(harness.arguments, SCRIPT
 
 
 @pytest.fixture(scope="module")
-def tiny(model_folder, files, tmp_path_factory):
-    keys = TINY | dict(init_from=model_folder, data=files[0], eval_data=files[1])
+def tiny(folders, files, tmp_path_factory):
+    keys = TINY | dict(init_from=folders["llama"], data=files[0], eval_data=files[1])
     return harness.write_config(tmp_path_factory.mktemp("config"), **keys)
 
 
@@ -400,11 +395,11 @@ def test_training_finds_the_words_of_the_query(tiny, tmp_path, capsys):
             assert found["ap"] > again["random"]["ap"] + 0.1
 
 
-def test_all_that_trained_is_saved(tiny, model_folder, tmp_path):
+def test_all_that_trained_is_saved(tiny, folders, tmp_path):
     """LoRA with the embedding and norms, in the folder and in the adapter."""
     embedder = run(tiny, tmp_path / "whole", "--lora_rank=4", "--train_also=embed,norm").embedder
     adapter = load_file(tmp_path / "whole/step6/adapter/adapter_model.safetensors")
-    base = from_pretrained(model_folder)
+    base = from_pretrained(folders["llama"])
     moved = {n: p for n, p in embedder.model.named_parameters() if p.requires_grad}
     assert len(adapter) == len(moved) and "embed.weight" in moved and "norm.weight" in moved
     for name in ("embed.weight", "norm.weight", "blocks.1.mlp_norm.weight"):
@@ -413,7 +408,7 @@ def test_all_that_trained_is_saved(tiny, model_folder, tmp_path):
     ours = [score_tokens(embedder, ["tan", "kema"], text)[0] for text in texts]
     loaded = Embedder.load(str(tmp_path / "whole/step6"), dtype="fp32")
     alone = Embedder.load(
-        model_folder, [str(tmp_path / "whole/step6/adapter")], dtype="fp32", pooling="last",
+        folders["llama"], [str(tmp_path / "whole/step6/adapter")], dtype="fp32", pooling="last",
         template=embedder.template, prompts=embedder.prompts, max_length=24)  # fmt: skip
     for text, want in zip(texts, ours, strict=True):
         for other in (loaded, alone):
