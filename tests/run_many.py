@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 init_process_group, rank = dist.init_process_group, int(os.environ["RANK"])
-(folder, parent), run = sys.argv[1:], 0
+folder, parent = sys.argv[1:]
 store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 
 
@@ -30,7 +30,7 @@ for job in itertools.count():
         os.kill(int(parent), 0)  # raises when it is gone
         time.sleep(0.02)
     with open(path) as f:
-        ranks, argvs = json.load(f)
+        (ranks, argvs), run = json.load(f), 0  # counted within a job: not all ranks are in each
     os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
     for argv in argvs if rank < ranks else []:
         run, sys.argv = run + 1, argv
