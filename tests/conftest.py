@@ -55,30 +55,17 @@ def show_cuda(request, hide_cuda):
 def toy_tokens(tmp_path_factory):
     """A folder of token files: 400 documents of made-up but regular text, vocabulary 512."""
     import numpy as np
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
 
-    from harness import WORDS as words
+    from recorder import WORDS as words
+    from recorder import toy_tokenizer
     from tokenizer import vocab_size_of
     from tokens import write_meta, write_tokens
 
-    rng = np.random.default_rng(0)
-    docs = []
+    rng, docs = np.random.default_rng(0), []
     for _ in range(400):
         i, n = rng.integers(len(words)), rng.integers(5, 60)
         docs.append(" ".join(words[(i + k * k) % len(words)] for k in range(n)))
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(docs, trainers.BpeTrainer(
-        vocab_size=512, special_tokens=["[CLS]", "[SEP]", "[PAD]", "[MASK]"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
-    bpe.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, cls_token="[CLS]", sep_token="[SEP]", bos_token="[CLS]",
-        eos_token="[SEP]", pad_token="[PAD]", mask_token="[MASK]")  # fmt: skip
+    tokenizer = toy_tokenizer(docs)
     folder, n = tmp_path_factory.mktemp("toy_tokens"), vocab_size_of(tokenizer)
     ids = tokenizer(docs)["input_ids"]
     splits = {"train": write_tokens(folder, "train", ids[:350], n)}

@@ -34,8 +34,7 @@ OLD = {  # script: {today's key: what it was called}
                       "device_batch_tokens": "device_batch_size"},
     "train_contrastive.py": {"device_batch_tokens": "chunk_tokens"},
     "train_token_retrieval.py": {"device_batch_tokens": "chunk_tokens"},
-    "train_classifier.py": {"max_length": "max_seq_len"},
-}  # fmt: skip
+    "train_classifier.py": {"max_length": "max_seq_len"}}  # fmt: skip
 
 TOKEN_KEYS = dict(data="tokens", max_seq_len=64, batch_tokens=512, device_batch_tokens=128,
                   eval_interval=10, eval_tokens=512)  # fmt: skip
@@ -82,13 +81,8 @@ RUNS = {  # name: (ranks, script, keys)
 }  # fmt: skip
 
 
-def make_data(folder):
-    """Token files, JSONL files and two models in `folder`, the same every time."""
-    rng = np.random.default_rng(0)
-    texts = []
-    for _ in range(300):
-        i, n = rng.integers(len(WORDS)), rng.integers(4, 60)
-        texts.append(" ".join(WORDS[(i + k * k) % len(WORDS)] for k in range(n)))
+def toy_tokenizer(texts):
+    """A byte-level BPE that puts [CLS] and [SEP] around a text; they are also its BOS and EOS."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -97,19 +91,26 @@ def make_data(folder):
         vocab_size=512, special_tokens=specials, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
     bpe.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)])  # fmt: skip
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, cls_token="[CLS]", sep_token="[SEP]", bos_token="[CLS]",
         eos_token="[SEP]", pad_token="[PAD]", mask_token="[MASK]")  # fmt: skip
+
+
+def make_data(folder):
+    """Token files, JSONL files and two models in `folder`, the same every time."""
+    rng, texts = np.random.default_rng(0), []
+    for _ in range(300):
+        i, n = rng.integers(len(WORDS)), rng.integers(4, 60)
+        texts.append(" ".join(WORDS[(i + k * k) % len(WORDS)] for k in range(n)))
+    tokenizer = toy_tokenizer(texts)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
 
     os.makedirs(os.path.join(folder, "tokens"))
     tokenizer.save_pretrained(os.path.join(folder, "tokens", "tokenizer"))
     splits = {}
     for split, part in (("train", texts[:250]), ("val", texts[250:])):
-        ids = tokenizer(part)["input_ids"]
-        path = os.path.join(folder, "tokens", split)
+        ids, path = tokenizer(part)["input_ids"], os.path.join(folder, "tokens", split)
         np.concatenate(ids).astype("<u2").tofile(path + ".bin")
         np.cumsum([0, *map(len, ids)]).astype("<i8").tofile(path + ".idx")
         splits[split] = {"docs": len(ids), "tokens": sum(map(len, ids))}
@@ -140,12 +141,10 @@ def make_data(folder):
     ids = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2, vocab_size=vocab_size)
     shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4)
     llama = transformers.LlamaConfig(
-        **shape, **ids, num_key_value_heads=2, max_position_embeddings=256
-    )
+        **shape, **ids, num_key_value_heads=2, max_position_embeddings=256)  # fmt: skip
     modernbert = transformers.ModernBertConfig(
         **shape, **ids, cls_token_id=0, sep_token_id=1, max_position_embeddings=256,
-        local_attention=16, global_attn_every_n_layers=2,
-    )  # fmt: skip
+        local_attention=16, global_attn_every_n_layers=2)  # fmt: skip
     both = (("llama", transformers.LlamaForCausalLM(llama)),
             ("modernbert", transformers.ModernBertForMaskedLM(modernbert)))  # fmt: skip
     for name, model in both:
@@ -175,16 +174,13 @@ def record(tree):
             env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": tree}
             done = subprocess.run(
                 [*launch, os.path.join(tree, script), *argv], cwd=folder, env=env, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
             if done.returncode:
                 raise SystemExit(f"{name}: {' '.join(argv)}\n{done.stdout[-3000:]}")
             with open(os.path.join(folder, "out", name, "log.csv")) as f:
                 rows = list(csv.DictReader(f))
-            found[name] = {
-                column: {row["step"]: float(row[column]) for row in rows if row[column]}
-                for column in ("loss", "gnorm", "lr", "eval_loss")
-            }
+            found[name] = {column: {row["step"]: float(row[column]) for row in rows if row[column]}
+                           for column in ("loss", "gnorm", "lr", "eval_loss")}  # fmt: skip
             print(f"{name}: {list(found[name]['loss'].values())[-1]!r}", flush=True)
     return found
 

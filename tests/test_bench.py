@@ -1,7 +1,4 @@
-"""tools/bench.py: a tiny run of it, its arithmetic on made-up times, its count of operations.
-
-    python -m pytest tests/test_bench.py
-"""
+"""tools/bench.py: a tiny run of it, its arithmetic on made-up times, its count of operations."""
 
 import json
 import subprocess
@@ -15,16 +12,22 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import make_seqs
-from harness import ROOT
+from harness import ROOT, raises
 from model import from_scratch
 from tools import bench
 
 
 def run_bench(name, out_dir, *more):
-    options = f"--out_dir={out_dir}", "--rounds=2", "--threads=1", *more
-    command = [sys.executable, "-m", "tools.bench", name, *options]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, run.stdout + run.stderr
+    argv = ["tools.bench", name, f"--out_dir={out_dir}", "--rounds=2", "--threads=1", *more]
+    if name == "mlm":  # the command
+        argv = [sys.executable, "-m", *argv]
+        run = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
+        assert run.returncode == 0, run.stdout + run.stderr
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TQDM_DISABLE", "1")  # which it sets, and is unset again
+            patch.setattr(sys, "argv", argv)
+            bench.main()
     return json.loads((out_dir / f"bench_{name}.json").read_text())
 
 
@@ -37,8 +40,7 @@ TINY += [pytest.param(*run, marks=pytest.mark.slow) for run in SLOW]
 @pytest.mark.parametrize(("name", "size", "n"), TINY)
 def test_tiny_run(name, size, n, tmp_path):
     """Real processes: the file's fields, and sides that computed the same results."""
-    out = run_bench(name, tmp_path, f"--size={size}", f"--n={n}")
-    cases = bench.BENCHES[name]
+    out, cases = run_bench(name, tmp_path, f"--size={size}", f"--n={n}"), bench.BENCHES[name]
     assert [case["size"] for case in out["setting"]["cases"]] == [size] * len(cases)
     assert len(out["rows"]) == sum(len(case.sides) - 1 for case in cases)
     for row in out["rows"]:
@@ -67,12 +69,10 @@ def test_ratios(monkeypatch):
     model, batches = from_scratch("modernbert-tiny"), [MLM.make(8192, 2, RNG) for _ in range(3)]
     job = SimpleNamespace(batches=batches, dtype="fp32")
     ours, best, default = MLM.sides
-    turns = {
-        ours: [(99.0, 9.0, 1e6), (1.0, 9.0, 2e6), (1.0, 9.0, 2e6)],
-        best: [(99.0, 9.0 + 1e-4, 1e6), (2.0, 9.0, 4e6), (4.0, 9.0, 4e6)],
-        default: [(99.0, 9.0, 1e6), (3.0, 9.0, 8e6), (9.0, 9.0, 8e6)],
-        "matmul": [(99.0, 1e9, 0), (1.0, 1e9, 0), (0.5, 1e9, 0)],
-    }
+    turns = {ours: [(99.0, 9.0, 1e6), (1.0, 9.0, 2e6), (1.0, 9.0, 2e6)],
+             best: [(99.0, 9.0 + 1e-4, 1e6), (2.0, 9.0, 4e6), (4.0, 9.0, 4e6)],
+             default: [(99.0, 9.0, 1e6), (3.0, 9.0, 8e6), (9.0, 9.0, 8e6)],
+             "matmul": [(99.0, 1e9, 0), (1.0, 1e9, 0), (0.5, 1e9, 0)]}  # fmt: skip
     monkeypatch.setattr(bench, "take_turns", lambda sides, job: turns)
     rows, sides = bench.compare(model, job, MLM)
     assert [row["ratio"] for row in rows] == [3.0, 6.0]  # medians of 2, 4 and of 3, 9
@@ -82,8 +82,7 @@ def test_ratios(monkeypatch):
     assert sides["matmul"]["our_share"] == pytest.approx((flops[0] / 1e9 + flops[1] / 2e9) / 2)
 
     turns[best][0] = (99.0, 9.01, 1e6)
-    with pytest.raises(SystemExit, match="another result"):
-        bench.compare(model, job, MLM)
+    raises(SystemExit, "another result", bench.compare, model, job, MLM)
 
 
 def test_flops_are_those_torch_counts():

@@ -1,14 +1,10 @@
 """train_classifier.py and evals/classifier.py: words and texts against loops and transformers, tiny
-runs, whole, killed and resumed, on 1 and 2 ranks; data/ud and data/conll2003.
-
-    python -m pytest tests/test_classifier.py
-"""
+runs, whole, killed and resumed, on 1 and 2 ranks; data/ud and data/conll2003."""
 
 import glob
 import json
 import os
 import re
-import shutil
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -25,7 +21,7 @@ import harness
 import train_classifier as T
 from attention import make_seqs
 from formats.classifier import read_classifier, save_classifier, transformers_class
-from formats.huggingface import from_pretrained, save_pretrained
+from formats.huggingface import from_pretrained
 from harness import WORDS, assert_equal_bits, losses, read_jsonl, write_jsonl
 from labels import label_set, read_examples, read_texts, read_words, score_texts, score_words
 from pooling import pool
@@ -61,12 +57,8 @@ def tokenizer(toy_tokens):
 @pytest.fixture(scope="module")
 def model_folder(folders, tmp_path_factory):
     """An encoder without dropout of its own."""
-    folder = tmp_path_factory.mktemp("model") / "encoder"
-    shutil.copytree(folders["modernbert"], folder)
-    model = from_pretrained(str(folder))
-    model.config.out_dropout = 0.0
-    save_pretrained(model, str(folder))
-    return str(folder)
+    folder, tokenizer = tmp_path_factory.mktemp("model"), load_tokenizer(folders["modernbert"])
+    return harness.model_folder(folder, "modernbert", tokenizer, out_dropout=0.0)
 
 
 def sentences(n, seed=0, longest=9, syllables=3):
@@ -82,8 +74,6 @@ def sentences(n, seed=0, longest=9, syllables=3):
 
 
 # ---- words ----
-
-
 def plain_words(tokenizer, words, max_length):
     """(ids, for each word its tokens' positions), by characters, one at a time."""
     owner = [i for i, word in enumerate(words) for _ in (" " if i else "") + word]
@@ -96,11 +86,9 @@ def plain_words(tokenizer, words, max_length):
     return ids, [[i for i, word in enumerate(held) if word == w] for w in range(len(words))]
 
 
-HARD = [
-    ["tan", "motasukes", "na\xefve", "\u4f60\u597d", "don't", "!?"], ["[SEP]", "tan"], ["tan"],
-    ["tanmorisukelo" * 3, "tan", "mos", "tan", "rilotama"], ["", "tan", "", "\t", "ris"],
-    ["\xad", "tan", "mo\xads"],
-]  # fmt: skip
+HARD = [["tan", "motasukes", "na\xefve", "\u4f60\u597d", "don't", "!?"], ["[SEP]", "tan"], ["tan"],
+        ["tanmorisukelo" * 3, "tan", "mos", "tan", "rilotama"], ["", "tan", "", "\t", "ris"],
+        ["\xad", "tan", "mo\xads"]]  # fmt: skip
 
 
 @pytest.mark.parametrize("merge", [True, False])
@@ -161,13 +149,10 @@ def test_entity_scores_equal_loops():
 
 
 # ---- losses and gradients ----
-
-TEXTS = [
-    {"text": "tan mos", "pair": "ris tan kelo", "label": 1.0, "targets": [2], "lines": [1]},
-    {"text": "", "pair": None, "label": 0.0, "targets": [0], "lines": [2]},
-    {"text": "suma tan " * 9, "pair": "ris", "label": 0.25, "targets": [1], "lines": [3]},
-    {"text": "ris", "pair": None, "label": 1.0, "targets": [1], "lines": [4]},
-]
+TEXTS = [{"text": "tan mos", "pair": "ris tan kelo", "label": 1.0, "targets": [2], "lines": [1]},
+         {"text": "", "pair": None, "label": 0.0, "targets": [0], "lines": [2]},
+         {"text": "suma tan " * 9, "pair": "ris", "label": 0.25, "targets": [1], "lines": [3]},
+         {"text": "ris", "pair": None, "label": 1.0, "targets": [1], "lines": [4]}]  # fmt: skip
 
 
 def examples_for(s):
@@ -192,15 +177,11 @@ def plain_loss(z, y, kind, pos_weight):
     return -(pos_weight * y * p.log() + (1 - y) * (1 - p).log())
 
 
-CASES = [
-    dict(),
-    dict(label_position="next_token", prediction_head=True),
-    dict(merge_subwords=False),
-    dict(task="texts", pooling="cls", prediction_head=True),
-    dict(task="texts", pooling="last", loss_kind="bce", pos_weight=3.0),
-    dict(task="texts", pooling="weighted_mean", loss_kind="mse"),
-    dict(task="texts", pooling="mean", prefix="tan: ", suffix="!", max_length=20),
-]
+CASES = [dict(), dict(label_position="next_token", prediction_head=True),
+         dict(merge_subwords=False), dict(task="texts", pooling="cls", prediction_head=True),
+         dict(task="texts", pooling="last", loss_kind="bce", pos_weight=3.0),
+         dict(task="texts", pooling="weighted_mean", loss_kind="mse"),
+         dict(task="texts", pooling="mean", prefix="tan: ", suffix="!", max_length=20)]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -208,8 +189,7 @@ def test_losses_and_gradients_equal_each_text_alone(case, tokenizer, folders, mo
     """In fp64: a packed batch against every text by itself, with losses written out."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     s = settings(**case)
-    classifier = make_classifier(folders["modernbert"], s).double()
-    examples = examples_for(s)
+    classifier, examples = make_classifier(folders["modernbert"], s).double(), examples_for(s)
     batch = T.make_batch(examples, tokenizer, s)
     if s.loss_kind != "softmax":
         batch.targets = batch.targets.double()
@@ -251,8 +231,7 @@ def test_losses_and_gradients_equal_each_text_alone(case, tokenizer, folders, mo
 def test_text_metrics_equal_loops():
     rng = np.random.default_rng(0)
     y, z = rng.integers(0, 3, 60), rng.normal(size=(60, 3))
-    guess = z.argmax(1)
-    found = score_texts([{"targets": [int(i)]} for i in y], z, "softmax")
+    guess, found = z.argmax(1), score_texts([{"targets": [int(i)]} for i in y], z, "softmax")
     assert found["acc"] == pytest.approx(np.mean(y == guess))
     f1 = [2 * np.sum((y == k) & (guess == k)) / np.sum([y == k, guess == k]) for k in range(3)]
     assert found["f1"] == pytest.approx(np.mean(f1))
@@ -262,8 +241,7 @@ def test_text_metrics_equal_loops():
     y, z = rng.random(40) < 0.4, rng.normal(size=(40, 1))
     y[:5] = True  # a query without a wrong candidate is left out
     examples = [{"text": f"q{i // 5}", "label": float(label)} for i, label in enumerate(y)]
-    found = score_texts(examples, z, "bce")
-    hits = np.sum(y & (z[:, 0] > 0))
+    found, hits = score_texts(examples, z, "bce"), np.sum(y & (z[:, 0] > 0))
     assert found["f1"] == pytest.approx(2 * hits / (np.sum(y) + np.sum(z > 0)))
     queries = [slice(q, q + 5) for q in range(0, 40, 5) if 0 < y[q : q + 5].sum() < 5]
     want = [ndcg_score([y[q]], [z[q, 0]], k=10) for q in queries]
@@ -277,10 +255,8 @@ def test_text_metrics_equal_loops():
 
 
 # ---- folders ----
-
 FOLDERS = [  # family, settings, why transformers has no such class
-    ("modernbert", dict(prediction_head=True), None),
-    ("llama", dict(), None),
+    ("modernbert", dict(prediction_head=True), None), ("llama", dict(), None),
     ("llama-bidirectional", dict(), None),
     ("modernbert", dict(task="texts", pooling="cls", prediction_head=True), None),
     ("modernbert", dict(task="texts", prediction_head=True, loss_kind="mse"), None),
@@ -290,10 +266,8 @@ FOLDERS = [  # family, settings, why transformers has no such class
     ("qwen3", dict(task="texts", pooling="last"), None),
     ("llama", dict(label_position="next_token"), "not one before"),
     ("modernbert", dict(), "prediction_head=True"),
-    ("modernbert-decoder", dict(), "labels no tokens"),
-    ("llama", dict(task="texts"), "pool last"),
-    ("neobert", dict(task="texts", pooling="cls"), "no NeoBERT"),
-]
+    ("modernbert-decoder", dict(), "labels no tokens"), ("llama", dict(task="texts"), "pool last"),
+    ("neobert", dict(task="texts", pooling="cls"), "no NeoBERT")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "case", "reason"), FOLDERS, ids=str)
@@ -322,8 +296,7 @@ def test_saved_folders_are_transformers_or_ours(family, case, reason, folders, t
         return
 
     theirs, info = getattr(transformers, name).from_pretrained(
-        tmp_path, output_loading_info=True, attn_implementation="sdpa"
-    )
+        tmp_path, output_loading_info=True, attn_implementation="sdpa")  # fmt: skip
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.config.num_labels == classifier.last_layers["linear"].out_features
     auto = "Token" if s.task == "words" else "Sequence"
@@ -347,12 +320,10 @@ def test_saved_folders_are_transformers_or_ours(family, case, reason, folders, t
 
 
 # ---- whole runs ----
-
 TINY = dict(
     max_length=14,  # cuts some words
     batch_size=8, device_batch_size=2, max_steps=6, warmup_steps=2, learning_rate=1e-2,
-    log_interval=1, eval_interval=3, save_interval=3, dropout=0.0, dtype="fp32",
-)  # fmt: skip
+    log_interval=1, eval_interval=3, save_interval=3, dropout=0.0, dtype="fp32")  # fmt: skip
 SCRIPT = "train_classifier.py"
 arguments, run = partial(harness.arguments, SCRIPT), partial(harness.run, SCRIPT)
 evaluate, evaluation = (partial(function, "evals/classifier.py", "--device_batch_size=2")
@@ -468,13 +439,11 @@ def test_lora_resumes_merged_and_as_an_adapter(tiny, tokenizer, tmp_path):
 
 def test_two_ranks_equal_one(tiny, text_keys, tmp_path):
     """Ranks and micro-batches with unequal numbers of labels, DDP and FSDP."""
-    kinds = {
-        "ddp": [],
-        "whole": ["--freeze_backbone=False", "--learning_rate=1e-3"],
-        "fsdp": ["--freeze_backbone=False", "--learning_rate=1e-3", "--fsdp=full"],
-        "lora": ["--lora_rank=2", "--lora_dropout=0", "--fsdp=full"],
-        "mse": [*text_keys["mse"], "--fsdp=full"],
-    }
+    kinds = {"ddp": [],
+             "whole": ["--freeze_backbone=False", "--learning_rate=1e-3"],
+             "fsdp": ["--freeze_backbone=False", "--learning_rate=1e-3", "--fsdp=full"],
+             "lora": ["--lora_rank=2", "--lora_dropout=0", "--fsdp=full"],
+             "mse": [*text_keys["mse"], "--fsdp=full"]}  # fmt: skip
     argvs = []
     for kind, flags in kinds.items():
         argvs.append(arguments(tiny, tmp_path / kind, *flags))
@@ -527,8 +496,6 @@ def test_dropout_is_off_in_evaluation_and_in_a_frozen_model(tiny, tokenizer, tmp
 
 
 # ---- bad input ----
-
-
 @pytest.mark.parametrize(("kind", "line", "message"), [
     ("words", '{"words": ["a", "b"], "labels": ["A"]}', "2 words and 1 in 'labels'"),
     ("words", '{"words": [], "labels": []}', "0 words and 0"),
@@ -545,8 +512,7 @@ def test_dropout_is_off_in_evaluation_and_in_a_frozen_model(tiny, tokenizer, tmp
     ("bce", '{"text": "a"}', "field 'label' is missing"),
     ("mse", '{"text": "a", "label": 1e39}', "label 1e+39: expected -3e+38 to 3e+38"),
     ("mse", '{"text": "a", "label": "1"}', "field 'label' is '1' (expected float)"),
-    ("mse", '{"text": "a", "label": NaN}', "label nan: expected -3e+38 to 3e+38"),
-])  # fmt: skip
+    ("mse", '{"text": "a", "label": NaN}', "label nan: expected -3e+38 to 3e+38")])  # fmt: skip
 def test_broken_lines(kind, line, message, tmp_path):
     path, good = tmp_path / "x.jsonl", '{"text": "a", "label": 1}'
     keys = dict(task="texts", loss_kind=kind)
@@ -564,8 +530,7 @@ def test_columns(tmp_path):
     examples = read_words(str(path), "labels", 3)
     assert examples == read_words(str(path), "labels", -1) == [
         {"words": ["EU", "rejects"], "labels": ["I-ORG", "O"], "lines": [3, 4]},
-        {"words": ["Peter"], "labels": ["I-PER"], "lines": [7]},
-    ]  # fmt: skip
+        {"words": ["Peter"], "labels": ["I-PER"], "lines": [7]}]  # fmt: skip
     assert read_words(str(path), "labels", 1)[0]["labels"] == ["NNP", "VBZ"]
     with pytest.raises(ValueError, match="eng.testa line 4: label 'O' is none of the 2 labels: I"):
         read_examples(str(path), settings(labels=["I-ORG", "I-PER"]))
@@ -580,8 +545,7 @@ def test_pairs_with_negatives_become_labelled_texts(tmp_path):
     examples = read_texts(write_jsonl(tmp_path / "x.jsonl", lines), "bce")
     assert [(e["text"], e["pair"], e["label"], e["lines"]) for e in examples] == [
         ("ask: q", "a", 1.0, [1]), ("ask: q", "b", 1.0, [1]), ("ask: q", "c", 0.0, [1]),
-        ("r", "d", 1.0, [2]),
-    ]  # fmt: skip
+        ("r", "d", 1.0, [2])]  # fmt: skip
 
 
 @pytest.mark.parametrize(("more", "message"), [
@@ -592,13 +556,11 @@ def test_pairs_with_negatives_become_labelled_texts(tmp_path):
     (["--device_batch_size=3"], "batch_size=8 must be k x device_batch_size=3"),
     (["--init_from=nowhere/at/all"], "nowhere/at/all"),
     (["--label_names=('A','B')"], "data.jsonl line"),
-    (["--pooling=max", "--task=texts"], "pooling='max'"),
-    (["--max_length=2"], "leaves no room"),
+    (["--pooling=max", "--task=texts"], "pooling='max'"), (["--max_length=2"], "leaves no room"),
     (["--eval_data={other}"], "other.jsonl line 2: label 'Z' is none of the 3 labels"),
     (["--init_from={llama}", "--prediction_head=True"], "is for ModernBERT, this is a llama"),
     (["--out_dir={unbroken}", "--resume=True", "--data={other}", "--eval_data="],
-     "was trained with {'labels': ['A', 'B', 'C']}"),
-])  # fmt: skip
+     "was trained with {'labels': ['A', 'B', 'C']}")])  # fmt: skip
 def test_bad_settings_say_what_is_expected(tiny, unbroken, folders, tmp_path, more, message):
     lines = [{"words": ["tan"], "labels": ["A"]}, {"words": ["tan"], "labels": ["Z"]}]
     other = write_jsonl(tmp_path / "other.jsonl", lines)
@@ -636,18 +598,14 @@ def test_configs_have_keys_of_the_script():
 
 
 # ---- prepare ----
-
 COLUMNS = (
     "-DOCSTART- -X- -X- O\n\nEU NNP I-NP I-ORG\nrejects VBZ I-VP O\nGerman JJ I-NP I-MISC\n"
     "call NN I-NP O\n\nPeter NNP I-NP I-PER\nBlackburn NNP I-NP I-PER\nParis NNP B-NP I-LOC\n"
-    "Lyon NNP I-NP B-LOC\n"
-)
-WANTED = [
-    {"words": ["EU", "rejects", "German", "call"], "pos": ["NNP", "VBZ", "JJ", "NN"],
-     "chunk": ["B-NP", "B-VP", "B-NP", "I-NP"], "ner": ["B-ORG", "O", "B-MISC", "O"]},
-    {"words": ["Peter", "Blackburn", "Paris", "Lyon"], "pos": ["NNP"] * 4,
-     "chunk": ["B-NP", "I-NP", "B-NP", "I-NP"], "ner": ["B-PER", "I-PER", "B-LOC", "B-LOC"]},
-]  # fmt: skip
+    "Lyon NNP I-NP B-LOC\n")  # fmt: skip
+WANTED = [{"words": ["EU", "rejects", "German", "call"], "pos": ["NNP", "VBZ", "JJ", "NN"],
+           "chunk": ["B-NP", "B-VP", "B-NP", "I-NP"], "ner": ["B-ORG", "O", "B-MISC", "O"]},
+          {"words": ["Peter", "Blackburn", "Paris", "Lyon"], "pos": ["NNP"] * 4,
+           "chunk": ["B-NP", "I-NP", "B-NP", "I-NP"], "ner": ["B-PER", "I-PER", "B-LOC", "B-LOC"]}]
 
 
 def splits(folder):
@@ -669,8 +627,7 @@ def test_conll2003_from_columns_and_from_the_hubs_schema(tmp_path, capsys):
     from datasets import ClassLabel, Dataset, Features, List, Value
 
     names = {f: sorted({x for row in WANTED for x in row[f]}) for f in prepare.FIELDS}
-    rows = {"tokens": [row["words"] for row in WANTED]}
-    features = {"tokens": List(Value("string"))}
+    rows, features = {"tokens": [row["words"] for row in WANTED]}, {"tokens": List(Value("string"))}
     for f in prepare.FIELDS:
         rows[f"{f}_tags"] = [[names[f].index(x) for x in row[f]] for row in WANTED]
         features[f"{f}_tags"] = List(ClassLabel(names=names[f]))

@@ -1,8 +1,5 @@
 """common.py, checkpoint.py, optim.py and tools/plot.py. The checks at the end run inside two gloo
-ranks, which run this file as a script.
-
-python -m pytest tests/test_common.py
-"""
+ranks, which run this file as a script."""
 
 import copy
 import csv
@@ -31,11 +28,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 import checkpoint
 import common
 import optim
-from harness import ROOT, run_ranks
+from harness import ROOT, raises, run_ranks
 from tools import plot
 
 # ---- config ----
-
 SCRIPT = '''"""Train a thing.
 
     python script.py x.py
@@ -100,16 +96,14 @@ VALUES = {
     "betas=(0.9,0.95)": (0.9, 0.95), "betas=[0.9,0.95]": (0.9, 0.95), "layers=(3,)": (3,),
     "out_dir=out/x=y": "out/x=y", "out_dir=123": "123", "out_dir='a b'": "a b", "out_dir=": "",
     "revision=None": None, "revision=1e5": "1e5", "data=a.jsonl": ("a.jsonl",),
-    "data=('a','b')": ("a", "b"),
-}  # fmt: skip
+    "data=('a','b')": ("a", "b")}  # fmt: skip
 
 
 @pytest.mark.parametrize("arg", VALUES)
 def test_command_line_value(run, arg):
     got, value = run(f"--{arg}"), VALUES[arg]
     key = arg.partition("=")[0]
-    assert got[key] == value and type(got[key]) is type(value)
-    assert got["config"][key] == value
+    assert got[key] == value and type(got[key]) is type(value) and got["config"][key] == value
 
 
 def test_a_default_of_none_needs_an_annotation(run):
@@ -122,9 +116,7 @@ def test_files_run_in_order_base_first(run):
         "configs/x.py": 'base = "../base.py"\nimport math\n_n = 3\nmax_steps = int(math.pi * _n)\n'
         "learning_rate = _base_rate * 2\nclip = 1\n",
         "base.py": "_base_rate = 5.0\nmax_steps = 7\nwarmup_steps = max_steps * 2\n"
-        "compile = True\n",
-        "y.py": "warmup_steps += 1\n",
-    }
+        "compile = True\n", "y.py": "warmup_steps += 1\n"}  # fmt: skip
     config = run("configs/x.py", "y.py", files=files)["config"]
     assert (config["max_steps"], config["warmup_steps"], config["compile"]) == (9, 15, True)
     assert config["learning_rate"] == 10.0 and config["clip"] == 1.0
@@ -133,11 +125,9 @@ def test_files_run_in_order_base_first(run):
 
 @pytest.mark.parametrize("order", [("--max_steps=200", "x.py"), ("x.py", "--max_steps=200")])
 def test_command_line_holds_while_the_file_runs(run, order):
-    text = (
-        "max_steps = 5000\nmax_steps += 1\nwarmup_steps = max_steps // 10\n"
-        "def _half():\n    return max_steps / 2\n"
-        "learning_rate = _half()\nlayers = [max_steps + i for i in (1, 2)]\n"
-    )
+    text = ("max_steps = 5000\nmax_steps += 1\nwarmup_steps = max_steps // 10\n"
+            "def _half():\n    return max_steps / 2\n"
+            "learning_rate = _half()\nlayers = [max_steps + i for i in (1, 2)]\n")  # fmt: skip
     config = run(*order, files={"x.py": text})["config"]
     assert (config["max_steps"], config["warmup_steps"]) == (200, 20)
     assert config["learning_rate"] == 100.0 and config["layers"] == (201, 202)
@@ -145,37 +135,32 @@ def test_command_line_holds_while_the_file_runs(run, order):
 
 
 NO_KEYS = ("pi", "local", "_hidden", "table", "inside")
-REFUSED = {
-    "--max_step=1": "unknown key 'max_step', did you mean 'max_steps'?",
-    "--max-steps=1": "did you mean 'max_steps'?",
-    "--zzzzzz=1": "unknown key 'zzzzzz', see --help",
-    **{f"--{key}=3": f"unknown key '{key}'" for key in NO_KEYS},
-    "--compile": "--key=value",
-    "--compile=1": "compile takes bool, not 1",
-    "--compile=true": "compile takes bool, not 'true'",
-    "--max_steps=True": "max_steps takes int, not True",
-    "--max_steps=1e5": "max_steps takes int, not 100000.0",
-    "--max_steps=abc": "max_steps takes int, not 'abc'",
-    "--max_steps=None": "max_steps takes int, not None",
-    "--learning_rate=True": "learning_rate takes float, not True",
-    "--out_dir=None": "out_dir takes str, not None",
-    "--clip='a'": "clip takes float or None, not 'a'",
-    "--betas=0.9": "betas takes tuple, not 0.9",
-    "configs/none.py": "configs/none.py: No such file or directory",
-}
-REFUSED_FILES = {
-    "\nmax_stepz = 3\n": "x.py:2: unknown key 'max_stepz', did you mean 'max_steps'?",
-    "max_steps = 1\n\nmax_steps = 2.5\n": "x.py:3: max_steps takes int, not 2.5",
-    "compile = 1\n": "x.py:1: compile takes bool, not 1",
-    "for i in range(3):\n    pass\n": "x.py:1: unknown key 'i'",
-    "_a = 1\n_b = _a / 0\n": "x.py:2: ZeroDivisionError",
-    "def _f():\n    return 1 / 0\n\n_f()\n": "x.py:2: ZeroDivisionError",
-    "_a = 1\nmax_steps = = 3\n": "x.py:2: invalid syntax",
-    "base = 3\n": "x.py:1: base takes a quoted path",
-    "base = 'no.py'\n": "x.py -> no.py: No such file",
-    "base = 'x.py'\n": "x.py:1: base x.py leads back to itself",
-    "base = 'b.py'\n": "b.py:3: unknown key 'nope'",
-}
+REFUSED = {"--max_step=1": "unknown key 'max_step', did you mean 'max_steps'?",
+           "--max-steps=1": "did you mean 'max_steps'?",
+           "--zzzzzz=1": "unknown key 'zzzzzz', see --help",
+           **{f"--{key}=3": f"unknown key '{key}'" for key in NO_KEYS}, "--compile": "--key=value",
+           "--compile=1": "compile takes bool, not 1",
+           "--compile=true": "compile takes bool, not 'true'",
+           "--max_steps=True": "max_steps takes int, not True",
+           "--max_steps=1e5": "max_steps takes int, not 100000.0",
+           "--max_steps=abc": "max_steps takes int, not 'abc'",
+           "--max_steps=None": "max_steps takes int, not None",
+           "--learning_rate=True": "learning_rate takes float, not True",
+           "--out_dir=None": "out_dir takes str, not None",
+           "--clip='a'": "clip takes float or None, not 'a'",
+           "--betas=0.9": "betas takes tuple, not 0.9",
+           "configs/none.py": "configs/none.py: No such file or directory"}  # fmt: skip
+REFUSED_FILES = {"\nmax_stepz = 3\n": "x.py:2: unknown key 'max_stepz', did you mean 'max_steps'?",
+                 "max_steps = 1\n\nmax_steps = 2.5\n": "x.py:3: max_steps takes int, not 2.5",
+                 "compile = 1\n": "x.py:1: compile takes bool, not 1",
+                 "for i in range(3):\n    pass\n": "x.py:1: unknown key 'i'",
+                 "_a = 1\n_b = _a / 0\n": "x.py:2: ZeroDivisionError",
+                 "def _f():\n    return 1 / 0\n\n_f()\n": "x.py:2: ZeroDivisionError",
+                 "_a = 1\nmax_steps = = 3\n": "x.py:2: invalid syntax",
+                 "base = 3\n": "x.py:1: base takes a quoted path",
+                 "base = 'no.py'\n": "x.py -> no.py: No such file",
+                 "base = 'x.py'\n": "x.py:1: base x.py leads back to itself",
+                 "base = 'b.py'\n": "b.py:3: unknown key 'nope'"}  # fmt: skip
 
 
 @pytest.mark.parametrize("arg, text, message", [(arg, "", x) for arg, x in REFUSED.items()]
@@ -205,8 +190,6 @@ def test_saved_config_runs_again(run, tmp_path, capsys):
 
 
 # ---- devices and seeds ----
-
-
 def test_dtype_of(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     assert common.dtype_of("bf16", cpu) is torch.bfloat16
@@ -219,8 +202,7 @@ def test_dtype_of(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda x=fast: x, raising=False)
         assert common.dtype_of("auto", cpu) is dtype
         assert common.dtype_of("auto", torch.device("mps")) is torch.float32
-    with pytest.raises(SystemExit, match="not 'fp16'"):
-        common.dtype_of("fp16", cpu)
+    raises(SystemExit, "not 'fp16'", common.dtype_of, "fp16", cpu)
 
 
 def test_peak_flops(monkeypatch):
@@ -275,8 +257,6 @@ def test_the_command_that_resumes_is_quoted_for_the_shell(monkeypatch):
 
 
 # ---- checkpoints ----
-
-
 def write_checkpoint(out_dir, name, text="weights"):
     tmp = checkpoint.begin_checkpoint(out_dir, name)
     os.makedirs(os.path.join(tmp, "1_Pooling"))
@@ -297,12 +277,10 @@ def test_checkpoint_is_listed_and_found(tmp_path, capsys):
         path = write_checkpoint(out, name)
     assert path == os.path.join(out, "stepx") and "step10" in names(out)
     assert json.load(open(f"{out}/step10/complete.json")) == {
-        "1_Pooling/config.json": 7, "model.safetensors": 7, "training_state.pt": 7
-    }  # fmt: skip
+        "1_Pooling/config.json": 7, "model.safetensors": 7, "training_state.pt": 7}  # fmt: skip
     assert checkpoint.latest_checkpoint(out, "step") == os.path.join(out, "step10")  # by number
     assert checkpoint.latest_checkpoint(out, "ext") == os.path.join(out, "ext99")
-    assert checkpoint.latest_checkpoint(out, "decay") is None
-    assert capsys.readouterr().out == ""
+    assert checkpoint.latest_checkpoint(out, "decay") is None and capsys.readouterr().out == ""
 
 
 def test_checkpoint_replaces_one_of_the_same_name_and_final_leads_to_it(tmp_path):
@@ -390,8 +368,6 @@ def test_prune_can_keep_models(tmp_path, capsys):
 
 
 # ---- the log ----
-
-
 def open_log(out_dir, columns, stop_step, start_step=0, tracker=""):
     keys = dict(out_dir=str(out_dir), stop_step=stop_step, tracker=tracker, dry_run=False)
     s = types.SimpleNamespace(**keys, config=keys, rank=common.get_rank())
@@ -416,17 +392,14 @@ def test_log_line_and_csv(tmp_path, capsys, monkeypatch):
     assert "eta" not in first and "mfu" not in first
     assert second == (
         "step   120/1000 | loss 2.3456 | acc 0.412 | gnorm 1.03 | lr 3.00e-04 | 128,000 tok/s "
-        "| mfu 41.2% | eta 1m28s"
-    )
+        "| mfu 41.2% | eta 1m28s")  # fmt: skip
     assert third == "step   120/1000 | eval_loss 0.3333"
     one, two, three = rows_of(tmp_path)
     assert list(one) == ["step", *columns, "eta"]
     assert float(two["loss"]) == 2.3456 and two["eval_loss"] == "" and float(two["eta"]) == 88.0
     assert float(three["eval_loss"]) == 1 / 3 and three["loss"] == "" and one["mfu"] == ""
-    with pytest.raises(KeyError, match="los"):
-        log(121, {"los": 1.0})
-    with pytest.raises(SystemExit, match="tracker"):
-        open_log(tmp_path, columns, 1000, tracker="mlflow")
+    raises(KeyError, "los", log, 121, {"los": 1.0})
+    raises(SystemExit, "tracker", open_log, tmp_path, columns, 1000, tracker="mlflow")
 
 
 def test_resumed_log_is_cut_back(tmp_path):
@@ -471,8 +444,7 @@ def test_plot_writes_a_png(tmp_path, monkeypatch):
         for step in range(1, 51):
             log(step, {"loss": 1 / step, "lr": 0.1})
         log(50, {"eval_loss": 0.5})
-    command = ["plot.py", f"{tmp_path}/a", f"{tmp_path}/b"]
-    curves = tmp_path / "curves.png"
+    command, curves = ["plot.py", f"{tmp_path}/a", f"{tmp_path}/b"], tmp_path / "curves.png"
     monkeypatch.setattr(sys, "argv", [*command, "--keys=loss,eval_loss,lr", f"--out={curves}"])
     runpy.run_path(f"{ROOT}/tools/plot.py", run_name="__main__")
     assert curves.read_bytes()[:4] == b"\x89PNG"
@@ -490,8 +462,6 @@ def test_smooth_averages_and_does_not_lag():
 
 
 # ---- lengths and the learning rate ----
-
-
 def lengths(per_epoch=1000, per_step=10, **keys):
     usual = dict.fromkeys(("max_steps", "max_tokens", "num_epochs", "stop_step"))
     usual |= dict(learning_rate=1.0, min_lr=0.1, schedule="linear", decay_shape="linear")
@@ -509,8 +479,7 @@ def lengths(per_epoch=1000, per_step=10, **keys):
     ({"max_steps": 5, "decay_steps": 1, "decay_tokens": 10}, "decay_steps.*give one of"),
 ])  # fmt: skip
 def test_lengths_are_given_once(keys, message):
-    with pytest.raises(SystemExit, match=message):
-        lengths(**keys)
+    raises(SystemExit, message, lengths, **keys)
 
 
 def test_horizon_warmup_and_decay_in_steps():
@@ -534,8 +503,6 @@ def test_a_decay_begins_after_the_warmup_or_ends_with_the_horizon():
 
 
 # ---- StableAdamW ----
-
-
 def stable_adamw_by_loop(params, grads_of_steps, lr, betas, eps, weight_decay):
     """The update of the paper, a tensor at a time. -> (params, how often an update was clipped)"""
     theta = [p.clone() for p in params]
@@ -561,8 +528,7 @@ def test_stable_adamw_is_the_papers_loop():
               for shape, size in sizes.items()] for t in range(8)]  # fmt: skip
     how = dict(lr=0.05, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     expected, clipped = stable_adamw_by_loop(start, grads, **how)
-    params = [nn.Parameter(p.clone()) for p in start]
-    frozen = nn.Parameter(torch.ones(2))
+    params, frozen = [nn.Parameter(p.clone()) for p in start], nn.Parameter(torch.ones(2))
     optimizer = optim.StableAdamW([*params, frozen], **how)
     for now in grads:
         for p, g in zip(params, now, strict=True):
@@ -590,8 +556,6 @@ def test_hyperparameters_stay_the_scripts_on_resume():
 
 
 # ---- two ranks: check_* run in both ----
-
-
 def toy(seed, weights=None):
     """7 and 1 rows do not divide by two: ranks hold uneven shards, and an empty one."""
     torch.manual_seed(seed)
@@ -648,11 +612,12 @@ def wrap(model, kind):
 
 
 def check_setup():
-    os.cpu_count = lambda: 6
+    cores, os.cpu_count = os.cpu_count, lambda: 6
     rank, world_size, local_rank, device = common.setup_distributed()
     assert (rank, world_size, local_rank) == (int(os.environ["RANK"]), 2, rank)
     assert device == torch.device("cpu") and dist.get_backend() == "gloo"
     assert torch.get_num_threads() == 3  # the cores over the ranks, not torchrun's one
+    os.cpu_count = cores
     torch.set_num_threads(1)
     tiny = 2.0**-40  # lost in float32
     assert common.all_reduce_sum([rank + 1, rank * 0.5, 1 + rank * tiny]) == [3.0, 0.5, 2 + tiny]

@@ -1,7 +1,4 @@
-"""tools/compress.py and sample.py --compress: what of a passage is kept, the page that shows it.
-
-    python -m pytest tests/test_compress.py
-"""
+"""tools/compress.py and sample.py --compress: what of a passage is kept, the page that shows it."""
 
 import json
 import math
@@ -16,7 +13,7 @@ import tokenizers as tk
 
 from embedder import Embedder, score_tokens
 from formats.huggingface import from_pretrained
-from harness import ROOT, execute, write_jsonl
+from harness import ROOT, execute, raises, write_jsonl
 from tokenizer import load_tokenizer
 from tools.compress import compress_text, keep, page, share_of, text_of, units_of
 
@@ -96,8 +93,7 @@ def test_words_are_whole(cut):
         tokens_of = {w: touched([w], spans) for w in words}
         seen = [w for w in words if tokens_of[w]]
         for ratio in (1, 2, 4, 16):
-            budget = math.ceil(len(spans) / ratio)
-            kept = keep(scores, spans, passage, ratio)
+            budget, kept = math.ceil(len(spans) / ratio), keep(scores, spans, passage, ratio)
             in_order(kept, passage)
             for start, end in kept:
                 assert any(w[0] == start for w in words) and any(w[1] == end for w in words)
@@ -127,15 +123,11 @@ def test_words_by_hand():
         return [passage[a:b] for a, b in keep(scores, spans, passage, ratio, *more)]
 
     assert kept(7) == ["able"]  # a token of spaces is the best, and no word
-    assert kept(3.5) == ["able", "far"]
-    assert kept(7 / 3) == ["able", "run  far"]
-    assert kept(7 / 4) == ["able cats\n\nrun  far"]
-    assert kept(1) == [passage]
-    assert kept(7, "tokens") == ["\n\n"]
-    assert kept(3.5, "tokens") == [" able", "\n\n"]
+    assert kept(3.5) == ["able", "far"] and kept(7 / 3) == ["able", "run  far"]
+    assert kept(7 / 4) == ["able cats\n\nrun  far"] and kept(1) == [passage]
+    assert kept(7, "tokens") == ["\n\n"] and kept(3.5, "tokens") == [" able", "\n\n"]
     # neighbours: the nearest first, on the left before the right, as far as there is room
-    assert kept(3.5, "words", 1) == ["un able"]
-    assert kept(7 / 3, "words", 1) == ["un able cats"]
+    assert kept(3.5, "words", 1) == ["un able"] and kept(7 / 3, "words", 1) == ["un able cats"]
     assert kept(7 / 4, "words", 1) == ["un able cats", "far"]
     assert kept(7 / 3, "words", 2) == ["un able cats"]
     assert kept(7 / 4, "words", 2) == ["un able cats\n\nrun"]
@@ -164,16 +156,13 @@ def test_bytes_of_a_character_and_nothing():
     assert keep(scores, spans, passage, 3) == [[0, 1], [4, 5]]
     assert keep(scores[:2], spans[1:2].repeat(2, 0), " ", 1) == []  # only spaces
     for wrong in (dict(ratio=0.5), dict(ratio=math.nan), dict(ratio=2, neighbours=-1)):
-        with pytest.raises(ValueError, match="expected ratio="):
-            keep(scores, spans, passage, **wrong)
-    with pytest.raises(ValueError, match="unit 'lines'"):
-        keep(scores, spans, passage, 2, "lines")
+        raises(ValueError, "expected ratio=", keep, scores, spans, passage, **wrong)
+    raises(ValueError, "unit 'lines'", keep, scores, spans, passage, 2, "lines")
 
 
 def test_text_of():
     passage = "one two\nthree  four five"
-    assert text_of(passage, []) == ""
-    assert text_of(passage, [[0, 3], [8, 13]]) == "one three"
+    assert text_of(passage, []) == "" and text_of(passage, [[0, 3], [8, 13]]) == "one three"
     assert text_of(passage, [[0, 3], [7, 13]]) == "one\nthree"
     assert text_of(passage, [[3, 8], [15, 19]]) == " two\nfour"
     assert share_of([[0, 5], [10, 20]], [[3, 12]]) == pytest.approx(4 / 9)
@@ -231,8 +220,7 @@ class Page(HTMLParser):
 
 
 def test_page(cut):
-    rng = np.random.default_rng(2)
-    query = 'Is <script>alert("1")</script> & so on?'
+    rng, query = np.random.default_rng(2), 'Is <script>alert("1")</script> & so on?'
     for i, passage in enumerate(passages(10, seed=2)):
         passage += ' <b class="x">&amp; </div>' * (i % 2)
         spans = cut(passage)
@@ -266,8 +254,7 @@ def test_page_of_equal_scores():
     """No division by nothing; and a long passage does not take a span for each character."""
     spans = np.array([[i, i + 2] for i in range(0, 4000, 2)])
     text = page("q", "ab" * 2000, np.ones(2000, np.float32), spans, [[0, 2]])
-    assert Page(text).passage == "ab" * 2000
-    assert len(text) < 4000 + 4000
+    assert Page(text).passage == "ab" * 2000 and len(text) < 4000 + 4000
 
 
 def test_script(folder, tmp_path, capsys):
@@ -304,7 +291,5 @@ def test_script_errors(tmp_path):
         (("--rank=x", f"--file={txt}"), "give --model=... and one of"),
         ((f"--file={txt}", "--spans=((5, 5),)"), r"passage.txt: span \(5, 5\) is not in its 8"),
         ((f"--file={lines}",), r"x.jsonl: span \[1, 9\] is not in its 3 characters"),
-        ((f"--file={lines}", "--line=2"), "x.jsonl has no line 2"),
-    ):
-        with pytest.raises(SystemExit, match=told):
-            execute([SCRIPT, "--model=no/such", "--compress=q", *arguments])
+        ((f"--file={lines}", "--line=2"), "x.jsonl has no line 2")):  # fmt: skip
+        raises(SystemExit, told, execute, [SCRIPT, "--model=no/such", "--compress=q", *arguments])

@@ -1,4 +1,4 @@
-"""data.py, tokens.py, data/pydocs and data/text. Run: python -m pytest tests/test_data.py"""
+"""data.py, tokens.py, data/pydocs and data/text."""
 
 import importlib.util
 import itertools
@@ -24,7 +24,7 @@ import tokens
 from attention import make_seqs
 from conftest import ROOT
 from formats.tiktoken_bpe import fast_encode, tiktoken_for
-from harness import read_jsonl, script, write_jsonl
+from harness import raises, read_jsonl, script, write_jsonl
 from tokenizer import check_tokenizer, load_tokenizer
 
 pydocs, text = script("data/pydocs/prepare.py"), script("data/text/prepare.py")
@@ -36,16 +36,13 @@ def tokenizer():
 
 
 # ---- packed rows, order ----
-
-
 def test_make_seqs():
     seqs = make_seqs([3, 1, 4])
     assert seqs.cu_seqlens.tolist() == [0, 3, 4, 8] and seqs.cu_seqlens.dtype == torch.int32
     assert seqs.positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
     assert seqs.positions.dtype == torch.int64
     assert seqs.lengths == [3, 1, 4] and seqs.max_seqlen == 4
-    with pytest.raises(ValueError, match=r"at least 1 token.*\[2, 0\]"):
-        make_seqs([2, 0])
+    raises(ValueError, r"at least 1 token.*\[2, 0\]", make_seqs, [2, 0])
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000])
@@ -72,8 +69,7 @@ def test_permutation_of_many_rows_in_parts():
     whole = order.permuted(index, n, 0, 0)
     assert ((0 <= whole) & (whole < n)).all()
     assert [order.permuted(index[i : i + 1], n, 0, 0)[0] for i in range(3)] == whole.tolist()
-    with pytest.raises(ValueError, match="not all in 0..6"):
-        order.permuted(np.array([7]), 7, 0, 0)
+    raises(ValueError, "not all in 0..6", order.permuted, np.array([7]), 7, 0, 0)
 
 
 def test_order_is_endless_without_replacement_and_the_same_for_any_batch():
@@ -85,8 +81,7 @@ def test_order_is_endless_without_replacement_and_the_same_for_any_batch():
     epoch, row = np.array(sequences[0]).reshape(2, 6, n_rows)
     assert (epoch == np.arange(6)[:, None]).all() and (np.sort(row) == np.arange(n_rows)).all()
     assert len({tuple(places) for places in row.tolist()}) == 6
-    with pytest.raises(ValueError, match="not one whole row"):
-        order.rows_of_step(0, 4, 0, 3)
+    raises(ValueError, "not one whole row", order.rows_of_step, 0, 4, 0, 3)
 
 
 def test_each_step_reads_the_next_batch_of_one_file(tmp_path):
@@ -108,8 +103,6 @@ def test_each_step_reads_the_next_batch_of_one_file(tmp_path):
 
 
 # ---- token files ----
-
-
 def write_folder(folder, docs, vocab_size=100, split="train"):
     counts = tokens.write_tokens(str(folder), split, docs, vocab_size)
     meta = {"dtype": tokens.token_dtype(vocab_size), "vocab_size": vocab_size}
@@ -130,8 +123,7 @@ def test_read_row_equals_a_walk_over_documents(tmp_path):
             assert ids.dtype == np.int64 and ids.tolist() == [token for token, _ in row]
             pieces = itertools.groupby(row, lambda pair: pair[1])
             assert lengths == [len(list(piece)) for _, piece in pieces]
-        with pytest.raises(IndexError, match="train.bin"):
-            tokens.read_row(file, len(rows), size)
+        raises(IndexError, "train.bin", tokens.read_row, file, len(rows), size)
 
 
 @pytest.mark.parametrize("vocab_size, bytes_each", [(65536, 2), (65537, 4)])
@@ -161,11 +153,9 @@ SPOILED = [  # a file, what is written instead of its bytes, what is told
      r"train\.idx: entries 1, 2 are 2, 2, expected increasing"),
     ("meta.json", lambda b: b.replace(b"uint16", b"float16"),
      r"meta\.json: dtype 'float16', expected 'uint16' or 'uint32'"),
-    ("train.bin", None, r"train\.bin"),
-    ("meta.json", None, r"meta\.json is missing.*prepare\.py"),
+    ("train.bin", None, r"train\.bin"), ("meta.json", None, r"meta\.json is missing.*prepare\.py"),
     ("meta.json", lambda b: b.replace(b'"vocab_size": 100', b'"vocab_size": 9'),
-     r"train\.bin: token 9 is 9, expected less than 9"),
-]  # fmt: skip
+     r"train\.bin: token 9 is 9, expected less than 9")]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, change, told", SPOILED)
@@ -183,8 +173,7 @@ def test_spoiled_files_are_named(tmp_path, name, change, told):
 
 def test_unknown_split_and_unprepared_folder(tmp_path):
     write_folder(tmp_path, [[1]])
-    with pytest.raises(ValueError, match="no split 'val', it has train"):
-        tokens.open_tokens(str(tmp_path), "val")
+    raises(ValueError, "no split 'val', it has train", tokens.open_tokens, str(tmp_path), "val")
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "prepare.py").write_text("")
     with pytest.raises(FileNotFoundError, match=r"run: python .*new.prepare\.py"):
@@ -192,19 +181,13 @@ def test_unknown_split_and_unprepared_folder(tmp_path):
 
 
 # ---- tokenizers ----
-
 AWKWARD = [
-    "",
-    "plain words, and it's 12345 of them:\n\n\tdef f(x): return x**2  # don't   ",
+    "", "plain words, and it's 12345 of them:\n\n\tdef f(x): return x**2  # don't   ",
     "\xa0caf\xe9 cafe\u0301 \U0001f468\u200d\U0001f469 \u4f60\u597d \u0e01\u0e34\r\n\x85\x1c\x00",
-    "say [MASK] or[SEP] twice [CLS] <|endoftext|> [mask]",
-    " " * 5000 + "x" + "\n" * 2000,
-    "ab" * 4000,
-]
-LLAMA = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+    "say [MASK] or[SEP] twice [CLS] <|endoftext|> [mask]", " " * 5000 + "x" + "\n" * 2000,
+    "ab" * 4000]  # fmt: skip
+LLAMA = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
 
 
 def random_texts():
@@ -268,8 +251,7 @@ def test_other_tokenizers_run_themselves():
     assert fast_encode(tokenizer)(["a b", "c"]) == [[0, 7], [1]]
     assert fast_encode(tokenizer)([]) == []
     check_tokenizer(tokenizer, 8)  # the largest id counts, not the 3 tokens
-    with pytest.raises(ValueError, match="ids up to 7.*vocab_size is 7"):
-        check_tokenizer(tokenizer, 7)
+    raises(ValueError, "ids up to 7.*vocab_size is 7", check_tokenizer, tokenizer, 7)
 
 
 def test_tokenizer_survives_saving(tokenizer, tmp_path):
@@ -289,18 +271,14 @@ def test_tokenizer_survives_saving(tokenizer, tmp_path):
 
 
 # ---- JSONL, reading ahead ----
-
-
 def test_lines_are_read_by_number_and_broken_ones_are_named(tmp_path):
     """In a walk, and each by itself: blank lines between, and a last line without its end."""
-    path = tmp_path / "pairs.jsonl"
-    good = b'\n{"text": "a"}\n\n  \n{"text": "\xc3\xa9"} \r\n'
+    path, good = tmp_path / "pairs.jsonl", b'\n{"text": "a"}\n\n  \n{"text": "\xc3\xa9"} \r\n'
     path.write_bytes(good + b'{"text": 3}')
     lines, file = list(data.read_jsonl(str(path))), data.open_pairs(str(path))
     assert lines == [(2, {"text": "a"}), (5, {"text": "\xe9"}), (6, {"text": 3})]
     assert [data.read_line(file, i)[::-1] for i in range(len(file))] == lines
-    with pytest.raises(ValueError, match=r"pairs\.jsonl line 6: field 'text' is 3"):
-        data.read_pair(file, 2)
+    raises(ValueError, r"pairs\.jsonl line 6: field 'text' is 3", data.read_pair, file, 2)
     for line, told in [
         (b'{"query": "x"', "not JSON: Expecting ',' delimiter"),
         (b'{"query": "\xff"}', "not JSON: 'utf-8' codec"), (b'["query"]', "a list, expected an"),
@@ -309,11 +287,9 @@ def test_lines_are_read_by_number_and_broken_ones_are_named(tmp_path):
         walk, file = data.read_jsonl(str(path)), data.open_pairs(str(path))
         assert next(walk) == lines[0] and next(walk) == lines[1] and len(file) == 4
         for read in (lambda: next(walk), lambda: data.read_line(file, 2)):  # noqa: B023
-            with pytest.raises(ValueError, match=rf"pairs\.jsonl line 6: {told}"):
-                read()
+            raises(ValueError, rf"pairs\.jsonl line 6: {told}", read)
     path.write_text(" \n\n")
-    with pytest.raises(ValueError, match=r"pairs\.jsonl: there is no line in it"):
-        data.open_pairs(str(path))
+    raises(ValueError, r"pairs\.jsonl: there is no line in it", data.open_pairs, str(path))
 
 
 def test_require():
@@ -326,8 +302,7 @@ def test_require():
         ("query", str, r"is missing \(expected str\)$"), ("s", int, "is 'x' .expected int"),
         ("b", int, "is True .expected int"), ("f", int, "is 0.5 .expected int"),
         ("s", [str], "is 'x' .expected list of str"), ("half", str, "has half a character"),
-        ("m", [str], r"is \['x', 1\] .expected list of str"),
-    ]:  # fmt: skip
+        ("m", [str], r"is \['x', 1\] .expected list of str")]:  # fmt: skip
         with pytest.raises(ValueError, match=f"^p.jsonl line 17: field '{field}' {told}"):
             data.require(record, field, kind, "p.jsonl", 17)
 
@@ -352,7 +327,6 @@ def test_prefetch():
 
 
 # ---- data/text/prepare.py ----
-
 WORDS = "the a model text token of in is row and packs reads every long short\n".split(" ")
 
 
@@ -378,8 +352,7 @@ def make_corpus(folder, files, docs_a_file):
 
 def prepare_text(out, *args):
     command = [sys.executable, os.path.join(ROOT, "data", "text", "prepare.py"), "--out", str(out)]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(out) + ".hf"}
-    output = subprocess.PIPE
+    env, output = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(out) + ".hf"}, subprocess.PIPE
     return subprocess.Popen([*command, *args], env=env, stdout=output, stderr=output, text=True)
 
 
@@ -470,7 +443,6 @@ def test_text_names_the_line_in_a_later_part(tmp_path, monkeypatch):
 
 
 # ---- data/pydocs/prepare.py ----
-
 SOURCE = '''
 """The module for tests of prepare, which says in enough words what it is and why it is there for
 all to read.
@@ -538,19 +510,16 @@ def test_docstrings_become_english(tmp_path):
         "Box(size, kind=None, *, names=...)", "A box that holds things of one kind.")  # fmt: skip
     assert box["body"] == (
         "It is not a list, as what is in it has no order.\nParameters\nsize : int\n"
-        "How many things there are in the box, at most; with size=0 it is Empty."
-    )
+        "How many things there are in the box, at most; with size=0 it is Empty.")  # fmt: skip
     assert of["signature"] == "Box.of(thing)"
     assert of["body"] == (
         "The box that is returned has the thing in it, and it can be used as any other of its size "
         "that was made by hand:\n"
-        "Note: It is not copied, so that a change of the thing is seen in box as well."
-    )
+        "Note: It is not copied, so that a change of the thing is seen in box as well.")
     assert fill["signature"] == "fill(input, value, *, out=None)"
     assert fill["body"] == (
         "Args:\ninput (Tensor): the input tensor of any shape.\n"
-        "value (float): what is to be written to each of the elements of the tensor in {brackets}"
-    )
+        "value (float): what is to be written to each of the elements of the tensor in {brackets}")
     pair = pydocs.pair_of(box)
     assert pair["query"] == f"{box['signature']}: {box['summary']}" and pair["pos"] == [box["body"]]
     repeats = {**box, "body": f"{box['body']} And again: {box['summary']}"}

@@ -1,7 +1,4 @@
-"""embedder.py against sentence-transformers, transformers and plain loops.
-
-python -m pytest tests/test_embedder.py
-"""
+"""embedder.py against sentence-transformers, transformers and plain loops."""
 
 import json
 import os
@@ -22,7 +19,7 @@ import embedder as module
 from embedder import Embedder
 from embedding_model import POOLINGS
 from formats.huggingface import from_pretrained, save_pretrained
-from harness import FAMILIES, run_ranks
+from harness import FAMILIES, raises, run_ranks
 from lora import inject, save_adapter
 from model import Transformer, from_scratch
 from pooling import groups, pack, pool
@@ -109,8 +106,6 @@ def differ(a, b):
 
 
 # ---- ids ----
-
-
 def test_prompt_and_text_are_tokenized_as_one_string():
     tokenizer, instructions, text = TOKENIZERS["encoder"], ["find a book: ", ""], "the cat"
     (ids, (start, end)), = tokenize(tokenizer, [text], instructions[0], Template(), 48, False)
@@ -145,8 +140,7 @@ def test_only_the_text_is_cut(tokens):
     (short, (start, end)), = tokenize(tokenizer, [long], "find:", template, 40, False)
     tail = " in a book<|end|>" + ("</s>" if tokens in ("encoder", "eos") else "")
     n = len(tokenizer(tail, add_special_tokens=False)["input_ids"])
-    assert short == whole[: 40 - n] + whole[-n:]
-    assert tokenizer.decode(short).endswith(tail)
+    assert short == whole[: 40 - n] + whole[-n:] and tokenizer.decode(short).endswith(tail)
     assert (start, end) == (first, 40)
     (exact, _), = tokenize(tokenizer, [long], "find:", template, len(whole))
     assert exact == whole
@@ -162,8 +156,6 @@ def test_max_length_leaves_room_for_a_word():
 
 
 # ---- pooling ----
-
-
 def pooled_rows(hidden, encoded):
     """hidden [T, C] -> a list of B arrays [n, C]: what is pooled of each text"""
     starts = np.cumsum([0, *(len(ids) for ids, _ in encoded[:-1])])
@@ -226,8 +218,6 @@ def test_splade_and_tokens_equal_loops(monkeypatch):
 
 
 # ---- encode ----
-
-
 def test_order_and_odd_texts():
     ours = make("modernbert", "encoder")
     got = ours.encode(TEXTS, "find:")
@@ -239,14 +229,12 @@ def test_order_and_odd_texts():
     assert differ(got[3:4], got[4:5]) < 1e-6  # equal texts
     other = np.delete(got, 4, axis=0)  # all others differ from each other
     apart = np.abs(other[:, None] - other[None]).max(-1)
-    assert apart[~np.eye(len(other), dtype=bool)].min() > 1e-3
-    assert ours.encode([]).shape == (0, 32)
+    assert apart[~np.eye(len(other), dtype=bool)].min() > 1e-3 and ours.encode([]).shape == (0, 32)
     for pool_instruction, instruction in ((True, ""), (False, "find:")):  # nothing to pool
         bare = make("qwen3", "bare", pool_instruction=pool_instruction)
         got = bare.encode(["", "the cat"], instruction)
         assert (got[0] == 0).all() and np.linalg.norm(got[1]) > 0.99
-    with pytest.raises(TypeError, match="a list of texts, not one string"):
-        ours.encode("the cat")
+    raises(TypeError, "a list of texts, not one string", ours.encode, "the cat")
 
 
 def test_training_and_encoding_agree():
@@ -304,13 +292,11 @@ def test_two_ranks_give_what_one_gives(tmp_path):
 
 
 # ---- folders ----
-
 CASES = [  # model, tokenizer, pooling, settings
     ("modernbert", "encoder", "mean", dict(template=CHAT)),
     ("modernbert", "encoder", "mean", dict(pool_instruction=False)),
     ("modernbert", "encoder", "weighted_mean", dict(template=Template("a dog: "))),
-    ("modernbert", "encoder", "cls", {}),
-    ("modernbert", "encoder", "last", dict(normalize=False)),
+    ("modernbert", "encoder", "cls", {}), ("modernbert", "encoder", "last", dict(normalize=False)),
     ("llama", "bos", "last", dict(template=CHAT, pool_instruction=False)),
     ("llama", "bos", "cls", dict(template=CHAT, pool_instruction=False)),
     ("llama-bidirectional", "bos", "mean", dict(template=CHAT, pool_instruction=False)),
@@ -321,8 +307,7 @@ CASES = [  # model, tokenizer, pooling, settings
     ("qwen3", "eos", "mean", dict(pool_instruction=False)),
     ("modernbert", "encoder", "splade", dict(template=CHAT)),
     ("modernbert", "encoder", "tokens", dict(projection=torch.nn.Linear(32, 8, bias=False))),
-    ("llama-bidirectional", "eos", "tokens", {}),
-]
+    ("llama-bidirectional", "eos", "tokens", {})]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, tokens, pooling, settings", CASES)
@@ -381,8 +366,7 @@ def test_reads_what_sentence_transformers_writes(tmp_path, capsys):
 
     for extra, word in ((Dense(32, 8), "Dense"), (Pooling(32, ("mean", "max")), "max")):
         SentenceTransformer(modules=[*parts[:2], extra], device="cpu").save(str(tmp_path / word))
-        with pytest.raises(ValueError, match=f"{word}.*not supported|not supported.*{word}"):
-            load(tmp_path / word)
+        raises(ValueError, f"{word}.*not supported|not supported.*{word}", load, tmp_path / word)
 
 
 def test_plain_folder_and_overrides(tmp_path, capsys):
@@ -401,8 +385,7 @@ def test_plain_folder_and_overrides(tmp_path, capsys):
     half = load(tmp_path, dtype="bf16")
     assert half.model.embed.weight.dtype == torch.bfloat16
     assert 0 < differ(half.encode(TEXTS), ours.encode(TEXTS)) < 0.1
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        load("./nothing/here")
+    raises(FileNotFoundError, "no such folder", load, "./nothing/here")
 
 
 def test_adapter_chain_equals_peft(tmp_path):
@@ -465,12 +448,10 @@ def test_lora_is_merged_in_the_files_only(tmp_path):
     ("encoder", "mean", dict(template=CHAT, pool_instruction=False), "than one token, a special"),
     ("bos", "mean", dict(template=Template("", "t in a book")), "its tokens would be"),
     ("encoder", "weighted_mean", dict(pool_instruction=False), "counts the instruction's"),
-    ("encoder", "splade", dict(pool_instruction=False), "counts the instruction's"),
-])  # fmt: skip
+    ("encoder", "splade", dict(pool_instruction=False), "counts the instruction's")])  # fmt: skip
 def test_a_save_that_would_differ_is_refused(tokens, pooling, settings, reason, tmp_path):
     ours = make("modernbert", tokens, pooling, **settings)
-    with pytest.raises(ValueError, match=f"would give other embeddings: .*{reason}"):
-        ours.save(tmp_path / "refused")
+    raises(ValueError, f"would give other embeddings: .*{reason}", ours.save, tmp_path / "refused")
     assert not os.path.exists(tmp_path / "refused")
     ours.save(tmp_path / "own", sentence_transformers=False)
     again = load(tmp_path / "own")

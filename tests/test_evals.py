@@ -1,12 +1,10 @@
-"""evals/ and metrics.py: numbers against plain loops, the script on 1 and 2 ranks.
-
-    python -m pytest tests/test_evals.py
-"""
+"""evals/ and metrics.py: numbers against plain loops, the script on 1 and 2 ranks."""
 
 import json
 import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,14 +14,12 @@ from sklearn.metrics import average_precision_score
 import harness
 import metrics
 import token_scores
-from attention import make_seqs
 from data import open_pairs
 from embedder import Embedder
 from evals.token_retrieval import baseline_scores
 from formats.huggingface import from_pretrained
 from harness import WORDS, ndcg
 from spans import read_spans
-from token_scores import windows_of
 from tokenizer import Template, load_tokenizer, tokenize_passage
 
 SCRIPT = "evals/token_retrieval.py"
@@ -43,8 +39,7 @@ def test_token_metrics_equal_loops():
     rng = np.random.default_rng(3)
     for trial in range(20):
         words = rng.choice(WORDS, 3 + 5 * trial).tolist()
-        passage = "\n ".join(words)
-        ends = np.cumsum([len(w) + 2 for w in words]) - 2
+        passage, ends = "\n ".join(words), np.cumsum([len(w) + 2 for w in words]) - 2
         spans = np.array([[e - len(w), e] for e, w in zip(ends, words)])
         n = len(spans)
         gold = np.sort(rng.choice(n, 1 + trial % 3, replace=False))
@@ -76,14 +71,12 @@ def test_baselines_equal_loops(toy_tokens):
     sentences = "Tan is a tama. |The tan, a tan! |Rilo sun\n|mos tan_rilo  kema. |Rilo? |"
     sentences = sentences.split("|")
     bags = [re.findall(r"\w+", x.lower()) for x in sentences]
-    mean = sum(map(len, bags)) / len(bags)
-    want = []
+    mean, want = sum(map(len, bags)) / len(bags), []
     for bag in bags:
         score = 0.0
         for word in ("rilo", "tan", "x"):
             df = sum(word in b for b in bags)
-            idf = math.log(1 + (len(bags) - df + 0.5) / (df + 0.5))
-            tf = bag.count(word)
+            idf, tf = math.log(1 + (len(bags) - df + 0.5) / (df + 0.5)), bag.count(word)
             score += idf * tf / (tf + 1.2 * (1 - 0.75 + 0.75 * len(bag) / mean))
         want.append(score)
     assert max(want) > 0.5
@@ -107,37 +100,10 @@ def config(folders, tmp_path_factory):
     prompts = {"query": "ask: ", "document": "read: "}
     embedder = Embedder(model, tokenizer, "last", Template("<", ">"), prompts, max_length=24)
     embedder.save(f"{folder}/step1", sentence_transformers=False)
-    rng, lines = np.random.default_rng(2), []
-    for i in range(8):
-        words = rng.choice(WORDS, 5 + (i * 13) % 37).tolist()
-        starts = np.cumsum([0] + [len(w) + 1 for w in words]).tolist()
-        for word in rng.permutation(sorted(set(words)))[: 1 + i % 4]:
-            spans = [[a, a + len(w)] for a, w in zip(starts, words) if w == word]
-            line = {"query": f"{word} tan", "passage": " ".join(words), "spans": spans}
-            lines.append(line | ({"answer": spans[0]} if len(lines) % 3 else {}))
-    path = harness.write_jsonl(f"{folder}/x.jsonl", lines)
+    path = harness.spans_file(f"{folder}/x.jsonl", 8, seed=2)
     return harness.write_config(
         folder, model=str(folder), eval_data=path, ratios=(4, 2), temperature=0.3, dtype="fp32",
-        queries_per_passage=3,
-    )  # fmt: skip
-
-
-def plain_scores(model, tokenizer, record, window):
-    """(cosines [n], gold tokens) of one line, each text alone through the model."""
-    ids = tokenizer(f"<ask: {record['query']}>")["input_ids"]
-    query = model(torch.tensor(ids), make_seqs([len(ids)]))[-1]
-    both = tokenizer(f"<read: {record['passage']}>", return_offsets_mapping=True)
-    ids, hidden, scores, gold = both["input_ids"], [], [], []
-    for start, stop, first, last in windows_of(len(ids), window, window // 3, True):
-        part = model(torch.tensor(ids[start:stop]), make_seqs([stop - start]))
-        hidden += part[first - start : last - start]
-    for vector, (a, b) in zip(hidden, both["offset_mapping"]):
-        a, b = (x - len("<read: ") for x in (a, b))
-        if max(a, 0) < min(b, len(record["passage"])):
-            if any(a < end and b > start for start, end in record["spans"]):
-                gold.append(len(scores))
-            scores.append(torch.cosine_similarity(query, vector, dim=0).item())
-    return np.array(scores), gold
+        queries_per_passage=3)  # fmt: skip
 
 
 @pytest.mark.parametrize("window", [0, 12])
@@ -147,9 +113,13 @@ def test_token_retrieval_equals_loops(window, config, tmp_path, capsys):
     file, folder = open_pairs(out.eval_data), f"{out.model}/step1"
     model, tokenizer = from_pretrained(folder).eval(), load_tokenizer(folder)
     lines, totals = [read_spans(file, i) for i in range(len(file))], {}
+    s = SimpleNamespace(template=Template("<", ">"), query_instruction="ask: ",
+                        passage_instruction="read: ", passage_window=window,
+                        window_overlap=window // 3)  # fmt: skip
     for record in lines:
         with torch.no_grad():
-            scores, gold = plain_scores(model, tokenizer, record, window)
+            scores, gold = harness.plain_scores(model, tokenizer, record, s)
+        scores = scores.numpy()
         order = sorted(range(len(scores)), key=lambda j: -scores[j])
         logs = scores / 0.3 - np.log(np.exp(scores / 0.3).sum())
         found = {"loss": -logs[gold].mean(), "acc": order[0] in gold}
@@ -190,6 +160,4 @@ def test_token_retrieval_on_two_ranks(config, tmp_path):
     (["--passage_window=8", "--window_overlap=8"], "windows of 8 tokens cannot share 8"),
 ])  # fmt: skip
 def test_bad_settings_say_what_is_expected(config, tmp_path, more, message):
-    with pytest.raises((SystemExit, ValueError)) as error:
-        harness.run(SCRIPT, config, tmp_path, *more)
-    assert message in str(error.value)
+    harness.assert_refused(message, SCRIPT, config, tmp_path, *more)

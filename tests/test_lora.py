@@ -1,7 +1,6 @@
-"""LoRA against its formula and against peft. Run: python -m pytest tests/test_lora.py
+"""LoRA against its formula and against peft.
 
-TOL: fp32 logits of size 5 to 10 computed in another order, ours against transformers' and peft's.
-"""
+TOL: fp32 logits of size 5 to 10 computed in another order, against transformers' and peft's."""
 
 import functools
 import json
@@ -19,6 +18,7 @@ import lora
 from attention import make_seqs
 from formats.huggingface import from_pretrained, save_pretrained
 from formats.peft import pinned_chain
+from harness import raises
 from model import from_scratch
 
 transformers = pytest.importorskip("transformers")
@@ -32,13 +32,11 @@ TOL = 2e-5
 LENGTHS = [5, 30, 1]
 TOKENS = torch.randint(3, 97, (36,), generator=torch.Generator().manual_seed(0))
 SMALL = dict(
-    vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
-)
+    vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 DECODER = dict(SMALL, num_key_value_heads=2, max_position_embeddings=512)
 MODERN = dict(
     SMALL, max_position_embeddings=512, local_attention=12, pad_token_id=0, bos_token_id=1,
-    eos_token_id=2, cls_token_id=1, sep_token_id=2,
-)  # fmt: skip
+    eos_token_id=2, cls_token_id=1, sep_token_id=2)  # fmt: skip
 FAMILIES = {
     "llama": ("LlamaForCausalLM", DECODER),
     "llama-tied": ("LlamaForCausalLM", dict(DECODER, tie_word_embeddings=True)),
@@ -49,8 +47,7 @@ FAMILIES = {
     "modernbert-untied": ("ModernBertForMaskedLM", dict(
         MODERN, tie_word_embeddings=False, norm_bias=True, attention_bias=True, mlp_bias=True,
         classifier_bias=True)),
-    "modernbert-decoder": ("ModernBertDecoderForCausalLM", MODERN),
-}  # fmt: skip
+    "modernbert-decoder": ("ModernBertDecoderForCausalLM", MODERN)}  # fmt: skip
 SEQS, ROWS = make_seqs(LENGTHS), torch.arange(sum(LENGTHS))
 
 
@@ -119,8 +116,7 @@ def make_peft(cls, base, vocab=0, **changes):
 
 
 def close(a, b, limit=TOL):
-    assert a.shape == b.shape
-    assert (a - b).abs().max().item() < limit
+    assert a.shape == b.shape and (a - b).abs().max().item() < limit
 
 
 def same(a, b):
@@ -132,8 +128,6 @@ def loss_of(model, tokens=TOKENS):
 
 
 # ---- the layer, merging ----
-
-
 @pytest.mark.parametrize("rslora", [False, True])
 def test_formula(rslora):
     torch.manual_seed(0)
@@ -173,10 +167,8 @@ def test_merge_and_unmerge(base, dtype):
     names = lora.trained_names(model)
     assert (want - plain).abs().max() > 0.5
 
-    state = lora.merged_state(model, before)
-    kept = lora.merge(model)
-    assert lora.merged_state(model, before) is before
-    assert same(model.state_dict(), state)
+    state, kept = lora.merged_state(model, before), lora.merge(model)
+    assert lora.merged_state(model, before) is before and same(model.state_dict(), state)
     assert not lora.lora_layers(model) and all(p.requires_grad for p in model.parameters())
     assert {type(m) for m in model.modules() if "Linear" in type(m).__name__} == {nn.Linear}
     w = before["blocks.1.mlp.down_proj.base.weight"]
@@ -194,8 +186,6 @@ def test_merge_and_unmerge(base, dtype):
 
 
 # ---- training ----
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bf16_base_trains_in_fp32(base, autocast):
     torch.manual_seed(0)
@@ -224,7 +214,6 @@ def test_bf16_base_trains_in_fp32(base, autocast):
 
 
 # ---- ours -> peft ----
-
 def test_targets(base, tmp_path):
     """Some of the layers: ModernBERT calls two of them Wo."""
     cls, folder = base("modernbert")
@@ -320,7 +309,6 @@ def test_auto_model(base, tmp_path, head):
 
 
 # ---- peft -> ours ----
-
 QKV = ["q_proj", "k_proj", "v_proj"]
 PEFT = [
     ("llama", True, dict(target_modules=QKV + ["o_proj", "gate_proj", "up_proj", "down_proj"])),
@@ -340,8 +328,7 @@ PEFT = [
     ("modernbert-decoder", False, dict(target_modules=["Wi"],
                                        modules_to_save=["tok_embeddings", "final_norm"])),
     *[(name, True, dict(target_modules="all-linear", vocab=101))
-      for name in ("llama", "llama-tied", "modernbert")],
-]  # fmt: skip
+      for name in ("llama", "llama-tied", "modernbert")]]  # fmt: skip
 
 
 @pytest.mark.parametrize("name,causal,changes", PEFT)
@@ -390,8 +377,6 @@ def test_neobert(tmp_path):
 
 
 # ---- models for training, merged models ----
-
-
 def run_settings(**changes):
     usual = dict(lora_rank=4, lora_alpha=12, lora_dropout=0.0, lora_targets="all")
     return SimpleNamespace(**usual | dict(train_also="", compute_dtype=torch.bfloat16) | changes)
@@ -501,17 +486,12 @@ def test_load_for_training(base, tmp_path):
 
 
 # ---- errors ----
-
-
-@pytest.mark.parametrize(
-    "name,message,changes",
-    [
-        ("modernbert", "'q_proj'.*'qkv_proj', 'o_proj', 'gate_up_proj'", dict(targets="q_proj")),
-        ("modernbert", "targets=''", dict(targets="")),
-        ("modernbert", "'norms'.*'embed', 'norm', 'head'", dict(train_also="norms")),
-        ("qwen3", "'head'.*'embed', 'norm'", dict(train_also="head")),  # tied, no bias
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("name,message,changes", [
+    ("modernbert", "'q_proj'.*'qkv_proj', 'o_proj', 'gate_up_proj'", dict(targets="q_proj")),
+    ("modernbert", "targets=''", dict(targets="")),
+    ("modernbert", "'norms'.*'embed', 'norm', 'head'", dict(train_also="norms")),
+    ("qwen3", "'head'.*'embed', 'norm'", dict(train_also="head")),  # tied, no bias
+])  # fmt: skip
 def test_inject_errors(base, name, message, changes):
     model = from_pretrained(base(name)[1])
     with pytest.raises(ValueError, match=message):
@@ -521,14 +501,11 @@ def test_inject_errors(base, name, message, changes):
 
 def test_errors(base):
     model = from_pretrained(base("llama")[1])
-    with pytest.raises(ValueError, match="no adapter"):
-        lora.save_adapter(model, "nowhere", "base")
+    raises(ValueError, "no adapter", lora.save_adapter, model, "nowhere", "base")
     model = adapted(base("llama")[1])
-    with pytest.raises(ValueError, match="merge it first"):
-        lora.inject(model, 4, 8, 0.0, "all")
+    raises(ValueError, "merge it first", lora.inject, model, 4, 8, 0.0, "all")
     model.classifier = nn.Linear(64, 3)
-    with pytest.raises(KeyError, match="classifier"):
-        lora.save_adapter(model, "nowhere", "base")
+    raises(KeyError, "classifier", lora.save_adapter, model, "nowhere", "base")
 
 
 INNER = "base_model.model.model."
@@ -537,29 +514,25 @@ A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
 EMBED = INNER + "embed_tokens.weight"
 
 
-@pytest.mark.parametrize(
-    "message,changes",
-    [
-        ("use_dora = True: not supported", dict(use_dora=True)),
-        ("bias = 'all': not supported", dict(bias="all")),
-        ("init_lora_weights = 'pissa': not supported", dict(init_lora_weights="pissa")),
-        ("some_new_key = 1: not supported", dict(some_new_key=1)),
-        ("peft_type = 'IA3': not supported", dict(peft_type="IA3")),
-        ("missing.*blocks.1.attn.q_proj.lora_B", dict(drop=[B])),
-        ("missing.*q_proj.lora_A", dict(drop=[A, B])),
-        # a regular expression over an inner class's names
-        ("missing.*q_proj.lora_A", dict(drop=[A, B], target_modules=r"layers\.\d\.self_attn\..*")),
-        ("missing.*: norm.weight", dict(drop=[INNER + "norm.weight"])),
-        ("missing.*: lm_head.weight", dict(modules_to_save=["lm_head"])),
-        ("unexpected.*classifier", dict(add={"base_model.model.classifier.weight": torch.ones(3)})),
-        ("unexpected.*magnitude", dict(add={f"{Q}.lora_magnitude_vector": torch.ones(64)})),
-        ("unexpected.*layers.7", dict(add={A.replace("1", "7"): torch.ones(3)})),
-        (r"lora_A is \(4, 65\), the model's is \(4, 64\)", dict(add={A: torch.ones(4, 65)})),
-        (r"embed.weight is \(96, 64\)", dict(add={EMBED: torch.ones(96, 64)})),
-        # new rows for the embedding alone
-        ("missing.*: lm_head.weight", dict(add={EMBED: torch.ones(99, 64)})),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("message,changes", [
+    ("use_dora = True: not supported", dict(use_dora=True)),
+    ("bias = 'all': not supported", dict(bias="all")),
+    ("init_lora_weights = 'pissa': not supported", dict(init_lora_weights="pissa")),
+    ("some_new_key = 1: not supported", dict(some_new_key=1)),
+    ("peft_type = 'IA3': not supported", dict(peft_type="IA3")),
+    ("missing.*blocks.1.attn.q_proj.lora_B", dict(drop=[B])),
+    ("missing.*q_proj.lora_A", dict(drop=[A, B])),
+    # a regular expression over an inner class's names
+    ("missing.*q_proj.lora_A", dict(drop=[A, B], target_modules=r"layers\.\d\.self_attn\..*")),
+    ("missing.*: norm.weight", dict(drop=[INNER + "norm.weight"])),
+    ("missing.*: lm_head.weight", dict(modules_to_save=["lm_head"])),
+    ("unexpected.*classifier", dict(add={"base_model.model.classifier.weight": torch.ones(3)})),
+    ("unexpected.*magnitude", dict(add={f"{Q}.lora_magnitude_vector": torch.ones(64)})),
+    ("unexpected.*layers.7", dict(add={A.replace("1", "7"): torch.ones(3)})),
+    (r"lora_A is \(4, 65\), the model's is \(4, 64\)", dict(add={A: torch.ones(4, 65)})),
+    (r"embed.weight is \(96, 64\)", dict(add={EMBED: torch.ones(96, 64)})),
+    # new rows for the embedding alone
+    ("missing.*: lm_head.weight", dict(add={EMBED: torch.ones(99, 64)}))])  # fmt: skip
 def test_load_errors(base, tmp_path, message, changes):
     folder, changes = base("llama")[1], dict(changes)
     lora.save_adapter(adapted(folder, train_also="norm"), str(tmp_path), folder)
@@ -568,8 +541,7 @@ def test_load_errors(base, tmp_path, message, changes):
     save_file(state | changes.pop("add", {}), path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(ValueError, match=message):
-        lora.load_adapter(from_pretrained(folder), str(tmp_path))
+    raises(ValueError, message, lora.load_adapter, from_pretrained(folder), str(tmp_path))
 
 
 def test_peft_dora(base, tmp_path):

@@ -17,6 +17,7 @@ import formats.huggingface as HF
 import model as M
 from attention import make_seqs
 from formats import read_json, write_json
+from harness import raises
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -48,24 +49,17 @@ def assert_close(found, expected, tolerance=TOLERANCE):
 
 
 # ---- transformers ----
-
-_SMALL = dict(
-    vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-    num_attention_heads=4, max_position_embeddings=512,
-)  # fmt: skip
+_SMALL = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+              num_attention_heads=4, max_position_embeddings=512)  # fmt: skip
 _GQA = _SMALL | dict(num_key_value_heads=2)
 _MB = _SMALL | dict(
     local_attention=12, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1,
-    sep_token_id=2,
-)  # fmt: skip
+    sep_token_id=2)  # fmt: skip
 _LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=4.0)
-_LLAMA3 = dict(
-    rope_type="llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=1.0,
-    high_freq_factor=4.0, original_max_position_embeddings=64,
-)  # fmt: skip
+_LLAMA3 = dict(rope_type="llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=1.0,
+               high_freq_factor=4.0, original_max_position_embeddings=64)  # fmt: skip
 _YARN = dict(
-    rope_type="yarn", rope_theta=10_000.0, factor=4.0, original_max_position_embeddings=128
-)
+    rope_type="yarn", rope_theta=10_000.0, factor=4.0, original_max_position_embeddings=128)
 _BIASES = dict(attention_bias=True, mlp_bias=True)
 _MB_BIASES = _MB | _BIASES | dict(norm_bias=True, classifier_bias=True, tie_word_embeddings=False)
 
@@ -93,8 +87,7 @@ CASES = {  # model_type, config
     "modernbert-untied-biases": ("modernbert", _MB_BIASES | dict(norm_eps=1e-3)),
     "modernbert-no-decoder-bias": ("modernbert", _MB | dict(decoder_bias=False)),
     "modernbert-decoder": ("modernbert-decoder", _MB | thetas(5e4, 700.0)),
-    "modernbert-decoder-untied-biases": ("modernbert-decoder", _MB_BIASES),
-}  # fmt: skip
+    "modernbert-decoder-untied-biases": ("modernbert-decoder", _MB_BIASES)}  # fmt: skip
 
 
 def theirs(case, causal=None, **changes):
@@ -234,8 +227,7 @@ _OLD_KEYS = {  # case, today's keys, older files' keys
     **{f"{case}, local {local}": (
         case, thetas(5e4, local or 5e4) | dict(layer_types=_EVEN), dict(
             global_rope_theta=5e4, local_rope_theta=local, global_attn_every_n_layers=2))
-       for case in ("modernbert", "modernbert-decoder") for local in (700.0, None)},
-}  # fmt: skip
+       for case in ("modernbert", "modernbert-decoder") for local in (700.0, None)}}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", _OLD_KEYS)
@@ -290,8 +282,6 @@ def test_overrides_on_reading(tmp_path):
 
 
 # ---- NeoBERT, against the published layout ----
-
-
 def neobert_state(n_layer=3, width=32, hidden=64, seed=0):
     """Random weights under the published names: with a head, "model." before the encoder's."""
     g = torch.Generator().manual_seed(seed)
@@ -353,8 +343,7 @@ def test_neobert_equals_the_published_layout_and_goes_back_bit_equal(head, tmp_p
     config = dict(
         model_type="neobert", architectures=["NeoBERTLMHead"], vocab_size=VOCAB, hidden_size=32,
         num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, max_length=512,
-        norm_eps=1e-6, embedding_init_range=0.02,
-    )  # fmt: skip
+        norm_eps=1e-6, embedding_init_range=0.02)  # fmt: skip
     write_json(config, tmp_path, "config.json")
     ours = HF.from_pretrained(tmp_path)
     assert (ours.config.head == "none") == (not head)
@@ -374,13 +363,11 @@ def test_neobert_equals_the_published_layout_and_goes_back_bit_equal(head, tmp_p
 
 
 # ---- small models of each family, ours alone ----
-
 _KINDS = ["global", "local", "local", "global"]
 _OURS = dict(vocab_size=VOCAB, n_layer=4, n_head=4, n_embd=32, n_hidden=48, max_seq_len=512)
 _OURS_MB = _OURS | dict(
     layer_kinds=_KINDS, window=3, norm="layer", embed_norm=True,
-    fused_mlp=True, activation="gelu", head="dense", head_bias=True,
-)  # fmt: skip
+    fused_mlp=True, activation="gelu", head="dense", head_bias=True)  # fmt: skip
 FAMILIES = {
     "llama": _OURS | dict(n_kv_head=2),
     "mistral": _OURS | dict(n_kv_head=2, layer_kinds=["local"] * 4, window=4, tied=False),
@@ -391,8 +378,7 @@ FAMILIES = {
     "modernbert-decoder": _OURS_MB,
     "neobert": _OURS | dict(
         causal=False, rope_pairs="adjacent", fused_qkv=True, fused_mlp=True, tied=False,
-        head_bias=True),
-}  # fmt: skip
+        head_bias=True)}  # fmt: skip
 
 
 def tiny(family, **changes):
@@ -403,8 +389,7 @@ def tiny(family, **changes):
 
 every_mask = pytest.mark.parametrize("family, causal", [
     (family, causal) for family in FAMILIES for causal in (True, False)
-    if not (causal and family in ("modernbert", "neobert"))
-])  # fmt: skip
+    if not (causal and family in ("modernbert", "neobert"))])  # fmt: skip
 
 
 def backends():
@@ -432,8 +417,6 @@ def assert_near(found, expected, tolerance, name=""):
 
 
 # ---- attention ----
-
-
 def seen(lengths, causal, left, right, device="cpu"):
     """[T, T] bool: which keys a query sees. left and right: -1 for no limit."""
     text = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
@@ -453,8 +436,7 @@ def brute_force(q, k, v, lengths, causal, window):
 
 _W = 16
 _ATTENTION = [  # lengths, (left, right)
-    ([37], (-1, -1)),
-    ([5, 1, 40, 40, 40, 17], (-1, -1)),
+    ([37], (-1, -1)), ([5, 1, 40, 40, 40, 17], (-1, -1)),
     ([_W, _W + 1, _W + 2, 1, 2, _W - 1], (_W, _W)),  # at the window's edge
     ([_W, _W + 1, _W + 2, 1, 2, _W - 1], (_W - 1, 0)),
     ([256, 257, 700, 700, 1, 300], (_W, _W)),  # past 256: blocks of queries
@@ -474,8 +456,7 @@ def test_attention_is_the_masked_softmax(lengths, window, causal, n_kv_head, bac
     g = torch.Generator().manual_seed(0)
     *qkv, y = (
         torch.randn(sum(lengths), heads, 16, generator=g).to(device, dtype).requires_grad_(i < 3)
-        for i, heads in enumerate((4, n_kv_head, n_kv_head, 4))
-    )
+        for i, heads in enumerate((4, n_kv_head, n_kv_head, 4)))  # fmt: skip
     out = A.attention(*qkv, make_seqs(lengths, device), causal, window, 0.0, name)
     assert out.shape == (sum(lengths), 4, 16) and out.dtype == dtype
     expected = brute_force(*qkv, lengths, causal, window)
@@ -532,7 +513,6 @@ def test_masks_made_in_inference_mode_serve_training():
 
 
 # ---- packed = each text alone ----
-
 DOCS = [9, 1, 30, 30, 30, 14]
 DOC_TOKENS, DOC_SEQS = random_tokens(DOCS), make_seqs(DOCS)
 
@@ -541,8 +521,7 @@ def outputs_and_gradients(model, tokens, lengths, y, backend="sdpa", device="cpu
     """Hidden states, and the gradients of sum(logits * y) by parameter name."""
     model.zero_grad()
     model.backend = backend
-    seqs = make_seqs(lengths, device)
-    rows = torch.arange(len(tokens), device=device)
+    seqs, rows = make_seqs(lengths, device), torch.arange(len(tokens), device=device)
     hidden = model(tokens, seqs)
     (model(tokens, seqs, rows=rows) * y).sum().backward()
     return hidden.detach(), {k: p.grad.clone() for k, p in model.named_parameters()}
@@ -563,10 +542,8 @@ def test_packed_equals_each_text_alone(family, causal, precision, backend, monke
     model, y, tokens = model.to(device), y.to(device), DOC_TOKENS.to(device)
     with torch.autocast(device, torch.bfloat16, enabled=dtype is torch.bfloat16):
         hidden, grads = outputs_and_gradients(model, tokens, DOCS, y, name, device)
-        alone = [
-            outputs_and_gradients(model, t, [len(t)], y1, "sdpa", device)
-            for t, y1 in zip(tokens.split(DOCS), y.split(DOCS), strict=True)
-        ]
+        alone = [outputs_and_gradients(model, t, [len(t)], y1, "sdpa", device)
+                 for t, y1 in zip(tokens.split(DOCS), y.split(DOCS), strict=True)]  # fmt: skip
     expected = torch.cat([h for h, _ in alone])
     if precision == "fp64":
         torch.testing.assert_close(hidden, expected, atol=tolerance, rtol=tolerance)
@@ -613,8 +590,6 @@ def test_each_output_depends_on_what_it_may_see_and_on_nothing_else(
 
 
 # ---- the loss over a vocabulary ----
-
-
 def leaves_of(*shapes, dtype=torch.float32, seed=0):
     """Random tensors that want gradients, and a second set of the same."""
     g = torch.Generator().manual_seed(seed)
@@ -663,8 +638,7 @@ def test_linear_cross_entropy_with_extreme_logits():
     weight = torch.tensor([[1.0], [-1.0]], requires_grad=True)
     loss, hits = M.linear_cross_entropy(x, weight, None, torch.tensor([0, 0]))
     loss.backward()
-    assert loss.item() == 2e4 and hits.item() == 1
-    assert x.grad.tolist() == [[0.0], [-2.0]]
+    assert loss.item() == 2e4 and hits.item() == 1 and x.grad.tolist() == [[0.0], [-2.0]]
 
 
 def test_hits_are_the_best_answers_and_no_near_ones():
@@ -675,8 +649,7 @@ def test_hits_are_the_best_answers_and_no_near_ones():
 
 
 def test_no_labels_give_zero_and_connected_gradients():
-    model = tiny("modernbert").train()
-    none = torch.zeros(0, dtype=torch.long)
+    model, none = tiny("modernbert").train(), torch.zeros(0, dtype=torch.long)
     loss, hits = model(DOC_TOKENS, DOC_SEQS, rows=none, targets=none)
     assert loss.item() == 0 and hits.item() == 0
     loss.backward()
@@ -723,8 +696,7 @@ def test_linear_cross_entropy_in_bf16():
     loss, _ = M.linear_cross_entropy(*ours, None, targets)
     expected = F.cross_entropy(F.linear(*ref), targets, reduction="sum")
     (loss + expected).backward()
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(expected.item(), rel=3e-3)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=3e-3)
     for a, b in zip(ours, ref, strict=True):
         assert a.grad.dtype == torch.bfloat16
         assert (a.grad.float() - b.grad).norm() <= 1e-2 * b.grad.norm()
@@ -748,8 +720,6 @@ def test_model_loss_is_the_cross_entropy_of_its_logits(family):
 
 
 # ---- checkpointing, compile, dropout ----
-
-
 def train_gradients(model, seed=0, lengths=DOCS):
     torch.manual_seed(seed)
     model.zero_grad()
@@ -778,8 +748,7 @@ def test_checkpointing_changes_nothing(family, dropout):
     # the compiler's front half, which needs no C compiler: what is recompiled shows here
     ("modernbert", "aot_eager"), ("qwen3", "aot_eager"),
     pytest.param("modernbert", "inductor", marks=pytest.mark.slow),
-    pytest.param("llama", "inductor", marks=pytest.mark.slow),
-])  # fmt: skip
+    pytest.param("llama", "inductor", marks=pytest.mark.slow)])  # fmt: skip
 def test_compiled_blocks_change_nothing_and_are_compiled_once(family, compiler):
     from torch._dynamo.utils import counters
 
@@ -822,8 +791,7 @@ def test_dropout_acts_in_training_only_and_is_saved_only_if_the_model_has_it(
             assert torch.equal(our_hidden(model, DOC_TOKENS, DOCS), plain(DOC_TOKENS, DOC_SEQS))
             a, b = model.train()(DOC_TOKENS, DOC_SEQS), model(DOC_TOKENS, DOC_SEQS)
             assert not torch.equal(a, b)
-    key = {"attn": "attention_dropout", "out": "attention_out_dropout"}[kind]
-    values = []
+    key, values = {"attn": "attention_dropout", "out": "attention_out_dropout"}[kind], []
     for model in (plain, changed, built):
         HF.save_pretrained(model, tmp_path)
         values.append(config_of(tmp_path).get(key, 0.0))
@@ -833,11 +801,9 @@ def test_dropout_acts_in_training_only_and_is_saved_only_if_the_model_has_it(
 
 def test_out_dropout_acts_on_the_attention_block_alone():
     """At p = 1 attention adds nothing: each token stays by itself, and the MLP still works."""
-    model = tiny("llama", out_dropout=1.0).train()
-    tokens = random_tokens([12])
+    model, tokens = tiny("llama", out_dropout=1.0).train(), random_tokens([12])
     with torch.no_grad():
-        together = model(tokens, make_seqs([12]))
-        apart = model(tokens, make_seqs([1] * 12))
+        together, apart = model(tokens, make_seqs([12])), model(tokens, make_seqs([1] * 12))
         model.embed.weight.zero_()
         assert not torch.equal(together, model(tokens, make_seqs([12])))
     torch.testing.assert_close(together, apart)
@@ -851,27 +817,21 @@ def test_attention_dropout_drops_probabilities_and_keeps_their_mean(window):
     out = A.attention(q, k, v, make_seqs([n] * copies), False, window, p).view(copies, n, 4)
     expected = A.attention(q[:n], k[:n], v[:n], make_seqs([n]), False, window).view(n, 4)
     error = out.std(0) / copies**0.5
-    assert ((out.mean(0) - expected).abs() < 5 * error).all()
-    assert (out.std(0) > 0.05).all()
+    assert ((out.mean(0) - expected).abs() < 5 * error).all() and (out.std(0) > 0.05).all()
 
 
 # ---- sizes and fresh weights ----
-
-
 @pytest.mark.parametrize("size", [s for s in M.SIZES if not s.endswith("tiny")])
 def test_named_sizes_have_the_named_number_of_parameters(size):
     with torch.device("meta"):
         model = M.Transformer(M.ModelConfig(**M.SIZES[size]))
-    n = sum(p.numel() for p in model.parameters())
-    name = size.rsplit("-", 1)[1]
+    n, name = sum(p.numel() for p in model.parameters()), size.rsplit("-", 1)[1]
     assert abs(n / (int(name[:-1]) * {"m": 10**6, "b": 10**9}[name[-1]]) - 1) < 0.1
     assert f"{n / 1e6:.1f}M weights, {n / 1e6:.3f}M trained" in model.describe()
 
 
-_FRESH = {
-    "llama-tiny": "normal", "qwen3-tiny": "normal", "modernbert-tiny": "megatron",
-    "neobert-250m": "uniform",
-}  # fmt: skip
+_FRESH = {"llama-tiny": "normal", "qwen3-tiny": "normal", "modernbert-tiny": "megatron",
+          "neobert-250m": "uniform"}  # fmt: skip
 
 
 @pytest.mark.parametrize("size", _FRESH)
@@ -888,9 +848,8 @@ def test_fresh_weights(size):
         out = ("o_proj.weight", "down_proj.weight", "head.dense.weight")
         if init == "megatron" and name.endswith(out):
             std /= math.sqrt(2 * model.config.n_layer)
-        bound, expected = {
-            "normal": (math.inf, std), "uniform": (0.02, 0.02 / math.sqrt(3)),
-            "megatron": (2 * std, 0.8796 * std),  # what a normal cut at 2 sigma has
+        bound, expected = {"normal": (math.inf, std), "uniform": (0.02, 0.02 / math.sqrt(3)),
+                           "megatron": (2 * std, 0.8796 * std),  # what a normal cut at 2 sigma has
         }[init]  # fmt: skip
         assert p.abs().max() <= bound, name
         assert p.abs().max() > (3 * std if init == "normal" else 0.95 * bound), name
@@ -907,10 +866,8 @@ def test_from_scratch_takes_changes_and_names_what_it_knows():
     b = M.from_scratch("ettin-17m", vocab_size=50, causal=True)
     assert b.config.family == "modernbert-decoder" and hasattr(b.blocks[0].attn, "q_proj")
     assert [b.config.window_of(i) for i in range(3)] == [(-1, 0), (63, 0), (63, 0)]
-    with pytest.raises(ValueError, match="ettin-18m.*ettin-17m"):
-        M.from_scratch("ettin-18m")
-    with pytest.raises(TypeError, match="n_layers"):
-        M.from_scratch("llama-tiny", n_layers=2)
+    raises(ValueError, "ettin-18m.*ettin-17m", M.from_scratch, "ettin-18m")
+    raises(TypeError, "n_layers", M.from_scratch, "llama-tiny", n_layers=2)
     with pytest.raises(ValueError, match="3.*6|6.*3"):  # as many layer_kinds as layers
         M.from_scratch("modernbert-tiny", n_layer=3)
 
@@ -919,8 +876,7 @@ def test_from_scratch_takes_changes_and_names_what_it_knows():
     ("llama", 4), ("neobert", 4), ("mistral", 4), ("modernbert", 0)])  # fmt: skip
 def test_windows_that_a_folder_cannot_keep_are_refused(family, window):
     """config.json of Llama and NeoBERT has no windows, Mistral's one for all layers."""
-    with pytest.raises(ValueError, match=f"{family}.*local"):
-        tiny(family, layer_kinds=_KINDS, window=window)
+    raises(ValueError, f"{family}.*local", tiny, family, layer_kinds=_KINDS, window=window)
 
 
 def test_flops_count_what_multiplies():
@@ -933,8 +889,6 @@ def test_flops_count_what_multiplies():
 
 
 # ---- folders, errors and warnings ----
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A small Llama folder, never written to after this."""
@@ -954,27 +908,21 @@ K_PROJ = "model.layers.2.self_attn.k_proj.weight"
     ("llama", {K_PROJ: (3, 5)}, "", rf"{K_PROJ}.*\(3, 5\).*\(16, 32\)"),
     ("modernbert", {}, "head.dense.weight", "head.dense.weight.*missing"),
     # names with "model." come from a model with a head: without its weights it is broken
-    ("mistral", {}, "lm_head.weight", "lm_head.weight.*missing"),
-])  # fmt: skip
+    ("mistral", {}, "lm_head.weight", "lm_head.weight.*missing")])  # fmt: skip
 def test_wrong_tensors_are_named(family, add, drop, message, tmp_path):
     HF.save_pretrained(tiny(family), tmp_path)
     path = tmp_path / "model.safetensors"
     state = load_file(path) | {name: torch.ones(shape) for name, shape in add.items()}
     save_file({name: w for name, w in state.items() if name != drop}, path)
-    with pytest.raises(ValueError, match=message):
-        HF.from_pretrained(tmp_path)
+    raises(ValueError, message, HF.from_pretrained, tmp_path)
 
 
 def test_bad_configs_and_arguments_are_named(folder):
     for change, message in (
-        (dict(model_type="gpt9"), "gpt9.*llama"),
-        (dict(hidden_act="relu6"), "relu6.*silu"),
-        (dict(rope_parameters=dict(rope_type="longrope", factor=2.0)), "longrope.*yarn"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            HF.config_from_hf(config_of(folder) | change)
-    with pytest.raises(ValueError, match="sideways.*causal"):
-        HF.from_pretrained(folder, attention="sideways")
+        (dict(model_type="gpt9"), "gpt9.*llama"), (dict(hidden_act="relu6"), "relu6.*silu"),
+        (dict(rope_parameters=dict(rope_type="longrope", factor=2.0)), "longrope.*yarn")):
+        raises(ValueError, message, HF.config_from_hf, config_of(folder) | change)
+    raises(ValueError, "sideways.*causal", HF.from_pretrained, folder, attention="sideways")
     with pytest.raises(ValueError, match="window"):  # a Llama has no local layers
         HF.from_pretrained(folder, window=8)
     assert HF.from_pretrained(folder, window=0).config.layer_kinds == ["global"] * 4
@@ -991,8 +939,7 @@ def test_names_of_folders_and_of_the_hub(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(HF, "snapshot_download", download)
     for name in ("missing", "./missing", "/tmp/missing/model", "a/b/c", "~/missing"):
-        with pytest.raises(FileNotFoundError, match=name):
-            HF.from_pretrained(name)
+        raises(FileNotFoundError, name, HF.from_pretrained, name)
     assert not asked  # none of these went to the hub
     HF.from_pretrained("owner/name")
     HF.from_pretrained("owner/name@step599525")
@@ -1000,8 +947,7 @@ def test_names_of_folders_and_of_the_hub(folder, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="out/missing.*no such folder"):  # a mistyped path, perhaps
         HF.from_pretrained("out/missing")
     write_json(config_of(folder), tmp_path, "config.json")
-    with pytest.raises(FileNotFoundError, match="no model.*safetensors"):
-        HF.from_pretrained(tmp_path)
+    raises(FileNotFoundError, "no model.*safetensors", HF.from_pretrained, tmp_path)
 
 
 def test_a_name_is_pinned_to_the_checkpoint_that_it_means_now(tmp_path):
@@ -1029,15 +975,13 @@ _BF16, _GROUPED, _DROPOUT = dict(dtype=torch.bfloat16), dict(gqa=True), dict(dro
 
 
 @pytest.mark.parametrize("installed, wanted, device, settings, outcome", [
-    (_BOTH, "auto", "cpu", {}, "sdpa"),
-    (_BOTH, "auto", "cuda", {}, "sdpa"),
+    (_BOTH, "auto", "cpu", {}, "sdpa"), (_BOTH, "auto", "cuda", {}, "sdpa"),
     (_BOTH, "flsh", "cpu", {}, "!flsh.*flash_attn.*varlen.*sdpa"),
     (_BOTH, "flash_attn", "cpu", _BF16, "!flash_attn.*CUDA.*cpu"),
     (_BOTH, "varlen", "cpu", _BF16, "!varlen.*CUDA.*cpu"),
     (_BOTH, "flash_attn", "cuda", {}, "!flash_attn.*float32"),
     (_BOTH, "varlen", "cuda", {}, "!varlen.*float32"),
-    (_BOTH, "flash_attn", "cuda", _BF16, "flash_attn"),
-    (_BOTH, "varlen", "cuda", _BF16, "varlen"),
+    (_BOTH, "flash_attn", "cuda", _BF16, "flash_attn"), (_BOTH, "varlen", "cuda", _BF16, "varlen"),
     (_BOTH, "auto", "cuda", _BF16 | _DROPOUT, "flash_attn"),  # the first, and it can do dropout
     (_VARLEN, "flash_attn", "cuda", _BF16, "!flash_attn.*not installed"),
     (_VARLEN, "auto", "cuda", _BF16, "varlen"),
@@ -1046,8 +990,7 @@ _BF16, _GROUPED, _DROPOUT = dict(dtype=torch.bfloat16), dict(gqa=True), dict(dro
     # older torch: no grouped heads, no window, nothing at all
     (_UNGROUPED, "varlen", "cuda", _BF16, "varlen"),
     (_UNGROUPED, "varlen", "cuda", _BF16 | _GROUPED, "!varlen.*grouped heads"),
-    ((None, None), "varlen", "cuda", _BF16, "!varlen"),
-])  # fmt: skip
+    ((None, None), "varlen", "cuda", _BF16, "!varlen")])  # fmt: skip
 def test_backends_that_cannot_run_say_why(
     installed, wanted, device, settings, outcome, monkeypatch
 ):
@@ -1055,8 +998,7 @@ def test_backends_that_cannot_run_say_why(
     monkeypatch.setattr(A, "varlen_attn", installed[1])
     device, settings = torch.device(device), dict(dtype=torch.float32) | settings
     if outcome.startswith("!"):
-        with pytest.raises(ValueError, match=outcome[1:]):
-            A.choose_backend(wanted, device, **settings)
+        raises(ValueError, outcome[1:], A.choose_backend, wanted, device, **settings)
     else:
         assert A.choose_backend(wanted, device, **settings) == outcome
 
@@ -1086,8 +1028,6 @@ def test_one_warning_for_texts_that_are_too_long():
 
 
 # ---- new tokens ----
-
-
 @pytest.mark.parametrize("family", ["llama", "mistral", "modernbert", "neobert"])
 def test_resize_vocab(family, tmp_path):
     model = tiny(family)
@@ -1113,18 +1053,15 @@ def test_resize_vocab(family, tmp_path):
     HF.save_pretrained(model, tmp_path)
     again = HF.from_pretrained(tmp_path)
     assert torch.equal(our_logits(again, new, [1]), our_logits(model, new, [1]))
-    with pytest.raises(ValueError, match="40.*100"):
-        model.resize_vocab(40)
+    raises(ValueError, "40.*100", model.resize_vocab, 40)
 
 
 def test_without_a_head_there_are_no_logits_and_a_frozen_embedding_grows():
     model = tiny("llama", head="none")
-    with pytest.raises(ValueError, match="head"):
-        model(random_tokens([4]), make_seqs([4]), rows=torch.arange(2))
+    raises(ValueError, "head", model, random_tokens([4]), make_seqs([4]), rows=torch.arange(2))
     model.embed.weight.requires_grad_(False)
     model.resize_vocab(VOCAB + 1)
-    assert model.embed.weight.shape == (VOCAB + 1, 32)
-    assert not model.embed.weight.requires_grad
+    assert model.embed.weight.shape == (VOCAB + 1, 32) and not model.embed.weight.requires_grad
 
 
 def test_weights_gathered_elsewhere_are_what_is_saved(tmp_path):
@@ -1137,12 +1074,9 @@ def test_weights_gathered_elsewhere_are_what_is_saved(tmp_path):
 
 
 # ---- bf16 ----
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16(family):
-    model = tiny(family)
-    rows = torch.arange(0, len(DOC_TOKENS), 3)
+    model, rows = tiny(family), torch.arange(0, len(DOC_TOKENS), 3)
     hidden = our_hidden(model, DOC_TOKENS, DOCS)
     plain, expected = train_gradients(model)
     model.zero_grad()
@@ -1167,8 +1101,7 @@ def test_bf16(family):
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_norms_work_in_fp32(kind):
     """bf16 in and out, rounded once; the weight of a norm in fp32 is not rounded at all."""
-    g = torch.Generator().manual_seed(0)
-    norm = M.Norm(64, kind, 1e-5)
+    g, norm = torch.Generator().manual_seed(0), M.Norm(64, kind, 1e-5)
     with torch.no_grad():
         norm.weight.copy_(torch.randn(64, generator=g))
     x = torch.randn(50, 64, generator=g).bfloat16()

@@ -1,4 +1,4 @@
-"""Prepare scripts of pairs, hard negatives, configs. Run: python -m pytest tests/test_pairs.py"""
+"""Prepare scripts of pairs, hard negatives, configs."""
 
 import ast
 import glob
@@ -16,13 +16,12 @@ from datasets import Dataset
 import harness
 from data import open_pairs, read_pair
 from embedder import Embedder
-from harness import ROOT, read_jsonl, script, write_jsonl
+from harness import ROOT, raises, read_jsonl, script, write_jsonl
 from model import from_scratch
 from tokenizer import load_tokenizer
 
 echo, bge, wiki1m, st_triplets = (
-    script(f"data/{name}/prepare.py") for name in ("echo", "bge_msmarco", "wiki1m", "st_triplets")
-)
+    script(f"data/{name}/prepare.py") for name in ("echo", "bge_msmarco", "wiki1m", "st_triplets"))
 mining = script("data/mine_negatives.py")
 
 
@@ -33,8 +32,6 @@ def pairs_of(path):
 
 
 # ---- echo ----
-
-
 def echo_lines(n):
     return [{"query": f"q{i}", "positive": f"p{i} 你好", "negative": f"n{i}"} for i in range(n)]
 
@@ -85,11 +82,9 @@ def test_echo_complains(tmp_path):
         echo.main([*argv, "--datasets", "nq"])
     write_jsonl(path, echo_lines(2))
     path.write_text(path.read_text() + '{"query": "q"\n')
-    with pytest.raises(ValueError, match=r"nq.jsonl line 3: not JSON"):
-        echo.main([*argv, "--datasets", "nq"])
+    raises(ValueError, r"nq.jsonl line 3: not JSON", echo.main, [*argv, "--datasets", "nq"])
     assert not os.path.exists(tmp_path / "nq.jsonl")  # nothing half written
-    with pytest.raises(SystemExit, match="has no squad.jsonl"):
-        echo.main([*argv, "--datasets", "nq", "squad"])
+    raises(SystemExit, "has no squad.jsonl", echo.main, [*argv, "--datasets", "nq", "squad"])
 
 
 def test_prepare_runs_as_a_script_from_anywhere(tmp_path):
@@ -101,14 +96,11 @@ def test_prepare_runs_as_a_script_from_anywhere(tmp_path):
 
 
 # ---- bge ms marco ----
-
-MSMARCO = [
-    {"query": "a", "pos": ["p", "p"], "neg": ["n", "p", "n", "m", ""], "type": "normal"},
-    {"query": "b", "pos": ["p"], "neg": ["x", "p", "y"], "pos_scores": [0.9],
-     "neg_scores": [0.5, 0.4, 1], "prompt": "Find it"},
-    {"query": "c", "pos": ["p"], "neg": None},
-    {"query": "d", "pos": [" "], "neg": ["n"]},
-]  # fmt: skip
+MSMARCO = [{"query": "a", "pos": ["p", "p"], "neg": ["n", "p", "n", "m", ""], "type": "normal"},
+           {"query": "b", "pos": ["p"], "neg": ["x", "p", "y"], "pos_scores": [0.9],
+            "neg_scores": [0.5, 0.4, 1], "prompt": "Find it"},
+           {"query": "c", "pos": ["p"], "neg": None},
+           {"query": "d", "pos": [" "], "neg": ["n"]}]  # fmt: skip
 
 
 def test_bge_msmarco(tmp_path, capsys):
@@ -118,21 +110,18 @@ def test_bge_msmarco(tmp_path, capsys):
         {"query": "a", "pos": ["p"], "neg": ["n", "m"]},
         {"query": "b", "pos": ["p"], "neg": ["x", "y"], "pos_scores": [0.9],
          "neg_scores": [0.5, 1], "prompt": "Find it\n"},
-        {"query": "c", "pos": ["p"], "neg": []},
-    ]  # fmt: skip
+        {"query": "c", "pos": ["p"], "neg": []}]  # fmt: skip
     assert pairs_of(tmp_path / "train.jsonl")[2]["neg"] == []
     printed = capsys.readouterr().out
     assert "3 lines in all" in printed and "empty: 1, pos dropped: 2, neg dropped: 4" in printed
 
 
 def test_bge_msmarco_complains(tmp_path):
-    for row, message in [
-        ({"query": "q", "pos": "p"}, "line 2: field 'pos' is 'p' .*list of str"),
-        ({"query": 3, "pos": ["p"]}, "line 2: field 'query' is 3"),
-        ({"query": "q"}, "line 2: field 'pos' is missing"),
-        ({"query": "q", "pos": ["p"], "neg": ["n"], "neg_scores": [1, 2]},
-         "line 2: field 'neg_scores' has 2 numbers for 1 texts"),
-    ]:  # fmt: skip
+    for row, message in [({"query": "q", "pos": "p"}, "line 2: field 'pos' is 'p' .*list of str"),
+                         ({"query": 3, "pos": ["p"]}, "line 2: field 'query' is 3"),
+                         ({"query": "q"}, "line 2: field 'pos' is missing"),
+                         ({"query": "q", "pos": ["p"], "neg": ["n"], "neg_scores": [1, 2]},
+                          "line 2: field 'neg_scores' has 2 numbers for 1 texts")]:  # fmt: skip
         path = write_jsonl(tmp_path / "in.jsonl", [MSMARCO[0], row])
         with pytest.raises(ValueError, match="in.jsonl " + message):
             bge.main(["--input", path, "--out", str(tmp_path)])
@@ -150,8 +139,6 @@ def test_hub_rows_are_read_by_datasets(tmp_path):
 
 
 # ---- wiki1m ----
-
-
 def test_wiki1m(tmp_path, capsys):
     path = tmp_path / "wiki.txt"
     path.write_bytes('One "quoted" sentence.\r\n\n  Naïve.  \nlast\n'.encode())
@@ -168,11 +155,8 @@ def test_wiki1m(tmp_path, capsys):
 
 
 # ---- sentence-transformers ----
-
-
 def st(tmp_path, rows, *argv):
-    path = write_jsonl(tmp_path / "in.jsonl", rows)
-    out = tmp_path / "out.jsonl"
+    path, out = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     st_triplets.main(["--input", path, "--out", str(out), *argv])
     return read_jsonl(out)
 
@@ -184,8 +168,7 @@ def test_st_triplets_forms(tmp_path):
         ({"question": "a", "answer": "p", "negative_1": "n", "negative_2": "p", "n3": "n"},
          ["p"], ["n"]),
         ({"set": ["a", "p"]}, ["p"], []),
-        ({"set": {"query": "a", "pos": ["p"], "neg": ["n", "m"]}}, ["p"], ["n", "m"]),
-    ]:  # fmt: skip
+        ({"set": {"query": "a", "pos": ["p"], "neg": ["n", "m"]}}, ["p"], ["n", "m"])]:  # fmt: skip
         assert st(tmp_path, [row]) == [{"query": "a", "pos": pos, "neg": neg}]
     lists = [{"positive": ["p", "r"], "negative": ["n", "m"], "query": "a"}]
     named = st(tmp_path, lists, "--columns", "query,positive,negative")
@@ -198,30 +181,24 @@ def test_st_triplets_leaves_out(tmp_path, capsys):
     kept = st(tmp_path, rows, "--min_score", "4")
     assert [r["query"] for r in kept] == ["a4", "a5"]
     printed = capsys.readouterr().out
-    assert "columns a, b\n" in printed
-    assert "1 without anchor or positive, 4 below" in printed
+    assert "columns a, b\n" in printed and "1 without anchor or positive, 4 below" in printed
     rows = [{"a": f"a{i}", "b": "b"} for i in range(300)]
-    train = st(tmp_path, rows, "--val_share", "0.3")
-    val = read_jsonl(tmp_path / "out.val.jsonl")
+    train, val = st(tmp_path, rows, "--val_share", "0.3"), read_jsonl(tmp_path / "out.val.jsonl")
     assert len(train) + len(val) == 300 and 50 < len(val) < 130
 
 
 def test_st_triplets_complains(tmp_path):
     rows = [{"anchor": "a", "positive": "p"}, {"anchor": "a", "positiv": "p"}]
-    with pytest.raises(ValueError, match=r"in.jsonl line 2: field 'positive' is missing"):
-        st(tmp_path, rows)
+    raises(ValueError, r"in.jsonl line 2: field 'positive' is missing", st, tmp_path, rows)
     with pytest.raises(ValueError, match=r"in.jsonl line 1: columns \['text'\], expected 2"):
         st(tmp_path, [{"text": "a", "label": 1}])
     out = ["--out", str(tmp_path / "out.jsonl")]
     with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
         st_triplets.main(["--input", str(tmp_path / "nothing.jsonl"), *out])
-    with pytest.raises(SystemExit, match="one of --input and --dataset"):
-        st_triplets.main(out)
+    raises(SystemExit, "one of --input and --dataset", st_triplets.main, out)
 
 
 # ---- hard negatives ----
-
-
 def made_up(rng, n_lines, n_texts, width):
     """Lines over numbered texts with repeated queries, and small whole vectors: ties everywhere,
     and sums that are exact in any order."""
@@ -290,8 +267,7 @@ def test_mining_script(tmp_path, toy_tokens, capsys):
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [
         {"query": "tan", "pos": ["mon rin", "sun"], "prompt": "other: "},
         {"anchor": "tan", "positive": "ken ken"},
-        {"query": "tälo", "pos": ["mos"], "neg": ["kema"]},
-    ])  # fmt: skip
+        {"query": "tälo", "pos": ["mos"], "neg": ["kema"]}])  # fmt: skip
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": "rilo"}, {"text": "mos"}])
     out = tmp_path / "out" / "mined.jsonl"
     argv = [f"--pairs={pairs}", f"--out={out}", f"--corpus={corpus}", f"--model={tmp_path / 'm'}"]
@@ -299,8 +275,7 @@ def test_mining_script(tmp_path, toy_tokens, capsys):
     mined = read_jsonl(out)
     assert [set(pair["neg"]) for pair in mined] == [
         {"mos", "kema", "rilo"}, {"mos", "kema", "rilo"},
-        {"mon rin", "sun", "ken ken", "kema", "rilo"},
-    ]  # fmt: skip
+        {"mon rin", "sun", "ken ken", "kema", "rilo"}]  # fmt: skip
     embedder = Embedder.load(str(tmp_path / "m"), device="cpu")
     for pair, instruction in zip(mined, ("other: ", "find: ", "find: "), strict=True):
         query = embedder.encode([pair["query"]], instruction)[0]
@@ -324,7 +299,6 @@ def test_mining_script(tmp_path, toy_tokens, capsys):
 
 
 # ---- configs ----
-
 CONFIGS = sorted(glob.glob(os.path.join(ROOT, "configs", "contrastive_*.py")))
 
 
@@ -368,16 +342,14 @@ MEMBERS = [  # init_from, the part of its adapter's name, wrap
     ("meta-llama/Llama-3.1-8B-Instruct", "Meta-Llama-31-8B-Instruct", LLAMA3),
     ("meta-llama/Meta-Llama-3.1-8B-Instruct", "Meta-Llama-31-8B-Instruct", LLAMA3),
     ("/models/Llama-2-7b-chat-hf/", "Llama-2-7b-chat-hf", INST),
-    ("meta-llama/Llama-2-7b-chat-hf@abc", "Llama-2-7b-chat-hf", INST),
-]
+    ("meta-llama/Llama-2-7b-chat-hf@abc", "Llama-2-7b-chat-hf", INST)]  # fmt: skip
 
 
 @pytest.mark.parametrize("init_from, mntp, wrap", MEMBERS)
 def test_llm2vec_members(init_from, mntp, wrap):
     for name, temperature in ("llm2vec", 1 / 50), ("llm2vec_simcse", 1 / 20):
         c = configured(name, f"--init_from={init_from}")
-        assert c["init_from"] == init_from
-        assert c["adapters"] == (f"McGill-NLP/LLM2Vec-{mntp}-mntp",)
+        assert c["init_from"] == init_from and c["adapters"] == (f"McGill-NLP/LLM2Vec-{mntp}-mntp",)
         assert (c["prefix"], c["suffix"]) == wrap
         assert c["attention"] == "bidirectional" and c["pooling"] == "mean"
         assert (c["lora_rank"], c["lora_alpha"], c["lora_dropout"]) == (16, 32.0, 0.05)
@@ -387,8 +359,7 @@ def test_llm2vec_members(init_from, mntp, wrap):
 
 def test_unknown_base_is_an_error():
     for name in ("llm2vec", "anchor"):
-        with pytest.raises(SystemExit, match="KeyError: 'my-llama'"):
-            configured(name, "--init_from=out/my-llama")
+        raises(SystemExit, "KeyError: 'my-llama'", configured, name, "--init_from=out/my-llama")
 
 
 def test_anchor_members():
@@ -404,8 +375,7 @@ def test_anchor_members():
 
 def test_echo_configs_fit_the_prepared_files():
     """The config's passage instructions are the ones of the symmetric tasks, file by file."""
-    c = configured("echo_data")
-    expected = {}
+    c, expected = configured("echo_data"), {}
     for name in echo.DATASETS:
         for file, prompt, both in echo.outputs(name, "; "):
             expected[f"data/echo/{file}.jsonl"] = prompt if both else ""

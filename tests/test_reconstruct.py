@@ -1,8 +1,5 @@
 """train_reconstruct.py and sample.py --reconstruct: the loss against transformers called twice on
-padded batches, isolation, and tiny runs of the script, whole, killed and resumed, on 1-3 ranks.
-
-    python -m pytest tests/test_reconstruct.py
-"""
+padded batches, isolation, and tiny runs of the script, whole, killed and resumed, on 1-3 ranks."""
 
 import re
 from contextlib import nullcontext
@@ -23,7 +20,7 @@ import train_reconstruct as R
 from data import open_pairs, read_pair
 from embedder import Embedder
 from formats.huggingface import from_pretrained, hf_module, save_pretrained
-from harness import WORDS, assert_close, assert_equal_bits, configured, losses, write_config
+from harness import WORDS, assert_close, assert_equal_bits, configured, losses, raises, write_config
 from pairs import pairs_of_step
 from tokenizer import Template, load_tokenizer
 
@@ -38,8 +35,7 @@ def settings(**changes):
         no_duplicates=False, template=Template("tan ", " mos"), write_template=False,
         pool_instruction=False, query_max_length=9, passage_max_length=24,
         query_instruction=("ris: ",), passage_instruction=("",), w_d2q=0.8, w_q2d=0.2,
-        eval_lines=1000, autocast=nullcontext, device="cpu",
-    )  # fmt: skip
+        eval_lines=1000, autocast=nullcontext, device="cpu")  # fmt: skip
     return SimpleNamespace(**(plain | changes))
 
 
@@ -88,8 +84,6 @@ def micro_batches(pair_files, step, tokenizer, s):
 
 
 # ---- the loss, against transformers called twice ----
-
-
 @pytest.fixture
 def doubled(monkeypatch):
     """In fp64, also what the code, ours and theirs, does in fp32."""
@@ -216,8 +210,7 @@ def test_pairs_do_not_see_each_other(llama, pair_files, doubled):
 def test_evaluation_equals_plain_loops(llama, pair_files):
     s, tokenizer = settings(device_batch_size=4, eval_lines=0), load_tokenizer(llama)
     net, file = R.Reconstruction(from_pretrained(llama)), open_pairs(pair_files[1])
-    theirs = AutoModelForCausalLM.from_pretrained(llama)
-    found = R.evaluate(net, file, tokenizer, s)
+    theirs, found = AutoModelForCausalLM.from_pretrained(llama), R.evaluate(net, file, tokenizer, s)
     lines = [read_pair(file, i) for i in range(17)]
     encoded = R.encode([x | {"passages": x["pos"][:1]} for x in lines], 0, tokenizer, s)
     counts = R.pack_pairs(encoded, 17).n_targets
@@ -237,8 +230,6 @@ def test_evaluation_equals_plain_loops(llama, pair_files):
 
 
 # ---- the order of pairs ----
-
-
 def test_every_rank_takes_its_pairs_of_one_order(llama, pair_files):
     files, choices = [open_pairs(pair_files[0])], np.zeros(30, int)
     tokenizer = load_tokenizer(llama)
@@ -260,7 +251,6 @@ def test_every_rank_takes_its_pairs_of_one_order(llama, pair_files):
 
 
 # ---- whole runs ----
-
 TINY = dict(
     prefix="tan ", suffix=" mos", query_instruction=("ris: ",), query_max_length=9,
     passage_max_length=24, batch_size=12, device_batch_size=2,  # divisible by 1, 2 and 3 ranks
@@ -318,8 +308,7 @@ def test_what_is_saved_is_all_that_trained(llama, tiny, pair_files, tmp_path):
     assert embedder.prompts == {"query": "ris: ", "document": ""}
     plain = write_config(
         tmp_path, data=(pair_files[0],), init_from=str(tmp_path), pooling="last", max_steps=2,
-        attention="causal", batch_size=8, prefix="tan ", suffix=" mos", eval_data="",
-    )  # fmt: skip
+        attention="causal", batch_size=8, prefix="tan ", suffix=" mos", eval_data="")  # fmt: skip
     stage2 = harness.run("train_contrastive.py", plain, tmp_path / "two")
     assert stage2.embedder.tokenize(["ris tan"]) == embedder.tokenize(["ris tan"])
     assert max(losses(tmp_path / "two")) == 2
@@ -349,12 +338,10 @@ CLOSE = dict(loss=1e-5, gnorm=1e-4, eval_loss=1e-4, eval_q2d_none_loss=1e-4)
 
 def test_two_ranks_equal_one(tiny, decoders, unbroken, tmp_path):
     """DDP and FSDP, full and LoRA, tied and untied; what FSDP has saved resumes bit by bit."""
-    kinds = {
-        "ddp": [],
-        "fsdp": ["--fsdp=full", "--gradient_checkpointing=True"],
-        "tied": ["--fsdp=full", f"--init_from={decoders['tied']}"],
-        "lora": ["--fsdp=full", "--lora_rank=4", "--lora_dropout=0", "--train_also=head"],
-    }
+    kinds = {"ddp": [],
+             "fsdp": ["--fsdp=full", "--gradient_checkpointing=True"],
+             "tied": ["--fsdp=full", f"--init_from={decoders['tied']}"],
+             "lora": ["--fsdp=full", "--lora_rank=4", "--lora_dropout=0", "--train_also=head"]}
     argvs = [arguments(tiny, tmp_path / kind, *flags) for kind, flags in kinds.items()]
     half = arguments(tiny, tmp_path / "half", *kinds["fsdp"])
     harness.run_ranks(2, [*argvs, half + ["--max_steps=3"], half + ["--resume=True"]])
@@ -413,15 +400,12 @@ def odd(llama, folders, tmp_path_factory):
     (["--init_from={tmp}/headless"], "has no language modelling head"),
     (["--init_from={encoder}"], "is an encoder: expected a causal model"),
     (["--data={tmp}/broken.jsonl"], "broken.jsonl line 13: field 'pos' is missing"),
-    (["--query_max_length=4"], "max_length 4 leaves no room for the text"),
-])  # fmt: skip
+    (["--query_max_length=4"], "max_length 4 leaves no room for the text")])  # fmt: skip
 def test_bad_settings_say_what_is_expected(tiny, odd, tmp_path, more, message):
     harness.assert_refused(message, SCRIPT, tiny, tmp_path / "out", *map(odd, more))
 
 
 # ---- sample.py --reconstruct ----
-
-
 def test_what_is_written_back_is_what_transformers_generates(llama, tmp_path, monkeypatch, capsys):
     model, tokenizer = from_pretrained(llama), load_tokenizer(llama)
     prompts = {"query": "ris: ", "document": "sus "}
@@ -439,14 +423,11 @@ def test_what_is_written_back_is_what_transformers_generates(llama, tmp_path, mo
             inputs = torch.cat((hidden[:, -1:], words), dim=1)
             want = theirs.generate(
                 inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2]), do_sample=False,
-                max_new_tokens=12, eos_token_id=1, pad_token_id=2,
-            )  # fmt: skip
+                max_new_tokens=12, eos_token_id=1, pad_token_id=2)  # fmt: skip
         assert new == want[0].tolist() and eos_ids == [1], side
-    with pytest.raises(SystemExit, match="reconstruct_side='text'"):
-        sample.write_back(embedder, "a", "text", 4)
+    raises(SystemExit, "reconstruct_side='text'", sample.write_back, embedder, "a", "text", 4)
     embedder.model.drop_head()
-    with pytest.raises(SystemExit, match="kept its head"):
-        sample.write_back(embedder, "a", "query", 4)
+    raises(SystemExit, "kept its head", sample.write_back, embedder, "a", "query", 4)
 
 
 def test_learned_pairs_are_written_from_the_embedding_alone(tiny, tmp_path, monkeypatch, capsys):
@@ -472,13 +453,10 @@ def test_learned_pairs_are_written_from_the_embedding_alone(tiny, tmp_path, monk
 
 
 # ---- configs ----
-
-
 @pytest.mark.parametrize(("base", "batch"), [
     ("meta-llama/Llama-3.2-1B-Instruct", 512), ("meta-llama/Llama-3.2-3B-Instruct", 1024),
     ("meta-llama/Meta-Llama-3.1-8B-Instruct", 512), ("Qwen/Qwen2.5-1.5B-Instruct", 1024),
-    ("Qwen/Qwen3-0.6B", 512),
-])  # fmt: skip
+    ("Qwen/Qwen3-0.6B", 512)])  # fmt: skip
 def test_stages_chain(base, batch):
     one = configured(SCRIPT, "reconstruct_anchor", f"--init_from={base}")
     assert one["batch_size"] == batch and batch % (one["device_batch_size"] * 8) == 0

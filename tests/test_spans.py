@@ -1,7 +1,4 @@
-"""Data for token retrieval: qa_spans, acerag, annotate.py and the spans of pydocs.
-
-    python -m pytest tests/test_spans.py
-"""
+"""Data for token retrieval: qa_spans, acerag, annotate.py and the spans of pydocs."""
 
 import gzip
 import json
@@ -16,8 +13,8 @@ import tokenizers as tk
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from harness import raises, script, write_jsonl
 from harness import read_jsonl as read
-from harness import script, write_jsonl
 from spans import join_spans, squeezed
 
 qa, acerag, pydocs = (script(f"data/{n}/prepare.py") for n in ("qa_spans", "acerag", "pydocs"))
@@ -44,14 +41,11 @@ def prepared(module, capsys, out, *argv):
 
 
 # ---- spans ----
-
-
 def test_join_and_trim():
     rng = random.Random(0)
     for _ in range(200):
         spans = [sorted(rng.sample(range(30), 2)) for _ in range(rng.randint(0, 6))]
-        inside = {i for start, end in spans for i in range(start, end)}
-        joined = join_spans(spans)
+        inside, joined = {i for start, end in spans for i in range(start, end)}, join_spans(spans)
         assert {i for start, end in joined for i in range(start, end)} == inside
         assert all(a[1] < b[0] for a, b in zip(joined[:-1], joined[1:], strict=True))  # no touch
     assert qa.trim_span("ab  cd \n e", [2, 8]) == [4, 6]
@@ -71,7 +65,6 @@ def test_sentences():
 
 
 # ---- SQuAD ----
-
 CONTEXT = "Köln lies on the Rhine. Its cathedral took 632 years. It is tall 😀. The Rhine is long."
 
 
@@ -94,8 +87,7 @@ def test_squad(tmp_path, capsys):
         answered("two sentences?", "tall 😀. The Rhine"),
         {"question": "impossible?", "answers": [], "is_impossible": True},
         answered("moved?", "Köln", start=1),
-        answered("where?", "Rhine", n_occurrences=2),
-    ]
+        answered("where?", "Rhine", n_occurrences=2)]  # fmt: skip
     path = squad_file(tmp_path, qas)
     argv, out = ["--format=squad", f"--input={path}"], tmp_path / "new" / "out.jsonl"
     lines, told = prepared(qa, capsys, out, *argv)
@@ -131,12 +123,10 @@ def test_squad_from_the_hub(tmp_path, monkeypatch):
     path = squad_file(tmp_path, [given])
     qa.main(["--format=squad", f"--input={path}", f"--out={tmp_path}/file.jsonl"])
     assert read(tmp_path / "hub.jsonl") == read(tmp_path / "file.jsonl") != []
-    with pytest.raises(SystemExit, match="QED is not on the hub"):
-        qa.main(["--format=qed", *out])
+    raises(SystemExit, "QED is not on the hub", qa.main, ["--format=qed", *out])
 
 
 # ---- QED ----
-
 QED = "Howl is a film . It was made by Miyazaki in Tokyo . The book , by Jones , came first ."
 
 
@@ -161,8 +151,7 @@ def qed_records():
     single = base | {
         "question_text": "who made howl", "original_nq_answers": [[span("Miyazaki in Tokyo")]],
         "annotation": {"explanation_type": "single_sentence", "selected_sentence": span(sentence),
-                       "answer": [answer], "referential_equalities": equal},
-    }  # fmt: skip
+                       "answer": [answer], "referential_equalities": equal}}  # fmt: skip
     multi = base | {"question_text": "who were they",
                     "original_nq_answers": [[span("Miyazaki")], [span("Jones")]],
                     "annotation": {"explanation_type": "multi_sentence"}}  # fmt: skip
@@ -189,11 +178,9 @@ def test_qed(tmp_path, capsys):
         (single, multi), told = prepared(qa, capsys, tmp_path / "out.jsonl", *argv)
         assert "left out, no correct answer (type none): 1" in told
         assert quoted(single) == ["a film", "It was made by Miyazaki in Tokyo ."]
-        assert single["query"] == "who made howl"
-        assert QED[slice(*single["answer"])] == "Miyazaki"
+        assert single["query"] == "who made howl" and QED[slice(*single["answer"])] == "Miyazaki"
         assert quoted(multi) == [  # two neighbours: one span
-            "It was made by Miyazaki in Tokyo . The book , by Jones , came first ."
-        ]
+            "It was made by Miyazaki in Tokyo . The book , by Jones , came first ."]  # fmt: skip
         lines, _ = prepared(qa, capsys, tmp_path / "a.jsonl", "--gold=answer", *argv)
         assert [quoted(line) for line in lines] == [["Miyazaki"], ["Miyazaki", "Jones"]]
     moved = json.loads(json.dumps(published[0]))
@@ -222,25 +209,20 @@ def test_val_and_without(tmp_path):
 
 
 # ---- HotpotQA ----
-
-
 def test_hotpot(tmp_path, monkeypatch, capsys):
     context = [["Ed Wood", ["Ed Wood is a film.", " It stars Woody, a woodsman.", " The end."]],
                ["Scott D.", ["Scott was born in 1966.", " He likes wood."]]]  # fmt: skip
     base = {"_id": "1", "type": "bridge", "level": "hard", "context": context}
     facts = [["Ed Wood", 1], ["Ed Wood", 2], ["Scott D.", 1]]
-    records = [
-        base | {"question": "what?", "answer": "wood", "supporting_facts": facts},
-        base | {"question": "same?", "answer": "yes", "supporting_facts": facts[:1]},
-        base | {"question": "gone?", "answer": "x", "supporting_facts": [["Ed Wood", 9]]},
-    ]
+    records = [base | {"question": "what?", "answer": "wood", "supporting_facts": facts},
+               base | {"question": "same?", "answer": "yes", "supporting_facts": facts[:1]},
+               base | {"question": "gone?", "answer": "x", "supporting_facts": [["Ed Wood", 9]]}]
     (tmp_path / "hotpot.json").write_text(json.dumps(records))
     argv = ["--format=hotpot", f"--input={tmp_path}/hotpot.json"]
     (first, second), told = prepared(qa, capsys, tmp_path / "file.jsonl", *argv)
     assert first["passage"] == (
         "Ed Wood\nEd Wood is a film. It stars Woody, a woodsman. The end.\n\n"
-        "Scott D.\nScott was born in 1966. He likes wood."
-    )
+        "Scott D.\nScott was born in 1966. He likes wood.")  # fmt: skip
     assert quoted(first) == ["It stars Woody, a woodsman. The end.", "He likes wood."]
     start, end = first["answer"]  # the word, not a part of Woody or woodsman
     assert first["passage"][start - 6 : end + 1] == "likes wood."
@@ -249,8 +231,7 @@ def test_hotpot(tmp_path, monkeypatch, capsys):
     lines, _ = prepared(qa, capsys, tmp_path / "a.jsonl", "--gold=answer", *argv)
     assert [quoted(line) for line in lines] == [["wood"]]
 
-    columns = {"title": [t for t, _ in context], "sentences": [s for _, s in context]}
-    rows = []
+    columns, rows = {"title": [t for t, _ in context], "sentences": [s for _, s in context]}, []
     for r in records:
         titles, places = zip(*r["supporting_facts"], strict=True)
         facts = {"title": titles, "sent_id": places}
@@ -268,20 +249,16 @@ def test_qa_errors(tmp_path):
     for kind, name, told in [
         ("qed", "a.jsonl", r"a\.jsonl line 2: span \[0, 999\] is not in the passage"),
         ("qed", "b.jsonl", r"b\.jsonl line 1: not qed: KeyError\('answers'\)"),
-        ("hotpot", "c.json", r"c\.json: not JSON"),
-    ]:
+        ("hotpot", "c.json", r"c\.json: not JSON")]:  # fmt: skip
         with pytest.raises(ValueError, match=told):
             qa.main([f"--format={kind}", f"--input={tmp_path}/{name}", f"--out={tmp_path}/o.jsonl"])
     assert not os.path.exists(tmp_path / "o.jsonl")
 
 
 # ---- AceRAG ----
-
 PROMPT = f"Answer with the passages.\n{acerag.TAG}\n\nQuestion: who?\nAnswer:"
-TEMPLATE = (
-    "{% for m in messages %}[INST] {{ m['content'].strip() }} [/INST]{% endfor %}"
-    "{% if add_generation_prompt %} {% endif %}"
-)
+TEMPLATE = ("{% for m in messages %}[INST] {{ m['content'].strip() }} [/INST]{% endfor %}"
+            "{% if add_generation_prompt %} {% endif %}")  # fmt: skip
 WORDS = "the red fox Köln jumps over 日本語 lazy dogs 😀 and naïve cats sleep 12345 nights".split()
 
 
@@ -326,15 +303,13 @@ def as_acerag_does(tokenizer, prompt, context, window):
     a, b = ids(prompt), ids(prompt.replace(acerag.TAG, context))
     head = next(i for i in range(len(a)) if a[i] != b[i])
     tail = next(i for i in range(len(a)) if a[-1 - i] != b[-1 - i])
-    middle = b[head : len(b) - tail]
-    room = (window - head - tail) * 8
+    middle, room = b[head : len(b) - tail], (window - head - tail) * 8
     return middle if len(middle) <= room else middle[: room // 2] + middle[-(room // 2) :]
 
 
 def test_acerag_spans_have_the_gold_tokens_text(tokenizer):
     """Whatever tokens are gold, the spans spell what these tokens spell, and nothing else."""
-    rng = random.Random(1)
-    exact = 0
+    rng, exact = random.Random(1), 0
     brackets = ["[1] The fox jumps over it, and [2]", "[CON] jumps, he said [TEXT]"]  # like the tag
     for context in [*texts(30, seed=2), *brackets]:
         ids = as_acerag_does(tokenizer, PROMPT, context, 4096)
@@ -359,15 +334,13 @@ def test_acerag_spans_have_the_gold_tokens_text(tokenizer):
 
 
 def test_acerag_cuts_the_middle_as_it_does(tokenizer):
-    context = " ".join(texts(20, seed=3))
-    window = 60
+    context, window = " ".join(texts(20, seed=3)), 60
     ids = as_acerag_does(tokenizer, PROMPT, context, window)
     places, cut = acerag.context_tokens(tokenizer, PROMPT, context, acerag.TAG, window)
     assert len(places) == len(ids) and cut > 0
     call = dict(add_special_tokens=False, return_offsets_mapping=True)
     whole = tokenizer(acerag.rendered(tokenizer, PROMPT.replace(acerag.TAG, context)), **call)
-    assert len(whole["input_ids"]) > len(ids) + cut
-    assert (np.diff(places[:, 0]) >= 0).all()
+    assert len(whole["input_ids"]) > len(ids) + cut and (np.diff(places[:, 0]) >= 0).all()
     half = len(places) // 2
     assert places[half, 0] - places[half - 1, 1] > cut / 2  # the gap
     for k in (0, half - 1, half, len(ids) - 1):
@@ -387,13 +360,12 @@ def test_acerag_main(tokenizer, tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "tok")
     context = next(texts(1, seed=5))
     n = len(as_acerag_does(tokenizer, PROMPT, context, 4096))
-    rows = [
-        row("ok", context, [4, 5, 9]), row("past the end", context, [n]),
-        row("negative", context, [-1]), row("no gold", context, []),
-        row("no tag", context, [1], "Answer:"),
-        row("two lists", context, [1]) | {"gold_indices": [[1], [2]]},
-        row("stripped", context + "\n", [1], acerag.TAG),  # the template strips it
-    ]  # fmt: skip
+    rows = [row("ok", context, [4, 5, 9]), row("past the end", context, [n]),
+            row("negative", context, [-1]), row("no gold", context, []),
+            row("no tag", context, [1], "Answer:"),
+            row("two lists", context, [1]) | {"gold_indices": [[1], [2]]},
+            row("stripped", context + "\n", [1], acerag.TAG),  # the template strips it
+        ]  # fmt: skip
     (tmp_path / "list.json").write_text(json.dumps(rows), "utf-8")
     write_jsonl(tmp_path / "lines.json", rows)
     tok = f"--tokenizer={tmp_path}/tok"
@@ -437,8 +409,6 @@ def test_acerag_reports_bytes_of_a_character(tmp_path, capsys):
 
 
 # ---- annotate.py ----
-
-
 def answer_to(name, content, status=200, error=None):
     body = {"choices": [{"message": {"role": "assistant", "content": content}}]}
     return {"custom_id": name, "response": {"status_code": status, "body": body}, "error": error}
@@ -468,8 +438,7 @@ def test_annotate_round_trip(tmp_path, capsys):
         quotes("ran to", "to Köln", "(it was {wet})"),  # the first two overlap
         quotes("The cat", "a horse", "A dog sat."),  # twice, not at all, once
         quotes("köln"), "```json\n" + quotes("1999") + "\n```",  # not as it is written; fenced
-        "I think it is 1999", quotes(),
-    ]  # fmt: skip
+        "I think it is 1999", quotes()]  # fmt: skip
     answers = [answer_to(r["custom_id"], c) for r, c in zip(requests, contents, strict=False)]
     answers[7] = answer_to(requests[7]["custom_id"], "", status=429)
     random.Random(0).shuffle(answers)
@@ -510,8 +479,6 @@ def test_quotes_are_found_where_they_are():
 
 
 # ---- pydocs ----
-
-
 def doc(name, summary, body, module="pkg.mod"):
     return {"module": module, "name": name, "signature": f"{name}()", "summary": summary,
             "body": body}  # fmt: skip
@@ -528,13 +495,11 @@ def test_pydocs_spans(tmp_path, monkeypatch, capsys):
         doc("h", "See the base class.", BODY.format("third")),
         doc("i", "See the base class!", BODY.format("fourth")),
         doc("j", "Only a summary, of enough words to be a document.", ""),
-        doc("k", "A short body is no pair.", "Four words, no more."),
-    ]
+        doc("k", "A short body is no pair.", "Four words, no more.")]  # fmt: skip
     lines = list(pydocs.span_lines(docs))
     # f's summary is written in g, h and i share theirs, j and k are no pairs
     assert [(line["name"], line["query"]) for line in lines] == [
-        ("pkg.mod", "A module for tests of spans."), ("g", "Return the second one.")
-    ]  # fmt: skip
+        ("pkg.mod", "A module for tests of spans."), ("g", "Return the second one.")]  # fmt: skip
     (passage,) = {line["passage"] for line in lines}
     assert quoted(lines[0]) == [docs[0]["body"]] and quoted(lines[1]) == [docs[2]["body"]]
     assert docs[5]["summary"] in passage and docs[6]["body"] in passage
@@ -543,8 +508,7 @@ def test_pydocs_spans(tmp_path, monkeypatch, capsys):
     # long modules in parts, small ones left out, the topics never
     many, topic = (
         [doc(f"n{i}", f"Summary number {i} of it.", BODY.format(i), module) for i in range(n)]
-        for module, n in (("pkg.long", 40), ("pydoc_data.topics", 9))
-    )
+        for module, n in (("pkg.long", 40), ("pydoc_data.topics", 9)))  # fmt: skip
     small = [doc("s", "Small.", BODY.format(1), "pkg.small")] * 3
     monkeypatch.setattr(pydocs, "PASSAGE_CHARS", 1000)
     parts = pydocs.passages_of(docs[:4] + many + small + topic)

@@ -1,8 +1,5 @@
 """train_token_retrieval.py, passages.py and embedder.py's scores of tokens: windows, spans, the
-loss against a loop, memory, and tiny runs, whole, killed and resumed, on 1 and 2 ranks.
-
-    python -m pytest tests/test_token_retrieval.py
-"""
+loss against a loop, memory, and tiny runs, whole, killed and resumed, on 1 and 2 ranks."""
 
 import json
 import math
@@ -25,11 +22,10 @@ import evals.token_retrieval
 import harness
 import passages as P
 import train_token_retrieval as T
-from attention import make_seqs
 from data import open_pairs
 from embedder import Embedder, score_tokens
 from formats.huggingface import from_pretrained
-from harness import ROOT, WORDS, assert_close, assert_equal_bits, losses, run_ranks, write_jsonl
+from harness import ROOT, assert_close, assert_equal_bits, losses, raises, run_ranks, write_jsonl
 from spans import covered, find_runs, gold_tokens, read_spans
 from token_scores import windows_of
 from tokenizer import Template, load_tokenizer, tokenize, tokenize_passage
@@ -38,8 +34,6 @@ SCRIPT = "train_token_retrieval.py"
 
 
 # ---- windows ----
-
-
 @pytest.mark.parametrize("causal", [True, False])
 def test_windows_hold_each_token_once_where_it_sees_most(causal):
     for n, window, overlap in [(1, 4, 0), (9, 9, 3), (10, 9, 3), (23, 5, 2), (40, 8, 7), (41, 8, 0),
@@ -60,16 +54,13 @@ def test_windows_hold_each_token_once_where_it_sees_most(causal):
         for a, b in zip(found[:-1], found[1:], strict=True):
             assert a[1] - b[0] >= overlap and (a[1] - b[0] == overlap or b is found[-1])
     assert windows_of(50, 0, 0, causal) == [(0, 50, 0, 50)]
-    with pytest.raises(ValueError, match="windows of 8 tokens cannot share 8"):
-        windows_of(50, 8, 8, causal)
+    raises(ValueError, "windows of 8 tokens cannot share 8", windows_of, 50, 8, 8, causal)
 
 
 # ---- spans, tokens and back ----
-
 TEXT = (
     "  na\xefve cafe\u0301 \u4f60\u597d\u3002\U0001f642\U0001f468\u200d\u2640 a\n\n\tb   c\xa0d  "
-    "\u041f\u0440\u0438 it's 12345 \ufb01ne [SEP] <s> tan tamos ri.\r\nEnd "
-)
+    "\u041f\u0440\u0438 it's 12345 \ufb01ne [SEP] <s> tan tamos ri.\r\nEnd ")  # fmt: skip
 
 
 def tokenizers_of_all_kinds(toy_tokens):
@@ -83,8 +74,7 @@ def tokenizers_of_all_kinds(toy_tokens):
     piece = Tokenizer(models.BPE({c: i for i, c in enumerate(["<unk>", *letters, "\u2581t"])},
                                  [("\u2581", "t")], unk_token="<unk>"))  # fmt: skip
     piece.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])  # fmt: skip
     piece.decoder = decoders.Metaspace()
     bert = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     bert.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
@@ -93,10 +83,8 @@ def tokenizers_of_all_kinds(toy_tokens):
         vocab_size=300, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False
     ))  # fmt: skip
     kinds = {"trimmed": Tokenizer.from_str(json.dumps(spec)), "piece": piece, "bert": bert}
-    return {"bytes": plain} | {
-        name: PreTrainedTokenizerFast(tokenizer_object=x, eos_token="E")
-        for name, x in kinds.items()
-    }
+    return {"bytes": plain} | {name: PreTrainedTokenizerFast(tokenizer_object=x, eos_token="E")
+                               for name, x in kinds.items()}  # fmt: skip
 
 
 @pytest.mark.parametrize("template", [Template(), Template("Read: ", "</s>"), Template("\u4f60 ")])
@@ -119,8 +107,7 @@ def test_spans_to_tokens_and_back(toy_tokens, template):
             record = {"passage": passage, "spans": [[start, end]], "where": "x line 1"}
             text = passage[start:end].strip()
             if not text:
-                with pytest.raises(ValueError, match="x line 1: span"):
-                    gold_tokens(record, spans)
+                raises(ValueError, "x line 1: span", gold_tokens, record, spans)
                 continue
             (inside,) = gold_tokens(record, spans)
             first, last = spans[inside[0], 0], spans[inside[-1], 1]
@@ -138,8 +125,7 @@ def test_offsets_that_lie_are_found(toy_tokens, monkeypatch):
     record = {"passage": TEXT, "spans": [[2, 7]], "where": "x.jsonl line 3"}
     with pytest.raises(ValueError, match=r"x.jsonl line 3: span \[2, 7\], 'na\xefve', comes back"):
         gold_tokens(record, spans[5:])
-    with pytest.raises(ValueError, match="comes back from its tokens as ''"):
-        gold_tokens(record, spans[:0])
+    raises(ValueError, "comes back from its tokens as ''", gold_tokens, record, spans[:0])
     passage = "tan molo rima suke kes tan"
     record = dict(query="ta", passage=passage, spans=[[4, 8]], answer=None, where="x line 3")
     good = P.encode_passage([record], tokenizer, s)
@@ -154,13 +140,6 @@ def test_offsets_that_lie_are_found(toy_tokens, monkeypatch):
 
 
 # ---- the loss ----
-
-
-@pytest.fixture(scope="module")
-def model_folder(folders):
-    return folders["llama"]
-
-
 def settings(**changes):
     """What the main block gives to the functions, for one rank on the CPU."""
     plain = dict(
@@ -168,32 +147,16 @@ def settings(**changes):
         query_instruction="ask: ", passage_instruction="read: ", query_max_length=24,
         passage_max_length=None, passage_window=0, window_overlap=0, causal=True, stop_step=10**9,
         device_batch_tokens=10**9, temperature=0.3, device=torch.device("cpu"),
-        autocast=nullcontext,
-    )  # fmt: skip
+        autocast=nullcontext)  # fmt: skip
     assert changes.keys() <= plain.keys()
     return SimpleNamespace(**(plain | changes))
-
-
-def spans_file(path, n_passages=12, seed=1):
-    """Passages of ragged lengths with 1 to 4 queries each; a query's gold are the 1 to 3 places
-    where its word stands in the passage, the answer the first of them (of two lines in three)."""
-    rng, lines = np.random.default_rng(seed), []
-    for i in range(n_passages):
-        words = rng.choice(WORDS, 5 + (i * 13) % 37).tolist()
-        starts = np.cumsum([0] + [len(w) + 1 for w in words]).tolist()
-        for word in rng.permutation(sorted(set(words)))[: 1 + i % 4]:
-            at = [k for k, w in enumerate(words) if w == word][:3]
-            spans = [[starts[k], starts[k] + len(word)] for k in at]
-            line = {"query": f"{word} {rng.choice(WORDS)}", "passage": " ".join(words)}
-            line |= {"spans": spans} | ({"answer": spans[0]} if len(lines) % 3 else {})
-            lines.append(line)
-    return write_jsonl(path, lines)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spans")
-    return spans_file(folder / "train.jsonl"), spans_file(folder / "val.jsonl", 8, seed=2)
+    train = harness.spans_file(folder / "train.jsonl")
+    return train, harness.spans_file(folder / "val.jsonl", 8, seed=2)
 
 
 def encoded_runs(file, tokenizer, s, most=4):
@@ -210,55 +173,28 @@ def hidden_states(model, passages):
 
 
 @pytest.fixture
-def doubled(model_folder, monkeypatch):
+def doubled(folders, monkeypatch):
     """The model in fp64: what the code does in fp32 becomes fp64, too."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    model = from_pretrained(model_folder).double().train()
+    model = from_pretrained(folders["llama"]).double().train()
     model.drop_head()
-    return model, load_tokenizer(model_folder)
+    return model, load_tokenizer(folders["llama"])
 
 
 def plain_loss(model, tokenizer, records, s):
-    """The loss of the lines, one by one, with loops: each text alone through the model; windows by
-    hand. -> (sum of losses, scores of each line)"""
-    total, scores, suffix = 0.0, [], s.template.suffix
-    for record in records:
-        ids = tokenizer(s.template.prefix + s.query_instruction + record["query"] + suffix)
-        ids = ids["input_ids"]
-        q = model(torch.tensor(ids), make_seqs([len(ids)]))[-1]
-        head = s.template.prefix + s.passage_instruction
-        both = tokenizer(head + record["passage"] + suffix, return_offsets_mapping=True)
-        ids, hidden, cosines, gold = both["input_ids"], [], [], set()
-        for start, stop, first, last in windows_of(
-            len(ids), s.passage_window, s.window_overlap, True
-        ):
-            part = model(torch.tensor(ids[start:stop]), make_seqs([stop - start]))
-            hidden += [part[j - start] for j in range(first, last)]
-        for j, offsets in enumerate(both["offset_mapping"]):
-            a, b = (x - len(head) for x in offsets)
-            if max(a, 0) < min(b, len(record["passage"])):
-                if any(a < end and b > start for start, end in record["spans"]):
-                    gold.add(len(cosines))
-                cosines.append((q / q.norm()) @ (hidden[j] / hidden[j].norm()))
+    """The loss of the lines, one by one -> (sum of losses, plain_scores of each line)"""
+    total, scores = 0.0, [harness.plain_scores(model, tokenizer, x, s) for x in records]
+    for cosines, gold in scores:
         sum_exp = sum(torch.exp(x / s.temperature) for x in cosines)
-        logs = [torch.log(torch.exp(cosines[j] / s.temperature) / sum_exp) for j in sorted(gold)]
+        logs = [torch.log(torch.exp(cosines[j] / s.temperature) / sum_exp) for j in gold]
         total = total - sum(logs) / len(logs)
-        scores.append((torch.stack(cosines), sorted(gold)))
     return total, scores
 
 
-def gradients(model):
-    out = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return out
-
-
-CASES = {
-    "one row": {},
-    "micro-batches": dict(device_batch_tokens=90),
-    "windows": dict(passage_window=12, window_overlap=5),
-    "windows in parts": dict(passage_window=12, window_overlap=5, device_batch_tokens=30),
-}
+CASES = {"one row": {},
+         "micro-batches": dict(device_batch_tokens=90),
+         "windows": dict(passage_window=12, window_overlap=5),
+         "windows in parts": dict(passage_window=12, window_overlap=5, device_batch_tokens=30)}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -276,23 +212,19 @@ def test_loss_and_gradients_equal_a_loop(case, doubled, files):
     assert (max(n_parts) > 1) == (case == "windows in parts")
     assert sum(len(tokens) for x in batch for tokens, _ in x.parts) == n_tokens
     loss, hits = T.train_step(model, batch, n, 2, s)
-    got = gradients(model)
+    got = harness.gradients(model)
     expected, scores = plain_loss(model, tokenizer, records, s)
     (expected / 14).backward()
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     assert hits == sum(int(x.argmax()) in gold for x, gold in scores)
-    want = gradients(model)
-    assert got.keys() == want.keys() and len(got) > 10
-    for name, x in want.items():
-        assert x.norm() > 1e-9, name
-        assert (got[name] - x).norm() <= 1e-10 * x.norm(), name
+    harness.assert_same_gradients(got, harness.gradients(model), 1e-10)
 
 
 @pytest.mark.parametrize("window", [0, 12])
-def test_training_and_use_give_equal_scores(window, model_folder, files):
+def test_training_and_use_give_equal_scores(window, folders, files):
     s = settings(passage_window=window, window_overlap=5 if window else 0)
     prompts = {"query": "ask: ", "document": "read: "}
-    model, tokenizer = from_pretrained(model_folder), load_tokenizer(model_folder)
+    model, tokenizer = from_pretrained(folders["llama"]), load_tokenizer(folders["llama"])
     model.drop_head()
     embedder = Embedder(model, tokenizer, "last", s.template, prompts, max_length=24)
     passages, far = encoded_runs(open_pairs(files[0]), tokenizer, s), 0.0
@@ -312,20 +244,17 @@ def test_training_and_use_give_equal_scores(window, model_folder, files):
     assert embedder.training
 
 
-def test_score_tokens_of_odd_passages(model_folder):
-    embedder = Embedder(from_pretrained(model_folder), load_tokenizer(model_folder), "last")
+def test_score_tokens_of_odd_passages(folders):
+    embedder = Embedder(from_pretrained(folders["llama"]), load_tokenizer(folders["llama"]), "last")
     scores, spans = score_tokens(embedder, ["tan", ""], "")
     assert scores.shape == (2, 0) and spans.shape == (0, 2)
     scores, spans = score_tokens(embedder, ["tan"], TEXT, window=7, overlap=3)
     assert scores.shape == (1, len(spans)) and np.abs(scores).max() <= 1 + 1e-6
     embedder.pooling = "tokens"
-    with pytest.raises(ValueError, match="'tokens'"):
-        score_tokens(embedder, ["tan"], TEXT)
+    raises(ValueError, "'tokens'", score_tokens, embedder, ["tan"], TEXT)
 
 
 # ---- batches ----
-
-
 def test_batches_are_a_function_of_seed_and_step(files):
     file, s = open_pairs(files[0]), settings(batch_size=5)
     runs, n = find_runs(file, 3), len(file)
@@ -354,12 +283,11 @@ def test_ranks_share_a_batch_out():
     assert P.share_out(texts[:1], 2) == [[0], []]
 
 
-def test_passages_are_cut_and_spans_behind_the_cut_are_lost(model_folder):
-    tokenizer, words = load_tokenizer(model_folder), "tan tama mos rilo sun kema"
+def test_passages_are_cut_and_spans_behind_the_cut_are_lost(folders):
+    tokenizer, words = load_tokenizer(folders["llama"]), "tan tama mos rilo sun kema"
     base = {"passage": words, "answer": None, "where": "x", "line": 1}
     spans = [[[0, 3]], [[0, 3], [14, 22]], [[14, 17], [23, 26]], [[5, 16]]]
-    records = [base | {"query": f"q{i}", "spans": x} for i, x in enumerate(spans)]
-    s = settings()
+    records, s = [base | {"query": f"q{i}", "spans": x} for i, x in enumerate(spans)], settings()
     whole = P.encode_passage(records, tokenizer, s)
     ids = whole.texts[0]
     assert whole.lost.tolist() == [0, 0] and len(whole.records) == 4
@@ -380,7 +308,6 @@ def test_passages_are_cut_and_spans_behind_the_cut_are_lost(model_folder):
 
 
 # ---- memory ----
-
 LONG = """
 import sys
 sys.path[:0] = [{root!r}]
@@ -433,19 +360,16 @@ def test_memory_grows_with_the_length_of_a_passage():
 
 
 # ---- whole runs ----
-
-TINY = dict(
-    prefix="<", suffix=">", query_instruction="ask: ", passage_instruction="read: ",
-    query_max_length=24, batch_size=12, queries_per_passage=3, device_batch_tokens=100,
-    temperature=0.1, max_steps=6, warmup_steps=2, learning_rate=1e-3, log_interval=1,
-    eval_interval=3, save_interval=3, dtype="fp32",
-)  # fmt: skip
+TINY = dict(prefix="<", suffix=">", query_instruction="ask: ", passage_instruction="read: ",
+            query_max_length=24, batch_size=12, queries_per_passage=3, device_batch_tokens=100,
+            temperature=0.1, max_steps=6, warmup_steps=2, learning_rate=1e-3, log_interval=1,
+            eval_interval=3, save_interval=3, dtype="fp32")  # fmt: skip
 run, arguments = partial(harness.run, SCRIPT), partial(harness.arguments, SCRIPT)
 
 
 @pytest.fixture(scope="module")
-def tiny(model_folder, files, tmp_path_factory):
-    keys = TINY | dict(init_from=model_folder, data=files[0], eval_data=files[1])
+def tiny(folders, files, tmp_path_factory):
+    keys = TINY | dict(init_from=folders["llama"], data=files[0], eval_data=files[1])
     return harness.write_config(tmp_path_factory.mktemp("config"), **keys)
 
 
@@ -471,11 +395,11 @@ def test_training_finds_the_words_of_the_query(tiny, tmp_path, capsys):
             assert found["ap"] > again["random"]["ap"] + 0.1
 
 
-def test_all_that_trained_is_saved(tiny, model_folder, tmp_path):
+def test_all_that_trained_is_saved(tiny, folders, tmp_path):
     """LoRA with the embedding and norms, in the folder and in the adapter."""
     embedder = run(tiny, tmp_path / "whole", "--lora_rank=4", "--train_also=embed,norm").embedder
     adapter = load_file(tmp_path / "whole/step6/adapter/adapter_model.safetensors")
-    base = from_pretrained(model_folder)
+    base = from_pretrained(folders["llama"])
     moved = {n: p for n, p in embedder.model.named_parameters() if p.requires_grad}
     assert len(adapter) == len(moved) and "embed.weight" in moved and "norm.weight" in moved
     for name in ("embed.weight", "norm.weight", "blocks.1.mlp_norm.weight"):
@@ -484,9 +408,8 @@ def test_all_that_trained_is_saved(tiny, model_folder, tmp_path):
     ours = [score_tokens(embedder, ["tan", "kema"], text)[0] for text in texts]
     loaded = Embedder.load(str(tmp_path / "whole/step6"), dtype="fp32")
     alone = Embedder.load(
-        model_folder, [str(tmp_path / "whole/step6/adapter")], dtype="fp32", pooling="last",
-        template=embedder.template, prompts=embedder.prompts, max_length=24,
-    )  # fmt: skip
+        folders["llama"], [str(tmp_path / "whole/step6/adapter")], dtype="fp32", pooling="last",
+        template=embedder.template, prompts=embedder.prompts, max_length=24)  # fmt: skip
     for text, want in zip(texts, ours, strict=True):
         for other in (loaded, alone):
             assert np.abs(score_tokens(other, ["tan", "kema"], text)[0] - want).max() < 1e-5
@@ -511,8 +434,7 @@ def test_two_ranks_equal_one(tiny, tmp_path):
         "parts-fsdp": [*windows, "--fsdp=full"],
         "lora": ["--lora_rank=4", "--lora_dropout=0", "--train_also=embed,norm", "--fsdp=full"],
         "idle": ["--batch_size=2", "--fsdp=full"],  # often one passage alone: a rank has none
-        "idle-ddp": ["--batch_size=2"],
-    }  # fmt: skip
+        "idle-ddp": ["--batch_size=2"]}  # fmt: skip
     argvs = []
     for kind, flags in kinds.items():
         argvs.append(arguments(tiny, tmp_path / kind, *flags))
@@ -562,7 +484,6 @@ def test_rope_scaling_reaches_the_model_and_its_folder(tiny, tmp_path):
 
 
 # ---- bad input ----
-
 GOOD = {"query": "a", "passage": "tan tama", "spans": [[0, 3]]}
 
 
@@ -573,15 +494,13 @@ GOOD = {"query": "a", "passage": "tan tama", "spans": [[0, 3]]}
     ({"spans": [[0, 3, 4]]}, "field 'spans' has [0, 3, 4]"),
     ({"spans": [[0, True]]}, "field 'spans' has [0, True]"),
     ({"spans": [0, 3]}, "field 'spans' is [0, 3] (expected list of list)"),
-    ({"spans": []}, "field 'spans' is empty"),
-    ({"spans": None}, "field 'spans' is None"),
+    ({"spans": []}, "field 'spans' is empty"), ({"spans": None}, "field 'spans' is None"),
     ({"spans": [[3, 4]]}, "field 'spans' has [3, 4], spaces alone"),
     ({"answer": [2, 99]}, "field 'answer' has [2, 99]"),
     ({"answer": "tan"}, "field 'answer' has tan"),
     ({"passage": 5}, "field 'passage' is 5 (expected str)"),
     ({"query": None}, "field 'query' is None"),
-    ({"query": " "}, "field 'query' is empty"),
-])  # fmt: skip
+    ({"query": " "}, "field 'query' is empty")])  # fmt: skip
 def test_broken_lines_name_file_line_and_field(change, message, tiny, tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [GOOD, GOOD, GOOD | change])
     with pytest.raises(ValueError) as error:
@@ -601,7 +520,6 @@ def test_broken_lines_name_file_line_and_field(change, message, tiny, tmp_path):
     (["--queries_per_passage=0"], "queries_per_passage=0"),
     (["--data=nowhere.jsonl"], "nowhere.jsonl"),
     (["--lora_rank=2", "--lora_targets=q_prj"], "q_prj"),
-    (["--query_max_length=5"], "max_length 5 leaves no room"),
-])  # fmt: skip
+    (["--query_max_length=5"], "max_length 5 leaves no room")])  # fmt: skip
 def test_bad_settings_say_what_is_expected(tiny, tmp_path, more, message):
     harness.assert_refused(message, SCRIPT, tiny, tmp_path, *more)

@@ -1,7 +1,4 @@
-"""sample.py: against transformers and plain loops.
-
-    pytest tests/test_use.py
-"""
+"""sample.py: against transformers and plain loops."""
 
 import math
 import re
@@ -19,7 +16,7 @@ import sample
 from attention import make_seqs
 from embedder import Embedder
 from formats.huggingface import from_pretrained, resolve_folder
-from harness import ROOT, execute, write_jsonl
+from harness import ROOT, execute, raises, write_jsonl
 from tokenizer import load_tokenizer
 
 SCRIPT = f"{ROOT}/sample.py"
@@ -56,8 +53,7 @@ def test_filters_equal_plain_loops():
     for p in (1e-9, 0.1, 0.5, 0.9, 0.999):
         want = torch.tensor([loop_top_p(row, p) for row in logits.tolist()], dtype=torch.float64)
         got = sample.keep_top_p(logits, p)
-        assert torch.equal(got[1:], want[1:])
-        assert (got > -math.inf).any(-1).all()
+        assert torch.equal(got[1:], want[1:]) and (got > -math.inf).any(-1).all()
         # the smallest set that reaches p: it does, and without its least probable it does not
         for row, kept in zip(logits.softmax(-1), got > -math.inf):
             assert row[kept].sum() >= p > row[kept].sum() - row[kept].min()
@@ -125,15 +121,13 @@ def test_prompts(folders):
     assert eos_ids == {tokenizer.sep_token_id}
     net.config.hf["eos_token_id"] = [7, 8]
     assert sample.encode_prompt(net, tokenizer, "tan")[1] == {tokenizer.sep_token_id, 7, 8}
-    with pytest.raises(SystemExit, match="300 tokens, the model 256 positions"):
-        sample.generate(net, [5] * 300, 1)
+    raises(SystemExit, "300 tokens, the model 256 positions", sample.generate, net, [5] * 300, 1)
     assert len(sample.generate(net, [5] * 250, 9)[0]) == 6
     bidirectional, _ = loaded(folders["modernbert"])
     with pytest.raises(SystemExit, match=r"bidirectional.*--text with a \[MASK\]"):
         sample.encode_prompt(bidirectional, tokenizer, "tan")
     for wrong in (dict(temperature=-1), dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1)):
-        with pytest.raises(SystemExit, match=next(iter(wrong))):
-            sample.generate(net, [0], 1, **wrong)
+        raises(SystemExit, next(iter(wrong)), sample.generate, net, [0], 1, **wrong)
 
 
 @pytest.mark.parametrize("family", ["modernbert", "llama-bidirectional"])
@@ -161,13 +155,10 @@ def test_the_mask_takes_the_space_before_it(folders, capsys):
     word, after = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (" lo", " mo"))
     tan = tokenizer("tan", add_special_tokens=False)["input_ids"]
     assert ids == [0, *tan, tokenizer.mask_token_id, *after, 1]
-    p = torch.tensor([[0.75, 0.25]])
-    best = torch.tensor([[word[0], tokenizer.sep_token_id]])
+    p, best = torch.tensor([[0.75, 0.25]]), torch.tensor([[word[0], tokenizer.sep_token_id]])
     sample.print_fill(tokenizer, "tan [MASK] mo", ids, places, p, best)
-    out = capsys.readouterr().out
-    first = tokenizer.decode(word[:1])
-    assert f"75.0% {first!r}" in out and "25.0% '[SEP]'" in out
-    assert f"best: tan{first} mo" in out
+    out, first = capsys.readouterr().out, tokenizer.decode(word[:1])
+    assert f"75.0% {first!r}" in out and "25.0% '[SEP]'" in out and f"best: tan{first} mo" in out
     assert "no token" in sample.shown(tokenizer, 511)  # the embedding has more rows than words
 
 
@@ -178,10 +169,8 @@ def test_fill_errors(folders):
     with pytest.raises(SystemExit, match="causal.*--prompt"):
         sample.fill(loaded(folders["llama"])[0], tokenizer, ["[MASK]"], 5, {})
     tokenizer.mask_token = None
-    with pytest.raises(SystemExit, match="no mask token"):
-        sample.fill(net, tokenizer, ["[MASK]"], 5, {})
-    with pytest.raises(SystemExit, match="no language modelling head"):
-        sample.load(folders["modernbert-headless"])
+    raises(SystemExit, "no mask token", sample.fill, net, tokenizer, ["[MASK]"], 5, {})
+    raises(SystemExit, "no language modelling head", sample.load, folders["modernbert-headless"])
 
 
 def test_newest_model(tmp_path):
@@ -212,21 +201,19 @@ def test_an_adapter_is_read_with_its_base(folders, tmp_path):
     assert (want - base).abs().max() > 0.1
 
 
-def start(*arguments, stdin=""):
-    command = [sys.executable, SCRIPT, *arguments]
-    run = subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
 def test_scripts(folders, tmp_path):
     shutil.copytree(folders["modernbert"], tmp_path / "step12")
-    out = start(f"--model={tmp_path}", "--text=-", stdin="tan [MASK]\nmo [MASK] ri\n")
+    llama = f"--model={folders['llama']}"
+    uses = ((f"--model={tmp_path}", "--text=-"),
+            (llama, "--prompt=tan molo", "--num_samples=2", "--max_new_tokens=7"))  # fmt: skip
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    both = [subprocess.Popen([sys.executable, SCRIPT, *use], cwd=ROOT, text=True, **pipes)
+            for use in uses]  # fmt: skip
+    (out, error), (out2, error2) = (x.communicate("tan [MASK]\nmo [MASK] ri\n") for x in both)
+    assert [x.returncode for x in both] == [0, 0], error + error2
     assert "step12: modernbert, bidirectional, 0." in out
     assert out.count("%") == 10 and "mask 2:" in out and "best: tan" in out
-    more = ["--prompt=tan molo", "--num_samples=2", "--max_new_tokens=7"]
-    out = start(f"--model={folders['llama']}", *more)
-    assert "--- sample 2: " in out and out.count("\ntan molo") == 2
+    assert "--- sample 2: " in out2 and out2.count("\ntan molo") == 2
 
 
 def test_a_file_of_lines_is_filled_line_by_line(folders, tmp_path, capsys):
@@ -239,8 +226,7 @@ def test_a_file_of_lines_is_filled_line_by_line(folders, tmp_path, capsys):
 
 @pytest.mark.parametrize("uses", [
     [], ["--text=a", "--file=b"], ["--prompt=a", "--file=b"], ["--rank=a", "--compress=b"],
-    ["--reconstruct=a", "--rank=b", "--file=c"],
-])  # fmt: skip
+    ["--reconstruct=a", "--rank=b", "--file=c"]])  # fmt: skip
 def test_one_use_at_a_time(uses):
     with pytest.raises(SystemExit, match="give --model=... and one of --text="):
         execute([SCRIPT, "--model=no/such", *uses])

@@ -62,8 +62,6 @@ def test_verify_compares_an_embedders_ids(whole, folders, tmp_path):
 
 
 # ---- sabotage ----
-
-
 def swap_gate_and_up(real, mlp, x):
     up, gate = mlp.gate_up_proj(x).chunk(2, dim=-1)
     return mlp.down_proj(mlp.act(gate) * up)
@@ -98,8 +96,7 @@ SABOTAGE = {
     "a key that is not saved": (
         HF, "config_to_hf",
         lambda real, c: {k: v for k, v in real(c).items() if k != "local_attention"},
-        {"save -> reload"}),
-}  # fmt: skip
+        {"save -> reload"})}  # fmt: skip
 
 
 @pytest.mark.parametrize("broken", SABOTAGE)
@@ -114,8 +111,6 @@ def test_verify_fails_where_the_code_is_wrong(broken, folders, monkeypatch):
 
 
 # ---- broken folders, and the command ----
-
-
 @pytest.fixture
 def broken(folders, tmp_path):  # a copy of an encoder's folder
     return shutil.copytree(folders["modernbert"], tmp_path / "step12")
@@ -135,13 +130,11 @@ def test_verify_fails_on_missing_and_bad_weights(broken, tmp_path):
 
 
 def test_verify_fails_on_a_tokenizer_that_does_not_fit(broken):
-    good = read_json(broken, "tokenizer.json")
-    tokenizer = load_tokenizer(str(broken))
+    good, tokenizer = read_json(broken, "tokenizer.json"), load_tokenizer(str(broken))
     tokenizer.add_tokens([f"<new {i}>" for i in range(400)])
     tokenizer.save_pretrained(broken)
     [(title, figure)] = failures(broken).items()
-    assert title == "tokenizer"
-    assert "ids up to 711" in figure and "vocab_size is 512" in figure
+    assert title == "tokenizer" and "ids up to 711" in figure and "vocab_size is 512" in figure
     # without a decoder tokens are joined by spaces
     write_json(good | {"decoder": None}, broken, "tokenizer.json")
     assert failures(broken).keys() == {"tokenizer"}
@@ -165,5 +158,4 @@ def test_command(folders, broken):
     command = [sys.executable, "-m", "tools.verify", broken]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and "FAIL     the weights are read" in run.stdout, run.stdout
-    assert "0 passed, 1 failed, 0 skipped" in run.stdout
-    assert verify.main(folders["qwen3"]) == 0
+    assert "0 passed, 1 failed, 0 skipped" in run.stdout and verify.main(folders["qwen3"]) == 0
