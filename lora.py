@@ -219,7 +219,7 @@ def load_adapter(model, folder, trainable=False):
 def load_merged(base, adapters=(), attention=None, dtype=torch.float32, rope_theta=None):
     """`from_pretrained`, with adapters merged into it in this order: added in fp32, and the result
     rounded once to dtype. attention: None asks what stands beside the adapters, then the base."""
-    attention = attention or next(filter(None, map(peft.attention_of, adapters)), None)
+    attention = attention or peft.attention_of_chain(base, adapters)
     first = torch.float32 if adapters else dtype
     model = from_pretrained(base, attention, rope_theta=rope_theta, dtype=first)
     for adapter in adapters:

@@ -112,7 +112,8 @@ def layout(pairs):
 
 def encode(texts, prompts, max_length, tokenizer, s):
     """`tokenize` as the settings say; prompts: the instruction of each text."""
-    return tokenize(tokenizer, texts, prompts, s.template, max_length, s.pool_instruction)
+    pooled = s.pool_instruction, s.pool_bos
+    return tokenize(tokenizer, texts, prompts, s.template, max_length, *pooled)
 
 
 def encode_pairs(pairs, which, tokenizer, s):

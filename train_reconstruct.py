@@ -263,6 +263,7 @@ if __name__ == "__main__":
     s.template = Template(s.prefix, s.suffix)
     # as pairs.py has it: a positive for each query, no negatives; and what is written of a text
     s.group_size, s.no_duplicates, s.pool_instruction = 1, False, s.write_template
+    s.pool_bos = True
 
     # ---- data ----
     files, choices = open_files(s)
