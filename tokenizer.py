@@ -28,8 +28,10 @@ class Template:
 
     def head(self, instruction):
         """All that stands before the text. A visible separator takes the place of a colon."""
-        if instruction and not instruction.endswith(self.separator):
-            instruction = instruction.strip().rstrip(":" if self.separator.strip() else " ")
+        if instruction and self.separator:
+            instruction = instruction.strip()
+            if mark := self.separator.strip():
+                instruction = instruction.removesuffix(mark).rstrip(":")
             instruction += self.separator
         return self.prefix + instruction
 
