@@ -2,6 +2,9 @@
 The pairs of a contrastive batch: which are drawn, who is whose among their texts, and their ids.
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -125,6 +128,18 @@ def encode_pairs(pairs, which, tokenizer, s):
     passages = [text for pair in pairs for text in pair["passages"]]
     return [*encode(queries, prompts, s.query_max_length, tokenizer, s),
             *encode(passages, answer, s.passage_max_length, tokenizer, s)]  # fmt: skip
+
+
+def instructions_of(files, s):
+    """{data file: its queries' instruction, by its first line; task: instruction} that evaluation
+    finds with the model."""
+    found = json.loads(Path(s.task_instructions).read_text("utf-8")) if s.task_instructions else {}
+    for i, file in enumerate(files):
+        prompt = read_pair(file, 0)["prompt"]
+        ask = s.query_instruction[min(i, len(s.query_instruction) - 1)]
+        if text := ask if prompt is None else prompt:
+            found[Path(file.path).stem] = text
+    return found
 
 
 def show_pairs(pairs, which, tokenizer, s):
