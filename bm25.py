@@ -3,10 +3,10 @@ BM25: the scores of texts for a query, by their words. A baseline of eval_mteb.p
 """
 
 import re
-from array import array
 from collections import Counter
 
 import numpy as np
+from sklearn.feature_extraction import DictVectorizer
 
 K1, B = 1.2, 0.75
 
@@ -17,8 +17,8 @@ def words_of(text):
 
 
 def stems_of(text):
-    """The stems of words, by the English stemmer of Snowball; read_csv, readCSV and ReadCSV are two
-    words, read and csv. The package is PyStemmer."""
+    """The stems of words, by the English stemmer of Snowball (the package PyStemmer); read_csv,
+    readCSV and ReadCSV are two words, read and csv."""
     import Stemmer
 
     parts = re.sub(r"_|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text)
@@ -36,27 +36,16 @@ class BM25:
     """
 
     def __init__(self, texts, k1=K1, b=B, words=words_of):
-        self.words, self.number, self.n = words, {}, 0  # {word: its number}, N
-        doc, word, count = array("i"), array("i"), array("f")
-        for text in texts:
-            for w, tf in Counter(words(text)).items():
-                doc.append(self.n)
-                word.append(self.number.setdefault(w, len(self.number)))
-                count.append(tf)
-            self.n += 1
-        doc, word, count = map(np.asarray, (doc, word, count))  # [P], pairs of a text and a word
-        lengths = np.bincount(doc, count, self.n)  # [N], in words
-        n_texts = np.bincount(word, minlength=len(self.number))
-        idf = np.log(1 + (self.n - n_texts + 0.5) / (n_texts + 0.5))
+        self.words, self.vectorizer = words, DictVectorizer()
+        tf = self.vectorizer.fit_transform(Counter(words(text)) for text in texts).tocoo()
+        n, n_words = tf.shape  # tf [N, words], sparse
+        lengths = np.bincount(tf.row, tf.data, n)  # [N], in words
+        n_texts = np.bincount(tf.col, minlength=n_words)
+        idf = np.log(1 + (n - n_texts + 0.5) / (n_texts + 0.5))
         k = k1 * (1 - b + b * lengths / max(lengths.mean(), 1))
-        order = np.argsort(word, kind="stable")  # a word's texts stand together
-        self.doc, self.weight = doc[order], (idf[word] * count / (count + k[doc]))[order]
-        self.starts = np.append(0, n_texts.cumsum())
+        tf.data *= idf[tf.col] / (tf.data + k[tf.row])
+        self.weights = tf.T.tocsr()  # [words, N]: only the rows of a query's words are read
 
     def scores(self, query):
         """-> float64 [N]"""
-        out = np.zeros(self.n)
-        for i in (self.number[w] for w in self.words(query) if w in self.number):
-            part = slice(*self.starts[i : i + 2])
-            out[self.doc[part]] += self.weight[part]
-        return out
+        return (self.vectorizer.transform(Counter(self.words(query))) @ self.weights).toarray()[0]

@@ -16,7 +16,6 @@ held before the model was loaded. The result is written to out/bench_<name>.json
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import platform
@@ -28,13 +27,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.util import batch_to_device
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 import common
 import lora
@@ -42,6 +46,7 @@ import train_contrastive
 import train_reconstruct
 from attention import make_seqs
 from embedder import Embedder
+from formats import write_json
 from formats.huggingface import from_pretrained, save_pretrained
 from model import from_scratch
 from tokenizer import load_tokenizer
@@ -64,29 +69,34 @@ class Batch:
 
 
 # ---- sides ----
-# A side is a generator. It yields when all is imported, when its model is loaded, and then what it
-# has computed after each step. `job`: the model's folder, the batches, device, dtype and threads.
+# A side gives an iterator over what it computes of each batch, a step each. Its model is loaded by
+# the first step at the latest. `job`: the model's folder, the batches, device, dtype and threads.
 
 
 def half(job):
     return torch.autocast(job.device, torch.bfloat16, enabled=job.dtype == "bf16")
 
 
-def train(model, loss_of, steps, job):
-    """The step of all training benches: forward, loss and backward of each of its micro-batches,
-    then AdamW. steps: for each its list of micro-batches."""
+def backward(loss_of, job):
+    """-> a function of a batch: forward, loss and backward -> the loss."""
+
+    def step(batch):
+        with half(job):
+            loss = loss_of(batch)
+        loss.backward()
+        return loss.item()
+
+    return step
+
+
+def train(model, step, job):
+    """What all training benches do: `step`, which makes gradients, of each batch, then AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    yield
-    for micro_batches in steps:
-        total = 0.0
-        for batch in micro_batches:
-            with half(job):
-                loss = loss_of(batch)
-            loss.backward()
-            total += loss.item()
+    for batch in job.batches:
+        loss = step(batch)
         optimizer.step()
         optimizer.zero_grad()
-        yield total
+        yield loss
 
 
 def our_model(job):
@@ -97,17 +107,18 @@ def our_model(job):
 
 def labels_ours(job, rank=0):
     """Packed rows with labels, by ours: masked language modelling, and with a rank MNTP."""
-    yield
-    model, steps = our_model(job), []
+    model = our_model(job)
     if rank:
         lora.inject(model, rank, 2 * rank, 0.0, "all")
-    for batch in job.batches:
-        flat = np.stack([np.concatenate(x) for x in batch.inputs])  # [2, T]
-        tokens, labels = torch.tensor(flat, device=job.device)
+
+    def loss_of(batch):
+        tokens, labels = (torch.tensor(np.concatenate(x)).to(job.device) for x in batch.inputs)
         rows = (labels != NO_LABEL).nonzero()[:, 0]  # [L]
         before = rows - min(rank, 1)  # MNTP predicts from the position before
-        steps.append([(tokens, make_seqs(batch.lengths, job.device), before, labels[rows])])
-    yield from train(model, lambda batch: model(*batch)[0] / len(batch[3]), steps, job)  # a mean
+        seqs = make_seqs(batch.lengths, job.device)
+        return model(tokens, seqs, before, labels[rows])[0] / len(rows)  # a mean
+
+    return train(model, backward(loss_of, job), job)
 
 
 def padded(rows, fill, job):
@@ -117,21 +128,18 @@ def padded(rows, fill, job):
 
 def labels_transformers(job, rank=0, best=False):
     """What Hugging Face's collator and model make of them: rows padded to the longest."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-
-    if rank:
-        from peft import LoraConfig, get_peft_model
-    yield
     cls = AutoModelForCausalLM if rank else AutoModelForMaskedLM
     settings = {"attn_implementation": "sdpa", "sparse_prediction": True} if best else {}
-    model, steps = cls.from_pretrained(job.folder, **settings).to(job.device).train(), []
+    model = cls.from_pretrained(job.folder, **settings).to(job.device).train()
     if rank:
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         model = get_peft_model(model, config)
-    for batch in job.batches:
-        ids, labels = padded(batch.inputs[0], 0, job), padded(batch.inputs[1], NO_LABEL, job)
-        steps.append([{"input_ids": ids, "labels": labels, "attention_mask": (ids > 0).long()}])
-    yield from train(model, lambda batch: model(**batch).loss, steps, job)
+
+    def loss_of(batch):
+        ids, labels = map(padded, batch.inputs, (0, NO_LABEL), (job, job))
+        return model(input_ids=ids, labels=labels, attention_mask=(ids > 0).long()).loss
+
+    return train(model, backward(loss_of, job), job)
 
 
 def our_embedder(job):
@@ -140,61 +148,50 @@ def our_embedder(job):
 
 
 def contrastive_ours(job, device_batch_tokens=10**9):
-    yield
     embedder = our_embedder(job).train()
     s = SimpleNamespace(**vars(train_contrastive) | dict(  # what the script has at its top
         rank=0, world_size=1, device=embedder.device, autocast=partial(half, job),
         template=embedder.template, device_batch_tokens=device_batch_tokens,
     ))  # fmt: skip
-    optimizer = torch.optim.AdamW(embedder.parameters(), lr=LEARNING_RATE, fused=True)
-    yield
-    for step, batch in enumerate(job.batches):
+
+    def step(batch):
         pairs = [
             {"query": query, "known": [text], "passages": [text], "scores": None, "prompt": None}
             for query, text in zip(*batch.inputs)
         ]
         packed = train_contrastive.make_batch(pairs, 0, embedder.tokenizer, s)
-        loss, _ = train_contrastive.cached_step(embedder, packed, step, s)
-        optimizer.step()
-        optimizer.zero_grad()
-        yield loss
+        return train_contrastive.cached_step(embedder, packed, 0, s)[0]
+
+    return train(embedder, step, job)
+
+
+def st_model(job):
+    return SentenceTransformer(job.folder, device=job.device)
 
 
 def contrastive_st(job, mini_batch_size=None):
     """mini_batch_size: of its gradient cache; None: without it."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer import losses
-    from sentence_transformers.util import batch_to_device
-
-    yield
-    model = SentenceTransformer(job.folder, device=job.device).train()
-    scale = 1 / train_contrastive.temperature
-    loss = losses.MultipleNegativesRankingLoss(model, scale)
+    model, scale = st_model(job).train(), 1 / train_contrastive.temperature
     if mini_batch_size:
         cached = losses.CachedMultipleNegativesRankingLoss
         loss = cached(model, scale, mini_batch_size=mini_batch_size)
+    else:
+        loss = losses.MultipleNegativesRankingLoss(model, scale)
 
     def loss_of(batch):
         features = [batch_to_device(model.preprocess(x), job.device) for x in batch.inputs]
         return loss(features, None)
 
-    yield from train(model, loss_of, [[batch] for batch in job.batches], job)
+    return train(model, backward(loss_of, job), job)
 
 
 def encode_ours(job):
-    yield
     embedder = our_embedder(job)
-    yield
-    for batch in job.batches:
-        yield checksum(embedder.encode(batch.inputs[0]))
+    return (checksum(embedder.encode(batch.inputs[0])) for batch in job.batches)
 
 
 def encode_st(job, batch_size):
-    from sentence_transformers import SentenceTransformer
-
-    yield
-    model = SentenceTransformer(job.folder, device=job.device)
-    yield
+    model = st_model(job)
     for batch in job.batches:
         with half(job):
             vectors = model.encode(batch.inputs[0], batch_size=batch_size, show_progress_bar=False)
@@ -209,29 +206,28 @@ def checksum(vectors):
 
 def reconstruct_ours(job):
     """In micro-batches of 8 pairs, as the script accumulates: their sums are those of the batch."""
-    yield
-    model, steps = train_reconstruct.Reconstruction(our_model(job)), []
-    for batch in job.batches:
+    model = train_reconstruct.Reconstruction(our_model(job))
+
+    def step(batch):
         sides = [[(ids, (0, len(ids))) for ids in side] for side in batch.inputs]
         counts = torch.tensor([sum(map(len, side)) for side in batch.inputs])  # of targets
-        weights, parts = (torch.tensor(WEIGHTS) / counts).to(job.device), []
+        weights, total = (torch.tensor(WEIGHTS) / counts).to(job.device), 0.0
+        backward_of = backward(lambda part: (model(part)[0] * weights).sum(), job)
         for i in range(0, len(sides[0]), 8):
             queries, documents = (side[i : i + 8] for side in sides)
             part = train_reconstruct.pack_pairs(queries + documents, len(queries))
-            parts.append((part.to(job.device), weights))
-        steps.append(parts)
-    yield from train(model, lambda batch: (model(batch[0])[0] * batch[1]).sum(), steps, job)
+            total += backward_of(part.to(job.device))
+        return total
+
+    return train(model, step, job)
 
 
 def reconstruct_transformers(job):
     """Encode queries, encode documents, write queries, write documents: four padded forwards."""
-    from transformers import AutoModelForCausalLM
-
-    yield
     model = AutoModelForCausalLM.from_pretrained(job.folder).to(job.device).train()
-    steps = [[[padded(side, 0, job) for side in batch.inputs]] for batch in job.batches]
 
-    def loss_of(sides):
+    def loss_of(batch):
+        sides = [padded(side, 0, job) for side in batch.inputs]
         anchors, loss = [], 0.0
         for ids in sides:
             mask = (ids > 0).long()
@@ -246,15 +242,13 @@ def reconstruct_transformers(job):
             loss = loss + weight * out.loss
         return loss
 
-    yield from train(model, loss_of, steps, job)
+    return train(model, backward(loss_of, job), job)
 
 
 def matmul(job):
     """What the machine can do at best: flops of large square products."""
     n = 2048 if job.device == "cpu" else 8192
-    yield
     x = torch.randn(n, n, dtype=DTYPES[job.dtype], device=job.device)
-    yield
     while True:
         for _ in range(4):
             torch.mm(x, x)
@@ -278,21 +272,21 @@ def token_batch(vocab_size, n, rng, lengths, labelled):
         chosen[0] = False
         labels.append(np.where(chosen, ids, NO_LABEL))
         ids[chosen] = 5
-    rows = np.flatnonzero(np.concatenate(labels) != NO_LABEL)
-    return Batch([texts, labels], [len(ids) for ids in texts], len(rows))
+    n_labels = np.count_nonzero(np.concatenate(labels) != NO_LABEL)
+    return Batch([texts, labels], list(map(len, texts)), n_labels)
 
 
 def text_batch(vocab_size, n, rng, lengths, sides):
     """`sides` lists of n texts of random words, each word a token."""
     ids = [random_ids(vocab_size, n, rng, lengths) for _ in range(sides)]
     texts = [[" ".join(f"w{i}" for i in text) for text in side] for side in ids]
-    return Batch(texts, [len(text) for side in ids for text in side])
+    return Batch(texts, list(map(len, sum(ids, []))))
 
 
 def pair_batch(vocab_size, n, rng):
     """n queries of 8 to 64 and documents of 32 to 512 ids: each is read and written."""
     sides = [random_ids(vocab_size, n, rng, lengths) for lengths in ((8, 64), (32, 512))]
-    lengths = [len(ids) for side in sides for ids in side]
+    lengths = list(map(len, sum(sides, [])))
     return Batch(sides, lengths + [length + 1 for length in lengths], sum(lengths))
 
 
@@ -373,11 +367,7 @@ def memory(device):
 def serve(pipe, side, job):
     """A side's process: one step for each message, answered by (seconds, result, peak bytes)."""
     torch.set_num_threads(job.threads)
-    steps = side(job)
-    next(steps)  # imports
-    before = memory(job.device)[0]
-    next(steps)  # loads
-    pipe.send("ready")
+    before, steps = memory(job.device)[0], side(job)
     for _ in iter(pipe.recv, "end"):
         begin = time.perf_counter()
         result = next(steps)
@@ -394,8 +384,6 @@ def take_turns(sides, job):
         context.Process(target=serve, args=(end, side, job), daemon=True).start()
         end.close()  # so that a process that dies ends the wait for it
     turns, names = {name: [] for name in sides}, list(sides)
-    for pipe in pipes.values():
-        pipe.recv()
     for _ in job.batches:
         for name in names:
             pipes[name].send("step")
@@ -409,15 +397,16 @@ def take_turns(sides, job):
 def compare(model, job, case):
     """One case in one precision, its table printed -> (rows of the json, numbers of each side)."""
     turns = take_turns(case.sides | {"matmul": matmul}, job)
-    results = {side: np.array([result for _, result, _ in turns[side]]) for side in turns}
-    seconds = {side: np.array([elapsed for elapsed, _, _ in turns[side][1:]]) for side in turns}
-    batches = job.batches[1:]  # the first warms up
+    turns = {side: np.transpose(rounds) for side, rounds in turns.items()}  # [3, rounds] each
+    seconds = {side: rounds[0, 1:] for side, rounds in turns.items()}  # the first warms up
+    results = {side: rounds[1] for side, rounds in turns.items()}
+    batches = job.batches[1:]
     counts = [sum(b.lengths) if case.unit == "tokens" else case.n for b in batches]
     print(f"\n{case.label + ', ' + job.dtype:37} {case.unit + '/s':>9}    memory   ours against it")
     unit, rows, sides = f"{case.unit}_per_s", [], {}
     ours, *peers = case.sides
     for side in case.sides:
-        speed, (_, _, peak) = np.median(counts / seconds[side]), turns[side][-1]
+        speed, peak = np.median(counts / seconds[side]), turns[side][2, -1]
         sides[side] = {unit: speed, "memory": peak, "results": results[side].tolist()}
         line = f"{side:37} {speed:9,.4g} {peak / 1e6:6,.0f} MB"
         if side in peers:
@@ -463,11 +452,9 @@ def memory_growth(model, job, case):
 def device_name(device):
     if device == "cuda":
         return torch.cuda.get_device_name()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
-            if names := re.findall("model name.*: (.*)", f.read()):
-                return names[0]
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")  # Linux
+    names = re.findall("model name.*: (.*)", info.read_text() if info.exists() else "")
+    return [*names, platform.processor() or platform.machine()][0]
 
 
 def make_model(case, folder):
@@ -525,15 +512,13 @@ def main():
             for key, value in (setting | cases[-1]).items():
                 print(f"{key:21} {value:,}" if type(value) is int else f"{key:21} {value}")
             for dtype in DTYPES if args.dtype == "both" else (args.dtype,):
-                job = SimpleNamespace(folder=folder, batches=batches, device=args.device,
-                                      threads=args.threads, dtype=dtype)  # fmt: skip
-                more, sides[f"{case.label} {dtype}"] = run_case(model, job, case)
-                rows += more
-    os.makedirs(args.out_dir, exist_ok=True)
-    with open(f"{args.out_dir}/bench_{args.name}.json", "w") as f:
-        setting["cases"] = cases
-        json.dump({"setting": setting, "rows": rows, "sides": sides}, f, indent=1)
-    print("\nwritten to", f.name)
+                more = {"folder": folder, "batches": batches, "dtype": dtype}
+                job = SimpleNamespace(**vars(args) | more)
+                of_case, sides[f"{case.label} {dtype}"] = run_case(model, job, case)
+                rows += of_case
+    path = f"{args.out_dir}/bench_{args.name}.json"
+    write_json({"setting": setting | {"cases": cases}, "rows": rows, "sides": sides}, path)
+    print("\nwritten to", path)
 
 
 if __name__ == "__main__":
