@@ -580,7 +580,7 @@ if __name__ == "__main__":
     write_spans(kept, args.out)  # first: write_all shuffles
     made = manifest_of(args.out, write_all(kept, args.out))
     for key, value in made["counts"].items():
-        print(f"{key:12s} {value:>9,}")
+        print(f"{key:18s} {value:>11,}")
 
     path = os.path.join(HERE, "manifest.json")
     if args.freeze:
@@ -595,11 +595,13 @@ if __name__ == "__main__":
 # val spans      413, of 43 passages
 # test spans      404, of 39 passages
 # tokenizing with tiktoken
-# train docs      10,538
-# train tokens 1,436,737
-# val docs           525
-# val tokens      65,651
-# train pairs      9,248
-# val pairs          456
-# test pairs         499
+# train docs              10,538
+# train tokens         1,436,737
+# val docs                   525
+# val tokens              65,651
+# train pairs              9,248
+# val pairs                  456
+# test pairs                 499
+# val_summary pairs          439
+# test_summary pairs         479
 # equal to manifest.json
