@@ -178,17 +178,17 @@ def test_training_pairs_are_a_retrieval_task(tmp_path):
 
 def test_more_passages_and_modules(tmp_path):
     """Passages of other files are ranked, too; what is kept of each query."""
-    rows = [{"query": "tan", "pos": ["tan ris"], "module": "a"}, {"query": "su", "pos": ["su"]}]
-    more = [{"query": "x", "pos": ["tan tan", "su"], "neg": ["tan tan tan"]}]
+    rows = [{"query": "tan", "pos": ["tan ris"], "module": "a"}, {"query": "sun", "pos": ["sun"]}]
+    more = [{"query": "x", "pos": ["tan tan", "sun"], "neg": ["tan tan tan"]}]
     paths = [write_jsonl(tmp_path / f"{n}.jsonl", x) for n, x in (("test", rows), ("more", more))]
     tasks = local_tasks(paths[0], corpus=(paths[1], paths[0]))
     got = scores_of(word_encoder(), tasks, tmp_path)["test+more+test"]
     assert got["ndcg_at_10"] == pytest.approx((1 / math.log2(4) + 1) / 2, abs=1e-5)
     (file,) = (tmp_path / "scores").glob("queries-*.json")
-    tan, su = json.loads(file.read_text())
+    tan, sun = json.loads(file.read_text())
     assert tan == {"id": "q0", "text": "tan", "module": "a", "ndcg_at_10": 0.5,
                    "top": ["b3", "b2", "a0", "a1"], "relevant": {"a0": 1}}  # fmt: skip
-    assert (su["module"], su["top"][0], su["relevant"]) == ("", "a1", {"a1": 1})
+    assert (sun["module"], sun["top"][0], sun["relevant"]) == ("", "a1", {"a1": 1})
     with pytest.raises(SystemExit, match="corpus goes with a file of pairs"):
         write_beir(tmp_path / "beir", np.random.default_rng(0), 12, 2)
         local_tasks(tmp_path / "beir", corpus=(paths[1],))
