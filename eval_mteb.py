@@ -33,6 +33,7 @@ passages, which `python -m evals.compare` reads; what is there from an earlier r
 where weights, template, prompts, data revision and mteb are the very same.
 """
 
+import copy
 import csv
 import hashlib
 import json
@@ -135,25 +136,31 @@ KINDS = {  # the file that makes a folder a task: its type, mteb's class, main s
 
 
 def local_tasks(path, split="test", corpus=()):
-    """The tasks of a folder, or of its subfolders, or of a .jsonl file of training pairs, which
-    `corpus` gives more passages."""
-    path = Path(path).absolute()
-    folders = [path, *sorted(path.glob("*/"))]
-    found = [(kind, f) for f in folders for kind in KINDS if file_of(f, kind).exists()]
+    """The tasks of a folder and its subfolders, or of a .jsonl file of training pairs, to which
+    `corpus` adds the passages of other files. Prints which subfolders are none."""
+    path, tasks, wanted = Path(path).absolute(), [], f"{', '.join(KINDS)}.jsonl or .tsv"
     if path.is_file():
-        found = [("corpus", path)]
-    elif not found or len({f for _, f in found}) < len(found):
-        wanted = f"with one file of {', '.join(KINDS)}.jsonl or .tsv each"
-        raise SystemExit(f"{path}: a task's folder, or folders, {wanted}; found {found}")
-    if corpus and not path.is_file():
-        raise SystemExit(f"{path}: corpus goes with a file of pairs, not with a folder")
-    return [local_task(kind, place, split, corpus) for kind, place in found]
+        return [local_task("corpus", path, split, corpus)]
+    if corpus:
+        raise SystemExit(f"{path}: corpus goes with a file of pairs, this is none")
+    for folder in (path, *sorted(path.glob("*/"))):
+        kinds = [kind for kind in KINDS if file_of(folder, kind).exists()]
+        if len(kinds) > 1:
+            raise SystemExit(f"{folder}: expected a folder with one file of {wanted}, not {kinds}")
+        if kinds:
+            tasks.append(local_task(kinds[0], folder, split))
+        elif folder.name != "qrels" and folder != path:
+            common.print0(f"skipped {folder}: no task's folder, it has no {wanted}")
+    if not tasks:
+        raise SystemExit(f"{path}: a task's folder, or folders, with one file of {wanted} each")
+    return tasks
 
 
-def local_task(kind, path, split, corpus):
+def local_task(kind, path, split, corpus=()):
     """A task of mteb's class that reads files when mteb asks for its data."""
     type_name, base, main_score, fields = KINDS[kind]
     search = base is abstasks.AbsTaskRetrieval
+    read = partial(read_search, more=corpus) if search else read_columns
 
     class LocalTask(base):
         metadata = mteb.TaskMetadata(
@@ -165,7 +172,6 @@ def local_task(kind, path, split, corpus):
         max_fraction_of_documents_to_embed = None  # of clustering, which else takes 4 %
 
         def load_data(self, **_):
-            read = partial(read_search, more=corpus) if search else read_columns
             self.dataset, self.data_loaded = {"default": read(kind, path, split, fields)}, True
 
     return LocalTask()
@@ -173,7 +179,7 @@ def local_task(kind, path, split, corpus):
 
 def file_of(folder, stem):
     """folder/stem.tsv if it is there, else folder/stem.jsonl."""
-    return tsv if (tsv := folder / f"{stem}.tsv").exists() else folder / f"{stem}.jsonl"
+    return next(folder.glob(f"{stem}.tsv"), folder / f"{stem}.jsonl")
 
 
 def read_rows(path, fields):
@@ -199,16 +205,16 @@ def read_columns(kind, path, split, fields):
     """The columns of each split; labels as numbers."""
     files = {"train": "train", split: split} if kind == "train" else {split: kind}
     rows = {key: read_rows(file_of(path, stem), fields) for key, stem in files.items()}
-    labels = sorted({row["label"] for part in rows.values() for row in part if "label" in fields})
-    if kind == "pairs" and labels != [0, 1]:
-        raise ValueError(f"{file_of(path, kind)}: labels are 0 and 1, and both must occur")
-    data = {}
-    for key, part in rows.items():
-        columns = {field: [row[field] for row in part] for field in fields}
-        if labels:
-            columns["label"] = [labels.index(label) for label in columns["label"]]
-        data[key] = Dataset.from_dict(columns)
-    return data
+    if "label" in fields:
+        labels = sorted({row["label"] for part in rows.values() for row in part})
+        if kind == "pairs" and labels != [0, 1]:
+            raise ValueError(f"{file_of(path, kind)}: labels are 0 and 1, and both must occur")
+        for row in sum(rows.values(), []):
+            row["label"] = labels.index(row["label"])
+    return {
+        key: Dataset.from_dict({field: [row[field] for row in part] for field in fields})
+        for key, part in rows.items()
+    }
 
 
 def read_search(kind, path, split, fields, more=()):
@@ -226,20 +232,20 @@ def read_search(kind, path, split, fields, more=()):
         file = open_pairs(str(path))
         pairs = [read_pair(file, i) for i in range(len(file))]
         asked = [(p["prompt"] or "") + p["query"] for p in pairs]
-        modules = {q: read_line(file, i)[0].get("module", "") for i, q in enumerate(asked)}
-        lines = [(q, p["pos"], p["neg"]) for q, p in zip(asked, pairs)]
+        modules = {query: read_line(file, i)[0].get("module", "") for i, query in enumerate(asked)}
+        lines = [(query, p["pos"], p["neg"]) for query, p in zip(asked, pairs)]
         corpus, queries, relevant = number_texts(lines)
         texts = dict.fromkeys(corpus.values())  # in order, equal ones are one
         for pair in (read_pair(f, i) for f in map(open_pairs, more) for i in range(len(f))):
             texts |= dict.fromkeys(pair["pos"] + pair["neg"])
         corpus |= {f"b{i}": text for i, text in enumerate(texts) if i >= len(corpus)}
-    queries = {"id": list(queries), "text": list(queries.values())}
+    data = {"relevant_docs": relevant, "top_ranked": candidates}
+    for name, texts in (("corpus", corpus), ("queries", queries)):
+        data[name] = Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
     if any(modules.values()):
-        queries["module"] = [modules[text] for text in queries["text"]]
-    corpus = {"id": list(corpus), "text": list(corpus.values())}
-    corpus, queries = map(Dataset.from_dict, (corpus, queries))
-    data = {"corpus": corpus, "queries": queries, "relevant_docs": relevant}
-    return {split: data | {"top_ranked": candidates}}
+        of_queries = [modules[text] for text in queries.values()]
+        data["queries"] = data["queries"].add_column("module", of_queries)
+    return {split: data}
 
 
 def read_beir(path, split, fields):
@@ -268,8 +274,7 @@ def number_texts(lines):
             grades[corpus.setdefault(text, f"a{len(corpus)}")] = 1
         for text in wrong:
             grades.setdefault(corpus.setdefault(text, f"b{len(corpus)}"), 0)
-    corpus, queries = ({i: text for text, i in ids.items()} for ids in (corpus, queries))
-    return corpus, queries, relevant
+    return *({i: text for text, i in ids.items()} for ids in (corpus, queries)), relevant
 
 
 # ---- prompts ----
@@ -354,16 +359,14 @@ class BM25Search:
         self.bm25 = BM25(map(self.begin, texts), *self.settings)
 
     def search(self, queries, *, top_k, top_ranked=None, **_):
-        results = {}
+        results, row_of = {}, {name: row for row, name in enumerate(self.ids)}
         for query, text in zip(queries["id"], queries["text"]):
             scores = self.bm25.scores(self.begin(text))  # [N]
             if top_ranked is None:
-                rows = np.argsort(-scores, kind="stable")[:top_k]
-                found = {self.ids[row]: float(scores[row]) for row in rows if scores[row] > 0}
+                rows = np.argsort(-scores, kind="stable")[: min(top_k, (scores > 0).sum())]
             else:
-                found = dict(zip(self.ids, scores.tolist()))
-                found = {name: found[name] for name in top_ranked[query]}
-            results[query] = found
+                rows = [row_of[name] for name in top_ranked[query]]
+            results[query] = {self.ids[row]: float(scores[row]) for row in rows}
         return results
 
 
@@ -522,8 +525,9 @@ def table(rows):
     for key, scores in lines.items():
         cells.append([*key, *("" if np.isnan(x) else f"{x:.2f}" for x in scores)])
     widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * w for w in widths[:3]] + ["-" * (w - 1) + ":" for w in widths[3:]])
-    form = " | ".join([f"{{:<{w}}}" for w in widths[:3]] + [f"{{:>{w}}}" for w in widths[3:]])
+    sides = "<<<" + ">" * len(models)  # numbers stand at the right
+    cells.insert(1, ["-" * (w - 1) + "-:"[side == ">"] for side, w in zip(sides, widths)])
+    form = " | ".join(f"{{:{side}{w}}}" for side, w in zip(sides, widths))
     return "\n".join(f"| {form.format(*line)} |" for line in cells)
 
 
@@ -531,8 +535,10 @@ if __name__ == "__main__":
     # ---- configure ----
     s = SimpleNamespace(**common.configure(globals()))
     names = [name.strip() for name in f"{s.model},{s.baselines}".split(",") if name.strip()]
-    if not names or bool(s.tasks) + bool(s.benchmark) + bool(s.local) != 1:
+    if not names or [s.tasks, s.benchmark, s.local].count("") != 2:
         raise SystemExit("give --model=... and one of --tasks=..., --benchmark=..., --local=...")
+    if s.corpus and not s.local:
+        raise SystemExit("corpus goes with --local, a file of pairs")
     if s.adapters and "," in s.model:
         raise SystemExit("adapters belong to one model, several are given")
 
@@ -542,14 +548,16 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", module="sklearn")  # a label that was never predicted
 
     # ---- evaluate ----
+    if s.local:
+        chosen = local_tasks(s.local, s.split, s.corpus)
+    else:
+        chosen = named_tasks(s.tasks, s.benchmark, s.languages)
     rows = []
     for name in names:
-        # new tasks for each model: clustering draws on its task's random state
-        named = (s.tasks, s.benchmark, s.languages)
-        chosen = local_tasks(s.local, s.split, s.corpus) if s.local else named_tasks(*named)
+        tasks = copy.deepcopy(chosen)  # clustering draws on its task's random state
         encoder = load_encoder(name, s, device)
-        encoder.prompts = task_prompts(chosen, s.instructions, s.query_template, encoder.saved)
-        rows += evaluate(encoder, chosen, f"{s.out_dir}/scores", reuse=not s.local)
+        encoder.prompts = task_prompts(tasks, s.instructions, s.query_template, encoder.saved)
+        rows += evaluate(encoder, tasks, f"{s.out_dir}/scores", reuse=not s.local)
 
     # ---- save ----
     if rank == 0:

@@ -81,7 +81,7 @@ def load(name, dtype="fp32", attention_backend="auto"):
     device = common.setup_distributed()[3]
     dtype = common.dtype_of(dtype, device)
     base, *adapters = adapter_chain(name)
-    folder = adapters[-1] if adapters else base
+    folder = [base, *adapters][-1]
     net = load_merged(base, adapters, dtype=dtype).eval()
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, net.config.vocab_size)
@@ -90,6 +90,10 @@ def load(name, dtype="fp32", attention_backend="auto"):
     net.set_backend(attention_backend, device, dtype)
     print(f"{folder}: {net.describe()}, {dtype} on {device}")
     return net.to(device), tokenizer, folder
+
+
+def load_embedder(s):
+    return Embedder.load(s.model, dtype=s.dtype, attention_backend=s.attention_backend)
 
 
 def read_text(text):
@@ -130,10 +134,9 @@ def fill(net, tokenizer, texts, n, notes):
     ids = tokenizer(marked)["input_ids"]
     places = [[k for k, i in enumerate(text_ids) if i == mask_id] for text_ids in ids]
     for text, masks in zip(texts, places):
-        if not masks:
-            raise SystemExit(f"no {mask} to fill in the text {text[:60]!r}")
-        if masks[0] < before:
-            raise SystemExit(f"nothing stands before the {mask} of the text {text[:60]!r}")
+        if not masks or masks[0] < before:
+            problem = f"nothing stands before the {mask} of" if masks else f"no {mask} to fill in"
+            raise SystemExit(f"{problem} the text {text[:60]!r}")
     device = net.embed.weight.device
     seqs = make_seqs(list(map(len, ids)), device)
     row = torch.tensor(sum(ids, []))  # [T], all texts end to end
@@ -228,17 +231,17 @@ def generate(
     device = net.embed.weight.device
     generators = [torch.Generator().manual_seed(seed + i) for i in range(num_samples)]
     samples = [list(prompt_ids) for _ in range(num_samples)]
-    running = list(range(num_samples))
+    running = list(zip(samples, generators))
     for _ in tqdm(range(room), "tokens", leave=False, disable=None):
-        row = torch.tensor([i for s in running for i in samples[s]], device=device)  # [T]
-        seqs = make_seqs([len(samples[s]) for s in running], device)
+        texts, generators = zip(*running)
+        row = torch.tensor(sum(texts, []), device=device)  # [T]
+        seqs = make_seqs(list(map(len, texts)), device)
         ends = seqs.cu_seqlens.long()
-        vectors = None if anchor is None else anchor.expand(len(running), -1)  # [S, C]
+        vectors = None if anchor is None else anchor.expand(len(texts), -1)  # [S, C]
         logits = net(row, seqs, ends[1:] - 1, vectors=vectors, at=ends[:-1])  # [S, V]
-        new = draw(logits, temperature, top_k, top_p, [generators[s] for s in running])
-        for s, i in zip(running, new):
-            samples[s].append(i)
-        running = [s for s in running if samples[s][-1] not in eos_ids]
+        for text, i in zip(texts, draw(logits, temperature, top_k, top_p, generators)):
+            text.append(i)
+        running = [both for both in running if both[0][-1] not in eos_ids]
         if not running:
             break
     return [sample[n:] for sample in samples]
@@ -309,7 +312,7 @@ def write_back(embedder, text, side, max_new_tokens):
 
 
 def use_reconstruct(s):
-    embedder = Embedder.load(s.model, dtype=s.dtype, attention_backend=s.attention_backend)
+    embedder = load_embedder(s)
     text = read_text(s.reconstruct)
     new, eos_ids = write_back(embedder, text, s.reconstruct_side, s.max_new_tokens)
     title = f"from this {s.reconstruct_side}'s embedding: "
@@ -320,21 +323,21 @@ def use_reconstruct(s):
 
 
 def use_rank(s):
-    embedder = Embedder.load(s.model, dtype=s.dtype, attention_backend=s.attention_backend)
+    embedder = load_embedder(s)
     prompts = embedder.prompts
     if embedder.pooling == "tokens":
         raise SystemExit("--rank wants one vector a text; this model has one for each token")
     if s.file is None:
         files = map(open_pairs, s.rank_pairs)
         pairs = [read_pair(file, i) for file in files for i in range(len(file))]
+        titles, texts = zip(*((pair["query"], pair["pos"][0]) for pair in pairs))
     else:
-        pairs = [{"query": text, "pos": [text]} for text in read_lines(s.file)]
+        titles = texts = read_lines(s.file)
     query = embedder.encode([s.rank], prompts.get("query", ""))[0]  # [C]
-    texts = [pair["pos"][0] for pair in pairs]
     scores = embedder.encode(texts, prompts.get("document", ""), progress=True) @ query  # [N]
     print(f"\n{s.rank}\n")
     for place, i in enumerate((-scores).argsort(kind="stable")[: s.num_ranked], 1):
-        print(f"{place}. {scores[i]:.3f}  {pairs[i]['query']}")
+        print(f"{place}. {scores[i]:.3f}  {titles[i]}")
         if s.file is None:
             print(f"          {' '.join(texts[i].split())[:160]}")
 
@@ -351,7 +354,7 @@ def use_compress(s):
         raise SystemExit(f"{s.file}: there is no question, or nothing in the passage")
     if wrong := [span for span in gold if not 0 <= span[0] < span[1] <= len(passage)]:
         raise SystemExit(f"{s.file}: span {wrong[0]} is not in its {len(passage)} characters")
-    embedder = Embedder.load(s.model, dtype=s.dtype, attention_backend=s.attention_backend)
+    embedder = load_embedder(s)
     (scores,), spans = score_tokens(embedder, [query], passage, s.window, s.overlap, True)
     kept = keep(scores, spans, passage, s.ratio, s.unit, s.neighbours)
     if s.html is not None:

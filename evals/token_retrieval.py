@@ -20,7 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import common
-from bm25 import BM25, K1, words_of
+from bm25 import BM25, words_of
 from data import open_pairs
 from embedder import Embedder
 from formats import write_json
@@ -45,6 +45,9 @@ attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them tha
 dtype = "auto"  # bf16, fp32, or what the device is good at
 
 
+ORDERS = "random", "first", "overlap", "bm25", "model"
+
+
 def baseline_scores(record, spans, rng):
     """{name: scores [n]} of orders that learn nothing:
 
@@ -52,18 +55,17 @@ def baseline_scores(record, spans, rng):
     bm25: a token has its sentence's BM25 score for the query's different words, the texts being
     the passage's sentences. Words and sentences that tie come in random order.
     """
-    passage, asked = record["passage"], sorted(set(words_of(record["query"])))
+    passage, asked = record["passage"], words_of(record["query"])
     words = list(re.finditer(r"\w+", passage))
     starts = [word.start() for word in words]
-    word_of = np.searchsorted(starts, spans[:, 1], side="left") - 1  # -1: before the first word
+    word_of = np.searchsorted(starts, spans[:, 1]) - 1  # -1: before the first word
     shared = [word.span() for word in words if word[0].lower() in asked]
     shared = covered(shared, len(passage))[spans[:, 1] - 1]  # [n]
     overlap = shared + 1e-6 * rng.random(len(words) + 1)[word_of]
 
     cuts = [m.end() for m in re.finditer(r"[.!?]\s+|\n+", passage)]
     sentences = [passage[start:end] for start, end in zip([0, *cuts], [*cuts, None])]
-    scores = (K1 + 1) * BM25(sentences).scores(" ".join(asked))
-    scores += 1e-6 * rng.random(len(sentences))
+    scores = BM25(sentences).scores(" ".join(asked)) + 1e-6 * rng.random(len(sentences))
     bm25 = scores[np.searchsorted(cuts, spans[:, 0], side="right")]  # [n]
     order = np.arange(len(spans))
     return {"random": rng.random(len(spans)), "first": -order, "overlap": overlap, "bm25": bm25}
@@ -73,8 +75,7 @@ def evaluate(embedder, file, runs, s):
     """-> {"random", "first", "overlap", "bm25", "model": {name: mean over all queries}}, for the
     model its "loss" and "acc" (a gold token is first), too. Every rank takes its share of runs."""
     names = ["loss", "acc", *names_of(s.ratios)]
-    orders = ["random", "first", "overlap", "bm25", "model"]
-    totals = np.zeros((len(orders), len(names), 2))  # sum, count
+    totals = {order: np.zeros((len(names), 2)) for order in ORDERS}  # sum, count
     for first, n in tqdm(runs[s.rank :: s.world_size].tolist(), "evaluate", disable=s.rank > 0):
         records = [read_spans(file, i) for i in range(first, first + n)]
         queries, passage = [record["query"] for record in records], records[0]["passage"]
@@ -93,12 +94,12 @@ def evaluate(embedder, file, runs, s):
                     loss = np.logaddexp.reduce(logits) - logits[gold].mean()
                     found |= {"loss": loss, "acc": x.argmax() in gold}
                 for name, value in found.items():
-                    totals[orders.index(order), names.index(name)] += value, 1
-    totals = np.reshape(common.all_reduce_sum(totals.flat), totals.shape)
-    return {  # only the model has a loss, and lines may have no answer
-        order: {name: total / count for name, (total, count) in zip(names, row) if count}
-        for order, row in zip(orders, totals)
-    }
+                    totals[order][names.index(name)] += value, 1
+    for order, sums in totals.items():
+        sums = np.reshape(common.all_reduce_sum(sums.flat), sums.shape)
+        # only the model has a loss, and lines may have no answer
+        totals[order] = {name: total / n for name, (total, n) in zip(names, sums) if n}
+    return totals
 
 
 if __name__ == "__main__":

@@ -67,19 +67,18 @@ def save_classifier(folder, c, tokenizer, s, weights, last_layers):
             tokenizer.pad_token = token
             break
     name, problem = transformers_class(c, s)
-    labels = s.labels or ["score"]
+    labels = dict(enumerate(s.labels or ["score"]))
     keys = {
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: i for i, label in enumerate(labels)},
+        "id2label": labels,
+        "label2id": {label: i for i, label in labels.items()},
         "problem_type": _PROBLEM_TYPES[s.loss_kind],
         "classifier_dropout": s.dropout,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    layer = "classifier." if c.family.startswith("modernbert") else "score."
+    layer = "linear."  # which no class of transformers takes for its own
     if name:
         keys["architectures"] = [name]
-    else:
-        layer = "linear."  # which no class of transformers takes for its own
+        layer = "classifier." if c.family.startswith("modernbert") else "score."
     if s.task == "texts" and c.family == "modernbert":
         keys["classifier_pooling"] = s.pooling
     last_layers = {key.replace("linear.", layer): t for key, t in last_layers.items()}

@@ -5,7 +5,8 @@ Byte-level BPE tokenizers as tiktoken encodings, for tokenizing in bulk.
 import json
 import re
 
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tokenizer import whole_backend
 
@@ -94,10 +95,7 @@ def tiktoken_for(tokenizer):
     made = [vocab.get(a + b, -1) for a, b in merges]
     bpe["ignore_merges"] = False  # Llama 3 first looks a whole word up, as tiktoken always does
     merge = Tokenizer.from_str(json.dumps(spec)).model.tokenize
-    # GPT-2's spelling of bytes: printable Latin-1 is itself, the others are moved to 256 and on
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    others = [b for b in range(256) if chr(b) not in letters]
-    byte_of = {c: ord(c) if ord(c) < 256 else others[ord(c) - 256] for c in letters}
+    byte_of = {c: b for b, c in bytes_to_unicode().items()}  # GPT-2's spelling of bytes
     whole = all(len(merge(token)) == 1 for token in vocab)
     if made != sorted(made) or not whole or not byte_of.keys() <= vocab.keys():
         return None

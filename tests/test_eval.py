@@ -452,8 +452,12 @@ def test_broken_files(tmp_path, file, text, message):
         scores_of(word_encoder(), tmp_path, tmp_path)
 
 
-def test_other_broken_folders(tmp_path):
+def test_other_broken_folders(tmp_path, capsys):
     write_beir(tmp_path / "beir", np.random.default_rng(0), 12, 2)
+    write_jsonl(tmp_path / "odd" / "stsb.jsonl", [{}])  # no task's name: said, not passed over
+    assert [task.metadata.name for task in local_tasks(tmp_path)] == ["beir"]
+    assert f"skipped {tmp_path}/odd: no task's folder, it has no corpus" in capsys.readouterr().out
+    assert local_tasks(tmp_path / "beir") and not capsys.readouterr().out  # its qrels are its own
     with open(tmp_path / "beir" / "qrels" / "test.tsv", "a") as f:
         f.write("q0\tno\t1\n")
     with pytest.raises(ValueError, match="test.tsv: there is no text for corpus-id 'no'"):

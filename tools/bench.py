@@ -32,10 +32,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer import losses
-from sentence_transformers.util import batch_to_device
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
@@ -69,8 +65,8 @@ class Batch:
 
 
 # ---- sides ----
-# A side gives an iterator over what it computes of each batch, a step each. Its model is loaded by
-# the first step at the latest. `job`: the model's folder, the batches, device, dtype and threads.
+# A side is a generator. It yields when all is imported, and then what it has computed after each
+# step; the first loads its model. `job`: the model's folder, the batches, device, dtype, threads.
 
 
 def half(job):
@@ -107,6 +103,7 @@ def our_model(job):
 
 def labels_ours(job, rank=0):
     """Packed rows with labels, by ours: masked language modelling, and with a rank MNTP."""
+    yield
     model = our_model(job)
     if rank:
         lora.inject(model, rank, 2 * rank, 0.0, "all")
@@ -118,7 +115,7 @@ def labels_ours(job, rank=0):
         seqs = make_seqs(batch.lengths, job.device)
         return model(tokens, seqs, before, labels[rows])[0] / len(rows)  # a mean
 
-    return train(model, backward(loss_of, job), job)
+    yield from train(model, backward(loss_of, job), job)
 
 
 def padded(rows, fill, job):
@@ -128,6 +125,9 @@ def padded(rows, fill, job):
 
 def labels_transformers(job, rank=0, best=False):
     """What Hugging Face's collator and model make of them: rows padded to the longest."""
+    if rank:
+        from peft import LoraConfig, get_peft_model
+    yield
     cls = AutoModelForCausalLM if rank else AutoModelForMaskedLM
     settings = {"attn_implementation": "sdpa", "sparse_prediction": True} if best else {}
     model = cls.from_pretrained(job.folder, **settings).to(job.device).train()
@@ -139,7 +139,7 @@ def labels_transformers(job, rank=0, best=False):
         ids, labels = map(padded, batch.inputs, (0, NO_LABEL), (job, job))
         return model(input_ids=ids, labels=labels, attention_mask=(ids > 0).long()).loss
 
-    return train(model, backward(loss_of, job), job)
+    yield from train(model, backward(loss_of, job), job)
 
 
 def our_embedder(job):
@@ -148,6 +148,7 @@ def our_embedder(job):
 
 
 def contrastive_ours(job, device_batch_tokens=10**9):
+    yield
     embedder = our_embedder(job).train()
     s = SimpleNamespace(**vars(train_contrastive) | dict(  # what the script has at its top
         rank=0, world_size=1, device=embedder.device, autocast=partial(half, job),
@@ -162,16 +163,18 @@ def contrastive_ours(job, device_batch_tokens=10**9):
         packed = train_contrastive.make_batch(pairs, 0, embedder.tokenizer, s)
         return train_contrastive.cached_step(embedder, packed, 0, s)[0]
 
-    return train(embedder, step, job)
-
-
-def st_model(job):
-    return SentenceTransformer(job.folder, device=job.device)
+    yield from train(embedder, step, job)
 
 
 def contrastive_st(job, mini_batch_size=None):
     """mini_batch_size: of its gradient cache; None: without it."""
-    model, scale = st_model(job).train(), 1 / train_contrastive.temperature
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import losses
+    from sentence_transformers.util import batch_to_device
+
+    yield
+    model = SentenceTransformer(job.folder, device=job.device).train()
+    scale = 1 / train_contrastive.temperature
     if mini_batch_size:
         cached = losses.CachedMultipleNegativesRankingLoss
         loss = cached(model, scale, mini_batch_size=mini_batch_size)
@@ -182,16 +185,21 @@ def contrastive_st(job, mini_batch_size=None):
         features = [batch_to_device(model.preprocess(x), job.device) for x in batch.inputs]
         return loss(features, None)
 
-    return train(model, backward(loss_of, job), job)
+    yield from train(model, backward(loss_of, job), job)
 
 
 def encode_ours(job):
+    yield
     embedder = our_embedder(job)
-    return (checksum(embedder.encode(batch.inputs[0])) for batch in job.batches)
+    for batch in job.batches:
+        yield checksum(embedder.encode(batch.inputs[0]))
 
 
 def encode_st(job, batch_size):
-    model = st_model(job)
+    from sentence_transformers import SentenceTransformer
+
+    yield
+    model = SentenceTransformer(job.folder, device=job.device)
     for batch in job.batches:
         with half(job):
             vectors = model.encode(batch.inputs[0], batch_size=batch_size, show_progress_bar=False)
@@ -206,6 +214,7 @@ def checksum(vectors):
 
 def reconstruct_ours(job):
     """In micro-batches of 8 pairs, as the script accumulates: their sums are those of the batch."""
+    yield
     model = train_reconstruct.Reconstruction(our_model(job))
 
     def step(batch):
@@ -219,11 +228,12 @@ def reconstruct_ours(job):
             total += backward_of(part.to(job.device))
         return total
 
-    return train(model, step, job)
+    yield from train(model, step, job)
 
 
 def reconstruct_transformers(job):
     """Encode queries, encode documents, write queries, write documents: four padded forwards."""
+    yield
     model = AutoModelForCausalLM.from_pretrained(job.folder).to(job.device).train()
 
     def loss_of(batch):
@@ -242,11 +252,12 @@ def reconstruct_transformers(job):
             loss = loss + weight * out.loss
         return loss
 
-    return train(model, backward(loss_of, job), job)
+    yield from train(model, backward(loss_of, job), job)
 
 
 def matmul(job):
     """What the machine can do at best: flops of large square products."""
+    yield
     n = 2048 if job.device == "cpu" else 8192
     x = torch.randn(n, n, dtype=DTYPES[job.dtype], device=job.device)
     while True:
@@ -304,7 +315,6 @@ def step_flops(model, batch, passes):
 @dataclass
 class Case:
     label: str
-    size: str
     n: int  # documents, pairs or texts of a batch
     rounds: int
     unit: str  # what is counted of a batch: tokens, pairs or texts
@@ -312,28 +322,28 @@ class Case:
     make: Callable  # (vocab_size, n, rng) -> Batch
     sides: dict  # ours first; a peer's name is what the table says
     changes: dict  # fields of ModelConfig
+    size: str = "ettin-17m"
 
 
 def texts_case(label, n, rounds, passes, sides, unit="pairs", lengths=(16, 256)):
     make = partial(text_batch, lengths=lengths, sides=2 if unit == "pairs" else 1)
     changes = {"causal": False, "head": "none"}
-    return Case(label, "ettin-17m", n, rounds, unit, passes, make, sides, changes)
+    return Case(label, n, rounds, unit, passes, make, sides, changes)
 
 
 CHUNKS = {"nanoembed, chunks of 4096": partial(contrastive_ours, device_batch_tokens=4096)}
 ST = "sentence-transformers"
 BENCHES = {
     "mlm": [Case(
-        "mlm", "ettin-17m", 16, 10, "tokens", 3,
-        partial(token_batch, lengths=(16, 512), labelled=0.3),
+        "mlm", 16, 10, "tokens", 3, partial(token_batch, lengths=(16, 512), labelled=0.3),
         {"nanoembed": labels_ours,
          "transformers, best setting": partial(labels_transformers, best=True),
          "transformers, default": labels_transformers}, {})],
     "mntp": [Case(
-        label, LLAMA, n, 10, "tokens", 2, partial(token_batch, lengths=lengths, labelled=0.2),
+        label, n, 10, "tokens", 2, partial(token_batch, lengths=lengths, labelled=0.2),
         {"nanoembed": partial(labels_ours, rank=16),
          "transformers + peft, all logits": partial(labels_transformers, rank=16)},
-        {"causal": False}) for label, n, lengths in (("mntp, chunks of 512", 8, (512, 512)),
+        {"causal": False}, LLAMA) for label, n, lengths in (("mntp, chunks of 512", 8, (512, 512)),
                                 ("mntp, 16 to 512 tokens", 16, (16, 512)))],
     "contrastive": [
         texts_case("contrastive", 64, 6, 3, {
@@ -344,9 +354,9 @@ BENCHES = {
     "encode": [texts_case("encode", 5000, 3, 1, {"nanoembed": encode_ours} | {
         f"{ST}, batches of {n}": partial(encode_st, batch_size=n) for n in (8, 16, 32)}, "texts")],
     "reconstruct": [Case(
-        "reconstruct", LLAMA, 16, 6, "pairs", 3, pair_batch,
+        "reconstruct", 16, 6, "pairs", 3, pair_batch,
         {"nanoembed, 2 micro-batches": reconstruct_ours,
-         "transformers, four padded forwards": reconstruct_transformers}, {})],
+         "transformers, four padded forwards": reconstruct_transformers}, {}, LLAMA)],
     "memory": [texts_case("memory", 4096, 0, 4, CHUNKS, lengths=(16, 64))],
 }  # fmt: skip
 
@@ -359,15 +369,16 @@ def memory(device):
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     if sys.platform != "linux":
         return (common.peak_memory(torch.device(device)),) * 2
-    with open("/proc/self/status") as f:  # not ru_maxrss, which a child inherits from its parent
-        status = dict(line.split(":", 1) for line in f)
-    return tuple(int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+    status = Path("/proc/self/status").read_text()  # ru_maxrss is inherited from the parent
+    return tuple(1024 * int(re.search(rf"{key}:\s+(\d+)", status)[1]) for key in ("VmRSS", "VmHWM"))
 
 
 def serve(pipe, side, job):
     """A side's process: one step for each message, answered by (seconds, result, peak bytes)."""
     torch.set_num_threads(job.threads)
-    before, steps = memory(job.device)[0], side(job)
+    steps = side(job)
+    next(steps)  # imports
+    before = memory(job.device)[0]
     for _ in iter(pipe.recv, "end"):
         begin = time.perf_counter()
         result = next(steps)

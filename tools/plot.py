@@ -11,6 +11,7 @@ its length (not lr), with the raw curve faint behind it; evaluation as points. N
 import argparse
 import csv
 import os
+from statistics import fmean
 
 import matplotlib
 
@@ -34,11 +35,9 @@ def read_curve(folder, key):
 def smooth(values):
     """Mean over a window of 1/30 of the curve around each point, narrower at the two ends. Centred:
     an average of the past only would lag behind and show a falling loss too high."""
-    n, out = len(values), []
-    for i in range(n):
-        half = min(n // 60, i, n - 1 - i)
-        out.append(sum(values[i - half : i + half + 1]) / (2 * half + 1))
-    return out
+    n = len(values)
+    halves = [min(n // 60, i, n - 1 - i) for i in range(n)]
+    return [fmean(values[i - half : i + half + 1]) for i, half in enumerate(halves)]
 
 
 def plot(folders, keys, out):

@@ -12,6 +12,7 @@ two CPU cores a model of 150M weights takes 10 seconds, one of 1B a minute or tw
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import sys
 import tempfile
@@ -110,11 +111,8 @@ def equals_transformers(case, folder=None):
     if info["missing_keys"]:  # it would make them up
         return False, f"transformers finds no {', '.join(sorted(info['missing_keys']))}"
     model.to(case.texts[0].device).eval()
-    field = "last_hidden_state" if c.head == "none" else "logits"
-    expected = []
-    for text in case.texts:
-        ids = text[None]  # [1, n]
-        expected.append(model(input_ids=ids, attention_mask=torch.ones_like(ids))[field][0])
+    # logits, or the last hidden state of a model without a head; the mask is all ones
+    expected = [model(text[None], torch.ones_like(text[None]))[0][0] for text in case.texts]
     ok, figure = compare(outputs(case.net, case.texts), torch.cat(expected))  # [T, V or C]
     if max(map(len, case.texts)) <= c.window:
         figure += f"; no text reaches the window of {c.window} tokens"
@@ -181,17 +179,14 @@ def backend_agrees(case, backend):
     lengths, n_kv = [7, 300, 300, 1, beyond], min(c.n_kv_head, 2)
     n_head = n_kv * (c.n_head // c.n_kv_head)  # all heads alike: two groups of them will do
     generator = torch.Generator().manual_seed(0)
-    qkv = [
-        torch.randn(sum(lengths), n, c.head_dim, generator=generator).to(device, dtype)
-        for n in (n_head, n_kv, n_kv)
-    ]
+    qkv = torch.randn(sum(lengths), n_head + 2 * n_kv, c.head_dim, generator=generator)
+    qkv = qkv.to(device, dtype).split((n_head, n_kv, n_kv), dim=1)
     texts = list(zip(*(x.split(lengths) for x in qkv)))
-    seqs, errors = make_seqs(lengths, device), []
-    windows = list({block.attn.window for block in net.blocks})
+    errors, windows = [], list({block.attn.window for block in net.blocks})
     for window in windows:
         expected = torch.cat([masked_softmax(*text, c.causal, window) for text in texts])
-        found = attention(*qkv, seqs, c.causal, window, 0.0, backend).cpu().double()
-        errors.append((found - expected).abs().max() / expected.abs().max())
+        found = attention(*qkv, make_seqs(lengths, device), c.causal, window, 0.0, backend)
+        errors.append((found.cpu() - expected).abs().max() / expected.abs().max())
     worst = torch.stack(errors).max().item()  # NaN if there is one
     figure = f"{worst:.1e} of the largest value from a masked softmax, windows {windows}"
     if backend == "sdpa":
@@ -223,12 +218,12 @@ def save_and_reload(case):
     return ok is not False, same
 
 
-def has(case, name):
-    return os.path.exists(os.path.join(case.folder, name))
+def has(case, *names):
+    return any(os.path.exists(f"{case.folder}/{name}") for name in names)
 
 
 def tokenizer_fits(case):
-    if not (has(case, "tokenizer.json") or has(case, "tokenizer_config.json")):
+    if not has(case, "tokenizer.json", "tokenizer_config.json"):
         return None, "there is no tokenizer in the folder"
     tokenizer, vocab_size = load_tokenizer(case.folder), case.net.config.vocab_size
     check_tokenizer(tokenizer, vocab_size)
@@ -255,7 +250,7 @@ def same_ids(case):
     # for sentence-transformers the suffix is in the post-processor, which keeps it in cut texts;
     # other tokenizers get it as text, and whole
     modules = has(case, "modules.json")
-    if not (modules or has(case, "nanoembed.json")):
+    if not has(case, "modules.json", "nanoembed.json"):
         return None, "no embedder's folder"
     with contextlib.redirect_stdout(io.StringIO()):
         embedder = Embedder.load(case.folder, device="cpu", dtype="fp32")
@@ -263,12 +258,11 @@ def same_ids(case):
     plain = transformers.AutoTokenizer.from_pretrained(case.folder)
     prefix, suffix = embedder.template.prefix, "" if modules else embedder.template.suffix
     instructions = set(embedder.prompts.values())
-    for instruction in instructions:
-        for text in PROBES:
-            joined = prefix + instruction + text + suffix
-            ids = plain(joined, truncation=modules, max_length=embedder.max_length)["input_ids"]
-            if ids != embedder.tokenize([text], instruction)[0][0]:
-                return False, f"{joined!r} has other ids by transformers"
+    for instruction, text in itertools.product(instructions, PROBES):
+        joined = prefix + instruction + text + suffix
+        ids = plain(joined, truncation=modules, max_length=embedder.max_length)["input_ids"]
+        if ids != embedder.tokenize([text], instruction)[0][0]:
+            return False, f"{joined!r} has other ids by transformers"
     return True, f"{len(PROBES)} texts, each with {len(instructions)} instructions"
 
 
@@ -284,18 +278,18 @@ def read(name, device):
     folder = resolve_folder(name)
     net = from_pretrained(folder).to(device).eval()
     texts = random_texts(net.config, device)
-    return True, Case(net, folder, texts, states(net, texts))
+    return Case(net, folder, texts, states(net, texts)), None
 
 
 @torch.no_grad()
 def check(name, device):
     """Yields (check, True, False or None for skipped, the figure), each as soon as it is known."""
-    ok, case = attempt(read, name, device)
-    if not ok:
-        yield "the weights are read", ok, case
+    case, error = attempt(read, name, device)
+    read_all = f"none missing or left over: {case.net.describe()}" if case else error
+    yield "the weights are read", bool(case), read_all
+    if not case:
         return
     c = case.net.config
-    yield "the weights are read", ok, f"none missing or left over: {case.net.describe()}"
     checks = {
         f"{'hidden states' if c.head == 'none' else 'logits'} equal transformers'":
             equals_transformers,
