@@ -460,6 +460,8 @@ def test_lora_is_merged_in_the_files_only(tmp_path):
      "prompt 'query' .'find: '.*leave . tokens out of the pool, we"),
     ("encoder", "mean", dict(template=CHAT, pool_instruction=False), "than one token, a special"),
     ("bos", "mean", dict(template=Template("", "t in a book")), "its tokens would be"),
+    ("bos", "mean", dict(pool_instruction=False, pool_bos=False),
+     "prompt 'document'.*leave 0 tokens out of the pool, we 1"),
     ("encoder", "weighted_mean", dict(pool_instruction=False), "counts the instruction's"),
     ("encoder", "splade", dict(pool_instruction=False), "counts the instruction's")])  # fmt: skip
 def test_a_save_that_would_differ_is_refused(tokens, pooling, settings, reason, tmp_path):
