@@ -57,13 +57,13 @@ EOS_OF = {"Meta-Llama-3-8B": "<|end_of_text|>", "Meta-Llama-3-8B-Instruct": ""}
 def published(name):
     """The entry of PUBLISHED for a hub id, or for a folder that has the name of a repository or
     lies in the hub's cache; None for any other, and for adapters of our own."""
-    parts = Path(name).parts
-    cached = parts[-3].replace("models--McGill-NLP--", "") if len(parts) > 2 else ""
-    known = (PUBLISHED.get(f"McGill-NLP/{x.partition('@')[0]}") for x in (parts[-1], cached))
-    owner = parts[0] == "McGill-NLP" or os.path.isdir(name)
-    if not owner or os.path.exists(f"{name}/nanoembed_adapter.json"):
+    *_, cached, _, last = "", "", "", *Path(name).parts
+    if os.path.exists(f"{name}/nanoembed_adapter.json"):
         return None
-    return next(filter(None, known), None)
+    if not os.path.isdir(name):
+        return PUBLISHED.get(name.partition("@")[0])
+    names = last, cached.replace("models--McGill-NLP--", "")
+    return next((PUBLISHED[x] for n in names if (x := f"McGill-NLP/{n}") in PUBLISHED), None)
 
 
 def names_class(folder):
