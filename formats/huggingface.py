@@ -4,6 +4,7 @@ Hugging Face model folders: config.json and safetensors, key by key what `transf
 
 import os
 import re
+import shutil
 from dataclasses import replace
 from functools import partial, reduce
 from glob import glob
@@ -209,6 +210,9 @@ def config_to_hf(c):
         hf["attention_out_dropout"] = c.out_dropout
     elif c.family == "neobert":
         hf["intermediate_size"] = c.n_hidden * 3 // 2
+        classes = dict(AutoConfig="NeoBERTConfig", AutoModel="NeoBERT",
+                       AutoModelForMaskedLM="NeoBERTLMHead")  # fmt: skip
+        hf["auto_map"] = {auto: f"modeling_neobert.{cls}" for auto, cls in classes.items()}
         if c.n_hidden % 8:
             raise ValueError(f"NeoBERT's n_hidden must be a multiple of 8, not {c.n_hidden}")
     else:
@@ -249,6 +253,8 @@ def write_folder(folder, c, state, classifier=None):
         out[key] = interleave_qkv(name, tensor, c, back=True)
     out = {key: tensor.detach().contiguous() for key, tensor in out.items()}
     os.makedirs(folder, exist_ok=True)
+    if c.family == "neobert":  # which transformers loads with trust_remote_code=True
+        shutil.copy(Path(__file__).with_name("modeling_neobert.py"), folder)
     save_torch_state_dict(out, folder, max_shard_size="5GB", metadata={"format": "pt"})
     dtype = str(state["embed.weight"].dtype).removeprefix("torch.")
     write_json(config_to_hf(c) | {"dtype": dtype} | keys, folder, "config.json")

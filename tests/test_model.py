@@ -427,6 +427,33 @@ def test_neobert_equals_the_published_layout_and_goes_back_bit_equal(head, tmp_p
     assert torch.equal(our_hidden(HF.from_pretrained(tmp_path / "b")), our_hidden(ours))
 
 
+
+@pytest.mark.parametrize("changes", [
+    {}, dict(head="none"), dict(causal=True, tied=False, head_bias=False)])  # fmt: skip
+def test_transformers_loads_neobert_by_the_code_in_its_folder(changes, tmp_path):
+    model = tiny("neobert", **changes)
+    model.config.rope["global"]["theta"] = 700.0
+    auto, field, output = transformers.AutoModelForMaskedLM, "logits", our_logits
+    if model.config.head == "none":
+        auto, field, output = transformers.AutoModel, "last_hidden_state", our_hidden
+    HF.save_pretrained(model, tmp_path)
+    theirs = auto.from_pretrained(tmp_path, trust_remote_code=True)
+    assert_close(their_output(theirs, field), output(model))  # with padding
+    theirs.save_pretrained(tmp_path / "again")
+    again = HF.from_pretrained(tmp_path / "again")
+    assert_same_weights(again, model)
+    assert again.config.causal == model.config.causal
+    if field == "logits":
+        text, labels = TOKENS[None, :30], torch.full((1, 30), -100)
+        labels[0, ::4] = 5
+        loss = theirs(text, labels=labels).loss
+        total, _ = model(text[0], make_seqs([30]), torch.arange(0, 30, 4), labels[0, ::4])
+        assert loss.item() == pytest.approx(total.item() / 8, rel=1e-5)
+    model.config.rope["global"]["scaling"] = dict(rope_type="linear", factor=2.0)
+    HF.save_pretrained(model, tmp_path)
+    raises(ValueError, "linear.*default", auto.from_pretrained, tmp_path, trust_remote_code=True)
+
+
 # ---- small models of each family, ours alone ----
 _KINDS = ["global", "local", "local", "global"]
 _OURS = dict(vocab_size=VOCAB, n_layer=4, n_head=4, n_embd=32, n_hidden=48, max_seq_len=512)
