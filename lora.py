@@ -255,6 +255,8 @@ def load_for_training(s, last=None, attention=None, rope_theta=None):
     else:
         base, *adapters = peft.pinned_chain(s.init_from)
         adapters += map(pinned, getattr(s, "adapters", ()))
+    if attention == "encoder" and (s.lora_rank or adapters):
+        attention = "bidirectional"  # an adapter fits the folder of its base
     frozen = s.lora_rank or getattr(s, "freeze_backbone", False)
     dtype = s.compute_dtype if frozen else torch.float32  # what trains is fp32
     model = load_merged(base, adapters, attention, dtype, rope_theta)

@@ -305,6 +305,8 @@ CASES = [  # model, tokenizer, pooling, settings
     ("llama-bidirectional", "eos", "weighted_mean", dict(template=Template("", "<|end|>"))),
     ("qwen3", "bare", "last", dict(template=Template("", "</s>"))),
     ("qwen3", "eos", "mean", dict(pool_instruction=False)),
+    ("gemma3-bidirectional", "bos", "mean", dict(template=CHAT, pool_instruction=False)),
+    ("neobert", "encoder", "mean", dict(template=CHAT)), ("neobert", "encoder", "splade", {}),
     ("modernbert", "encoder", "splade", dict(template=CHAT)),
     ("modernbert", "encoder", "tokens", dict(projection=torch.nn.Linear(32, 8, bias=False))),
     ("llama-bidirectional", "eos", "tokens", {})]  # fmt: skip
@@ -318,7 +320,8 @@ def test_equals_sentence_transformers(name, tokens, pooling, settings, tmp_path)
     ours.save(tmp_path / "step4")
     os.symlink("step4", tmp_path / "final")  # as a run leaves it in its out_dir
     kind = {"splade": st.SparseEncoder, "tokens": st.MultiVectorEncoder}
-    theirs = kind.get(pooling, st.SentenceTransformer)(str(tmp_path / "final"), device="cpu")
+    theirs = kind.get(pooling, st.SentenceTransformer)(
+        str(tmp_path / "final"), device="cpu", trust_remote_code=name == "neobert")
     again = load(tmp_path / "final")
     for key, their_encode in (("query", theirs.encode_query), ("document", theirs.encode_document)):
         got, wanted = ours.encode(TEXTS, ours.prompts[key]), their_encode(TEXTS)

@@ -429,7 +429,7 @@ def test_neobert_equals_the_published_layout_and_goes_back_bit_equal(head, tmp_p
 
 
 @pytest.mark.parametrize("changes", [
-    {}, dict(head="none"), dict(causal=True, tied=False, head_bias=False)])  # fmt: skip
+    dict(tied=True), dict(head="none"), dict(causal=True, head_bias=False)])  # fmt: skip
 def test_transformers_loads_neobert_by_the_code_in_its_folder(changes, tmp_path):
     model = tiny("neobert", **changes)
     model.config.rope["global"]["theta"] = 700.0
@@ -461,6 +461,9 @@ _OURS_MB = _OURS | dict(
     layer_kinds=_KINDS, window=3, norm="layer", embed_norm=True,
     fused_mlp=True, activation="gelu", head="dense", head_bias=True)  # fmt: skip
 FAMILIES = {
+    "gemma3_text": _OURS | M.DEFAULTS["gemma3_text"] | dict(
+        n_kv_head=2, head_dim=16, query_pre_attn_scalar=20, max_seq_len=512, window=4,
+        layer_kinds=["local", "local", "global", "local"]),
     "llama": _OURS | dict(n_kv_head=2),
     "mistral": _OURS | dict(n_kv_head=2, layer_kinds=["local"] * 4, window=4, tied=False),
     "qwen2": _OURS | dict(
