@@ -186,7 +186,7 @@ def test_injected_vectors_equal_inputs_embeds(case, tmp_path):
     model = HF.from_pretrained(tmp_path).eval()
     lengths, generator = [5, 30], torch.Generator().manual_seed(0)
     tokens, at = random_tokens(lengths), torch.tensor([0, 5, 12])
-    vectors = torch.randn(3, 64, generator=generator).requires_grad_()
+    vectors = torch.randn(3, model.config.n_embd, generator=generator).requires_grad_()
     rows = torch.arange(len(tokens))
     logits = model(tokens, make_seqs(lengths), rows, vectors=vectors, at=at)
     copies = vectors.detach().clone().requires_grad_()
