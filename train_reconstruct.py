@@ -42,6 +42,7 @@ from tokenizer import Template, load_tokenizer
 out_dir = "out/reconstruct"
 # model
 init_from = ""  # a causal model: a folder, an out_dir, or a hub id owner/name[@revision]
+n_layer: int | None = None  # only the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
 max_seq_len: int | None = None  # positions the model is trained for; None: its own
 lora_rank = 0  # 0: every weight trains

@@ -39,6 +39,7 @@ out_dir = "out/token_retrieval"
 init_from = ""  # a model folder, an out_dir (stage 1's), or a hub id owner/name[@revision]
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into it first, in order
 attention: str | None = None  # causal or bidirectional; None: the model's own
+n_layer: int | None = None  # only the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
 max_seq_len: int | None = None  # positions the model is trained for; None: its own
 rope_scaling: tuple = ()  # ("yarn", 2.5) or ("linear", 2.5): stretches the base's own positions

@@ -16,14 +16,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 import common
 import grad_cache
 import harness
+import lora
 import pairs as P
 import train_contrastive as T
 from data import open_pairs, read_pair
 from embedder import Embedder
+from formats import read_json, write_json
 from formats.huggingface import from_pretrained, save_pretrained
 from harness import ROOT, WORDS, assert_equal_bits, losses, run_ranks, saved, write_jsonl
 from model import from_scratch
@@ -528,6 +532,50 @@ def test_lora_resumed_is_bit_equal(tiny, tmp_path):
             shutil.copytree(whole / "step6" / "adapter", first / "step1")
             keys.append(f"--adapters={first}")
     assert losses(tmp_path / "whole2") != losses(tmp_path / "whole")
+
+
+def test_the_first_layers_alone(tiny, folders, tmp_path):
+    """A run with n_layer=2 of 3, resumed, is one on a folder that was cut by hand. So is a second
+    run on its adapter, which says how many layers it goes with, and one on the whole model's."""
+    cut, base = tmp_path / "cut", folders["qwen3"]
+    shutil.copytree(base, cut)
+    config = read_json(base, "config.json")
+    config |= {"num_hidden_layers": 2, "layer_types": config["layer_types"][:2]}
+    write_json(config, cut, "config.json")
+    tensors = load_file(f"{base}/model.safetensors")
+    dropped = [name for name in tensors if name.startswith("model.layers.2.")]
+    assert len(dropped) == 11
+    save_file({n: x for n, x in tensors.items() if n not in dropped}, cut / "model.safetensors")
+
+    keys = ["--lora_rank=4", "--train_also=norm", "--dtype=bf16", "--pooling=last"]
+    texts = ["tan mos", "ris sus"]
+    runs = {"hand": [f"--init_from={cut}"], "key": [f"--init_from={base}", "--n_layer=2"]}
+    for name, more in runs.items():
+        out = tmp_path / name
+        run(tiny, out, *keys, *more, "--stop_step=2")
+        # resumed, the adapter's folder says it as well as the key does
+        run(tiny, out, *keys, more[0], "--resume=True")
+        first = tmp_path / f"{name}-adapter"
+        shutil.copytree(out / "step6" / "adapter", first)
+        run(tiny, tmp_path / f"{name}2", *keys, f"--init_from={first}")
+    for end in ("", "2"):
+        hand, ours = tmp_path / f"hand{end}", tmp_path / f"key{end}"
+        assert_equal_bits(ours, hand)
+        assert read_json(ours / "step6", "config.json") == read_json(hand / "step6", "config.json")
+        sides = [Embedder.load(str(f), dtype="fp32").encode(texts) for f in (
+            hand / "step6", ours / "step6", ours / "step6" / "adapter")]  # fmt: skip
+        assert np.array_equal(sides[0], sides[1]) and np.abs(sides[2] - sides[0]).max() < 1e-2
+    # an adapter of all layers is merged first, then the model is cut
+    run(tiny, tmp_path / "all", *keys, f"--init_from={base}", "--max_steps=2")
+    more = [f"--init_from={tmp_path}/all/step2/adapter", "--n_layer=1", "--max_steps=2"]
+    embedder = run(tiny, tmp_path / "one", *keys, *more).embedder
+    whole = from_pretrained(str(tmp_path / "all/step2"), n_layer=1, dtype=torch.bfloat16)
+    name = "blocks.0.mlp.up_proj."
+    got = embedder.model.state_dict()[f"{name}base.weight"]
+    assert len(embedder.model.blocks) == 1 and torch.equal(got, whole.state_dict()[f"{name}weight"])
+    assert AutoModel.from_pretrained(tmp_path / "one" / "step2").config.num_hidden_layers == 1
+    harness.raises(ValueError, "n_layer=3: the model has 2", from_pretrained, str(cut), n_layer=3)
+    harness.raises(ValueError, "n_layer=2: the model has 1", lora.load_adapter, whole, str(first))
 
 
 def test_two_ranks_equal_one_and_each_other(tiny, tmp_path):
