@@ -6,6 +6,7 @@ Texts to embeddings, with the ids, the template and the pooling of training.
     scores, spans = score_tokens(embedder, queries, passage)      # how much each token matters
 """
 
+import math
 import os
 from functools import partial
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from attention import make_seqs
-from common import dtype_of, prefetch, print0
+from common import dtype_of, logged, prefetch, print0
 from embedding_model import EmbeddingModel, chunks_of
 from formats.huggingface import resolve_folder
 from formats.peft import adapter_chain, attention_of
@@ -41,7 +42,8 @@ class Embedder(EmbeddingModel):
         dim: only the first of the numbers (Matryoshka), again of length 1 where the model
         normalizes. precision: "int8" [N, dim], by `ranges` or by those of these texts, or "binary"
         [N, dim / 8]: see quantize.py, which has their scores. device_batch_tokens: the most tokens
-        of one forward call (None: 16,384, and 2,048 on a CPU, whose caches are small). out: path of a .npy to write part by part and give back mapped.
+        of one forward call (None: 16,384, and 2,048 on a CPU, whose caches are small). out: path of
+        a .npy to write part by part and give back mapped.
         Under torchrun all ranks call it together: each embeds its share, all get the whole.
         """
         many, device = self.pooling == "tokens", self.device
@@ -152,6 +154,24 @@ class Embedder(EmbeddingModel):
         print0(f"{name}: {model.describe()}, {dtype} on {device}; {embedder.pooling} -> "
                f"{embedder.dim} numbers, up to {embedder.max_length} tokens")  # fmt: skip
         return embedder
+
+
+def compare_saved(s, step, trained, evaluate):
+    """Ends a run: prints the scores before training, of step 0 in log.csv, and those of the folder
+    saved last, loaded as a user loads it. evaluate: a function of an Embedder -> {name: score}, on
+    all ranks. trained: what was trained, which leaves the device and makes room."""
+    if s.dry_run or step < s.stop_step:
+        return
+    if s.fsdp:
+        print0("not loaded again: under FSDP the whole model may not fit on one device")
+        return
+    trained.cpu()
+    name, given = f"{s.out_dir}/step{step}", dict(device=s.device, dtype=s.dtype)
+    after = evaluate(Embedder.load(name, attention_backend=s.attention_backend, **given))
+    before = logged(s.out_dir, 0)
+    changes = (f"{key} {before.get(f'eval_{key}', math.nan):.4g} -> {x:.4g}"
+               for key, x in after.items())  # fmt: skip
+    print0(f"{name} loaded again, before -> after training: {', '.join(changes)}")
 
 
 def score_tokens(embedder, queries, passage, window=0, overlap=0, progress=False):

@@ -289,6 +289,30 @@ def test_a_pair_is_drawn_from_its_line(hard_file):
     assert positives == {0, 1} and len(chosen) == 3
 
 
+def test_crops_of_a_text(tmp_path):
+    """Two runs of words of a {"text"} line, drawn anew in each epoch; other lines stay whole."""
+    words = [f"w{i}" for i in range(20)]
+    lines = [{"text": " \n".join(words)}, {"text": " "}, {"query": "a b c d", "pos": ["e f g h"]}]
+    file, seen = open_pairs(write_jsonl(tmp_path / "x.jsonl", lines)), Counter()
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        p = P.sample_pair(file, 0, 2, rng, crop=0.4)
+        assert p["known"] == p["passages"] and p["scores"] is None
+        for text in (p["query"], *p["passages"]):
+            first = words.index(text.split()[0])
+            assert text == " \n".join(words[first : first + 8])
+            seen[first] += 1
+    assert sorted(seen) == list(range(13)) and min(seen.values()) > 30  # 800 / 13 = 62
+    assert P.sample_pair(file, 1, 2, rng, crop=0.4)["passages"] == [" "]
+    assert P.sample_pair(file, 2, 2, rng, crop=0.4)["query"] == "a b c d"
+    short = P.sample_pair(file, 0, 2, rng, crop=0.01)
+    assert len(short["query"].split()) == 1
+    assert P.sample_pair(file, 0, 2, rng, crop=1.0) == P.sample_pair(file, 0, 2, rng)
+    s = settings(batch_size=1, group_size=2, crop=0.4)
+    [one], [two] = (P.pairs_of_step([file], i, np.zeros(9, int), s)[0] for i in (0, 3))
+    assert one != two
+
+
 def test_batches_without_duplicates(tmp_path):
     # 40 lines, each text about twice in the file: in several queries, as positive and as negative
     rng = np.random.default_rng(0)
@@ -416,7 +440,7 @@ def tiny(model_folder, hard_file, tmp_path_factory):
 CLOSE = dict(loss=1e-5, gnorm=1e-4, eval_loss=1e-4, acc=1e-9)
 
 
-def test_a_run_learns_and_its_folder_is_the_same(tiny, easy_files, tmp_path, monkeypatch):
+def test_a_run_learns_and_its_folder_is_the_same(tiny, easy_files, tmp_path, monkeypatch, capsys):
     from sentence_transformers import SentenceTransformer
 
     keys = [f"--data={easy_files[0]}", f"--eval_data={easy_files[1]}", "--eval_lines=30",
@@ -424,7 +448,8 @@ def test_a_run_learns_and_its_folder_is_the_same(tiny, easy_files, tmp_path, mon
     keys += ["--max_steps=40", "--eval_interval=1", "--learning_rate=3e-3"]
     trained = run(tiny, tmp_path, *keys)
     embedder, right = trained.embedder, losses(tmp_path, "eval_acc")
-    assert list(losses(tmp_path)) == list(right) == list(range(1, 41))
+    harness.assert_compared(capsys.readouterr().out, tmp_path, 40, "loss", "acc", "mrr", "ndcg")
+    assert list(losses(tmp_path)) == list(right)[1:] == list(range(1, 41)) and right[0] < right[40]
     curve = list(losses(tmp_path).values())
     assert sum(curve[-5:]) < 0.6 * sum(curve[:5]) and right[40] > right[1] + 0.2
     pairs = trained.eval_pairs  # 30 of the 40
@@ -504,7 +529,7 @@ def test_the_best_checkpoint_is_kept(tiny, easy_files, tmp_path):
     run(tiny, tmp_path, *keys, "--resume=True")
     evals = losses(tmp_path, "eval_loss")
     best = min(evals, key=evals.get)
-    assert list(evals) == [4, 8, 12, 16, 20, 21, 22, 23, 24] and best <= 20
+    assert list(evals) == [0, 4, 8, 12, 16, 20, 21, 22, 23, 24] and best <= 20
     assert {p.name for p in tmp_path.glob("step*")} == {"step24", f"step{best}"}
 
 
@@ -675,6 +700,7 @@ def test_three_forms_of_lines(tmp_path):
     ('{"anchor": "a", "positive": ["b"]}', "line 22: field 'positive' is ['b']"),
     ('{"positive": "b"}', "line 22: field 'query' is missing"),
     ("--pooling=max", "pooling 'max': expected one of"), ("--group_size=0", "group_size=0"),
+    ("--crop=2", "crop=2.0: expected a share"),
     ("--matryoshka_dims=(64,16)", "matryoshka_dims=(64, 16): embeddings have 32"),
     ("--query_instruction=('a','b')", "query_instruction: 2 texts for 1 data files"),
     ("--data=nowhere.jsonl", "nowhere.jsonl"), ("--init_from=nowhere/at/all", "nowhere/at/all"),
