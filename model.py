@@ -262,6 +262,14 @@ class Transformer(nn.Module):
             self.config.head, self.head = "none", None
             del self.lm_head
 
+    def keep_layers(self, n_layer):
+        """Drops all but the first n_layer blocks; what follows them stays."""
+        c = self.config
+        if not 1 <= n_layer <= c.n_layer:
+            raise ValueError(f"n_layer={n_layer}: the model has {c.n_layer} layers")
+        self.blocks, c.n_layer = self.blocks[:n_layer], n_layer
+        c.layer_kinds = c.layer_kinds[:n_layer]
+
     @torch.no_grad()
     def resize_vocab(self, vocab_size):
         """More rows for new tokens, each the mean of the old ones; the head's too."""

@@ -205,6 +205,8 @@ def config_to_hf(c):
         is_causal=c.causal, rope_parameters=rope["full_attention"],
     )  # fmt: skip
     kinds = [LAYER_TYPES[kind] for kind in c.layer_kinds]
+    if "layer_types" in hf:  # also where the family needs none; as many as there are layers
+        hf["layer_types"] = kinds
     if c.family.startswith("modernbert"):
         hf |= dict(layer_types=kinds, local_attention=2 * c.window, rope_parameters=rope)
         hf["attention_out_dropout"] = c.out_dropout
@@ -326,7 +328,9 @@ def stored_dtype(folder):
     return reduce(torch.promote_types, (read().dtype for read in _read_tensors(folder).values()))
 
 
-def from_pretrained(name, attention=None, window=None, rope_theta=None, dtype=torch.float32):
+def from_pretrained(
+    name, attention=None, window=None, rope_theta=None, dtype=torch.float32, n_layer=None
+):
     """A Transformer from a Hugging Face folder or a hub id `owner/name[@revision]`.
 
     attention: "causal" or "bidirectional" instead of the folder's own; "bidirectional" on a Llama
@@ -335,8 +339,9 @@ def from_pretrained(name, attention=None, window=None, rope_theta=None, dtype=to
     AutoModelForMaskedLM loads.
     window: of the local layers (see ModelConfig.window_of), 0 makes every layer global.
     rope_theta: for training at a longer context. dtype: of the weights in memory; None: that of the
-    folder. ValueError for a missing, unexpected or misshapen weight; a folder without any language
-    modelling head, a classifier's too, gives a model without one."""
+    folder. n_layer: only the first n layers. ValueError for a missing, unexpected or misshapen
+    weight; a folder without any language modelling head, a classifier's too, gives a model without
+    one."""
     folder = resolve_folder(name)
     hf = read_json(folder, "config.json")
     if not hf:
@@ -401,4 +406,6 @@ def from_pretrained(name, attention=None, window=None, rope_theta=None, dtype=to
     model.load_state_dict(state, strict=False, assign=True)  # all names are checked above
     model.tie()
     model.stream_dtype = dtype if dtype != torch.float32 else None
+    if n_layer is not None:
+        model.keep_layers(n_layer)
     return model

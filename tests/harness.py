@@ -168,6 +168,17 @@ def assert_close(got, want, folder, weights=1e-3, **columns):
         assert (a[name] - b[name]).norm() <= weights * b[name].norm(), (got, name)
 
 
+def assert_compared(printed, out_dir, step, *names):
+    """A run ends with the scores of step 0 and of the saved folder, which are those logged there.
+    """
+    [line] = re.findall(rf"{out_dir}/step{step} loaded again, before -> after.*", printed)
+    for name in names:
+        before, after = map(float, re.search(rf"[ ,]{name} (\S+) -> ([^\s,]+)", line).groups())
+        logged = losses(out_dir, f"eval_{name}")
+        assert before == pytest.approx(logged[0], rel=1e-3), name
+        assert after == pytest.approx(logged[step], rel=1e-3), name
+
+
 def gradients(model):
     """{name: gradient}, which the model no longer has."""
     out = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
