@@ -42,6 +42,7 @@ from tokenizer import Template, load_tokenizer
 out_dir = "out/reconstruct"
 # model
 init_from = ""  # a causal model: a folder, an out_dir, or a hub id owner/name[@revision]
+tokenizer = ""  # a folder or hub id; "": the model's own. Its largest id must fit the model
 attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
 max_seq_len: int | None = None  # positions the model is trained for; None: its own
 lora_rank = 0  # 0: every weight trains
@@ -263,6 +264,7 @@ if __name__ == "__main__":
     s.template = Template(s.prefix, s.suffix)
     # as pairs.py has it: a positive for each query, no negatives; and what is written of a text
     s.group_size, s.no_duplicates, s.pool_instruction = 1, False, s.write_template
+    s.ignore_prompts = False
 
     # ---- data ----
     files, choices = open_files(s)
@@ -276,7 +278,7 @@ if __name__ == "__main__":
     # ---- model (+ LoRA) ----
     last = checkpoint.find(s)
     model, base, adapters = lora.load_for_training(s, last, "causal")
-    tokenizer, c = load_tokenizer(resolve_folder(base)), model.config
+    tokenizer, c = load_tokenizer(s.tokenizer or resolve_folder(base)), model.config
     if c.hf.get("model_type") in ("modernbert", "neobert"):  # what it was before it was read
         raise SystemExit(f"{base} is an encoder: expected a causal model, which can write")
     if c.head == "none":
