@@ -69,6 +69,7 @@ passage_instruction: tuple[str, ...] = ("",)  # symmetric tasks have the same on
 ignore_prompts = False  # True: queries have query_instruction alone, whatever their lines say
 sampling_alpha = 1.0  # a file is drawn with probability ~ (its lines) ** alpha
 group_size = 2  # passages a query: one positive, the others its negatives, fewer where it has fewer
+consecutive = 1  # neighbours in the file that a batch takes together: hard where it goes by topic
 no_duplicates = False  # a pair whose text the batch has already gives way to a random one
 # loss
 contrast_weight = 1.0  # of InfoNCE; 0: distillation alone

@@ -1,4 +1,5 @@
-# Ettin, phase 3 of 3: 50B tokens (their configs; 100B in the paper), mask 15 %, decay to 2 % of peak.
+# Ettin, phase 3 of 3: 50B tokens (their configs; the model card says 100B), mask 15 %, the rate
+# falls to 2 % of the peak.
 #   torchrun --nproc_per_node=8 pretrain_mlm.py configs/pretrain_ettin_decay.py \
 #       --model_size=ettin-150m
 base = "pretrain_ettin_ext.py"

@@ -1,5 +1,6 @@
 # AceRAG's token retrieval on Qwen3-Embedding-8B, which retrieves already: no stage 1.
-#   python data/acerag/prepare.py --tokenizer=Qwen/Qwen3-8B --cut_middle --out data/acerag/qwen3.jsonl
+#   python data/acerag/prepare.py --tokenizer=Qwen/Qwen3-8B --cut_middle \
+#       --out data/acerag/qwen3.jsonl
 #   torchrun --standalone --nproc_per_node=8 train_token_retrieval.py \
 #       configs/token_retrieval_qwen3.py
 base = "token_retrieval_acerag.py"
