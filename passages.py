@@ -189,7 +189,8 @@ def show_lines(lines, file, tokenizer, s):
         print(f"--- {record['where']}: {len(p.spans)} tokens of the passage, {n_gold} gold, "
               f"{n_spans - p.lost[1]} of {n_spans} spans")  # fmt: skip
         spans = p.spans[p.gold.numpy()].tolist()
-        print("--- gold:", " | ".join(record["passage"][a:b] for a, b in join_spans(spans)))
+        words = (record["passage"][a:b].strip() for a, b in join_spans(spans))
+        print("--- gold:", " | ".join(words))
         gold = covered(spans, p.spans[:, 1].max())  # [characters]
         for is_gold, group in itertools.groupby(zip(gold, record["passage"]), lambda pair: pair[0]):
             part = "".join(character for _, character in group)
