@@ -2,6 +2,8 @@
 The pairs of a contrastive batch: which are drawn, who is whose among their texts, and their ids.
 """
 
+import re
+
 import numpy as np
 import torch
 
@@ -55,16 +57,29 @@ def pairs_of_step(files, step, choices, s):
     pairs = []
     for epoch, line in lines:
         rng = np.random.default_rng((s.seed, which, epoch, line))
-        pairs.append(sample_pair(files[which], line, s.group_size, rng))
+        pairs.append(sample_pair(files[which], line, s.group_size, rng, s.crop))
     if s.no_duplicates:
         rng = np.random.default_rng((s.seed, step))
-        pairs = without_duplicates(pairs, files[which], s.group_size, rng)
+        pairs = without_duplicates(pairs, files[which], s.group_size, rng, s.crop)
     return pairs, which
 
 
-def sample_pair(file, line, group_size, rng):
-    """One line with one of its positives and up to group_size - 1 of its negatives, drawn."""
+def random_crop(text, share, rng):
+    """A run of this share of the text's words, one at least, that begins anywhere."""
+    words = [word.span() for word in re.finditer(r"\S+", text)]
+    if not words:
+        return text
+    n = max(1, round(share * len(words)))
+    first = rng.integers(len(words) - n + 1)
+    return text[words[first][0] : words[first + n - 1][1]]
+
+
+def sample_pair(file, line, group_size, rng, crop=0.0):
+    """One line with one of its positives and up to group_size - 1 of its negatives, drawn. crop: a
+    text that is its own positive gives two crops of itself."""
     pair = read_pair(file, line)
+    if crop and pair["pos"] == [pair["query"]]:
+        pair["query"], *pair["pos"] = (random_crop(pair["query"], crop, rng) for _ in range(2))
     positive = rng.integers(len(pair["pos"]))
     n_neg = min(group_size - 1, len(pair["neg"]))
     negatives = sorted(rng.choice(len(pair["neg"]), n_neg, replace=False)) if n_neg else []
@@ -76,14 +91,14 @@ def sample_pair(file, line, group_size, rng):
             "prompt": pair["prompt"]}  # fmt: skip
 
 
-def without_duplicates(pairs, file, group_size, rng):
+def without_duplicates(pairs, file, group_size, rng, crop=0.0):
     """A pair that shares a text with an earlier one gives way to a drawn one, in up to 20 tries."""
     seen, out = set(), []
     for pair in pairs:
         for _ in range(20):
             if not seen & {pair["query"], *pair["passages"]}:
                 break
-            pair = sample_pair(file, rng.integers(len(file)), group_size, rng)
+            pair = sample_pair(file, rng.integers(len(file)), group_size, rng, crop)
         seen |= {pair["query"], *pair["passages"]}
         out.append(pair)
     return out

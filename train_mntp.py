@@ -41,6 +41,7 @@ out_dir = "out/mntp"
 init_from = ""  # a model folder, an out_dir, or a hub id owner/name[@revision]
 max_seq_len = 512  # tokens of a row, and the positions the model is trained for
 tokenizer = ""  # a folder or hub id, of the same ids as the data's; "": the model's own
+n_layer: int | None = None  # only the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
 # LoRA; rank 0 trains every weight
 lora_rank = 16
