@@ -140,7 +140,7 @@ def test_loss_and_gradients_equal_two_calls(name, write_template, pair_files, do
     s = settings(write_template=write_template, pool_instruction=write_template)
     ours, tokenizer = from_pretrained(folder).double(), load_tokenizer(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").double()
-    parts, batches = micro_batches(pair_files, 3, tokenizer, s)
+    parts, batches = micro_batches(pair_files, 6, tokenizer, s)
     assert len(parts) == 2
     whole = [x for part in parts for x in part[:3]] + [x for part in parts for x in part[3:]]
     spans = [last - first for _, (first, last) in whole]
