@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import safe_open
 
-from formats import read_json, write_json
+from formats import llm2vec, read_json, write_json
 from model import ACTIVATIONS, DEFAULTS, ModelConfig, Transformer
 
 # Our module names on the left, each family's on the right; "-" where it has no such module.
@@ -305,6 +305,9 @@ def resolve_folder(name):
     try:
         return snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
     except OSError as error:  # no network, no such repository: perhaps it was meant as a path
+        known = llm2vec.published(name)
+        if known and known[0] != repo:  # a shorter spelling
+            return resolve_folder(f"{known[0]}@{revision}" if revision else known[0])
         raise OSError(f"{name}: no such folder, and from the hub: {error}") from error
 
 
