@@ -149,3 +149,4 @@ class EmbeddingModel(nn.Module):
         if lora_layers(self.model):
             save_adapter(self.model, f"{folder}/adapter", base, weights, adapters)
             st.write_settings(self, f"{folder}/adapter")  # load asks an adapter how it embeds
+            self.tokenizer.save_pretrained(f"{folder}/adapter")  # it may not be the base's

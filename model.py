@@ -416,7 +416,8 @@ SIZES = {
     "ettin-400m": _ettin(28, 1024, 2624, 16),
     "ettin-1b": _ettin(28, 1792, 3840, 28),
     "neobert-250m": DEFAULTS["neobert"] | dict(
-        family="neobert", vocab_size=30522, n_layer=28, n_head=12, n_embd=768, n_hidden=2048),
+        family="neobert", vocab_size=30522, n_layer=28, n_head=12, n_embd=768, n_hidden=2048,
+        norm_eps=1e-5),
     # small shapes for teaching
     "modernbert-tiny": _ettin(6, 256, 384, 4) | dict(vocab_size=8192, max_seq_len=512),
     "llama-tiny": _TINY | dict(family="llama", n_hidden=688),
@@ -443,7 +444,7 @@ def from_scratch(size, **changes):
         elif c.init == "normal":
             p.normal_(0.0, 0.02)
         else:
-            out = name.endswith(("o_proj.weight", "down_proj.weight", "head.dense.weight"))
+            out = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 0.02 / math.sqrt(2 * c.n_layer) if out else 0.02
             nn.init.trunc_normal_(p, 0.0, std, -2 * std, 2 * std)
     return model

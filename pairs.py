@@ -138,11 +138,17 @@ def encode(texts, prompts, max_length, tokenizer, s):
     return tokenize(tokenizer, texts, prompts, s.template, max_length, *pooled)
 
 
+def prompts_of(pairs, instruction, s):
+    """The instruction of each query: its line's own prompt, or else the one given."""
+    own = [None if s.ignore_prompts else pair["prompt"] for pair in pairs]
+    return [instruction if prompt is None else prompt for prompt in own]
+
+
 def encode_pairs(pairs, which, tokenizer, s):
     """-> what `tokenize` gives for the queries of these pairs, then for their passages. A line's
     own prompt goes before the query_instruction of its file."""
     ask, answer = (x[min(which, len(x) - 1)] for x in (s.query_instruction, s.passage_instruction))
-    prompts = [ask if pair["prompt"] is None else pair["prompt"] for pair in pairs]
+    prompts = prompts_of(pairs, ask, s)
     queries = [pair["query"] for pair in pairs]
     passages = [text for pair in pairs for text in pair["passages"]]
     return [*encode(queries, prompts, s.query_max_length, tokenizer, s),
@@ -154,9 +160,8 @@ def instructions_of(files, s):
     finds with the model."""
     found = json.loads(Path(s.task_instructions).read_text("utf-8")) if s.task_instructions else {}
     for i, file in enumerate(files):
-        prompt = read_pair(file, 0)["prompt"]
         ask = s.query_instruction[min(i, len(s.query_instruction) - 1)]
-        if text := ask if prompt is None else prompt:
+        if text := prompts_of([read_pair(file, 0)], ask, s)[0]:
             found[Path(file.path).stem] = text
     return found
 

@@ -40,6 +40,7 @@ model_size = "modernbert-tiny"  # from scratch: a name in model.SIZES
 vocab_size: int | None = None  # from scratch: None is the size's own, rows of the embedding
 max_seq_len = 512  # tokens of a row, and the positions the model is trained for
 rope_theta: float | None = None  # None: the model's own; for training at a longer context
+local_rope_theta: float | None = None  # of local layers; None: they have rope_theta, too
 attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
 attn_dropout: float | None = None  # of attention probabilities; None: the model's own
 out_dropout: float | None = None  # of the attention block's output; None: the model's own
@@ -66,7 +67,8 @@ stop_step: int | None = None  # ends the run before its horizon
 optimizer = "adamw"  # adamw, stable_adamw, or muon (matrices of the blocks; AdamW for the rest)
 learning_rate = 1e-3
 min_lr = 0.0
-weight_decay = 0.01  # of tensors with two dimensions or more
+weight_decay = 0.01
+decay_all = False  # decays norms and biases, too; else tensors with two dimensions or more
 beta1 = 0.9
 beta2 = 0.98
 adam_eps = 1e-6
@@ -82,6 +84,7 @@ decay_ratio: float | None = None  # None: wsd 10 % of the run, the others all af
 # evaluation and checkpoints
 eval_interval = 250  # steps; 0: never
 eval_tokens = 262144  # of val.bin, from its start, with the same masks every time
+eval_mask_prob: float | None = None  # None: mask_prob; a phase with another one compares by this
 log_interval = 10
 save_interval = 1000  # steps; the last step is always saved
 checkpoint_prefix = "step"  # folders out_dir/step1000; Ettin's later phases use ext, decay
@@ -194,6 +197,8 @@ if __name__ == "__main__":
     specials = [f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep", "mask")]
     # what a base's config.json says stays: Llama 3 has several EOS
     model.config.hf = {key: getattr(tokenizer, key) for key in specials} | model.config.hf
+    if s.local_rope_theta:
+        model.config.rope["local"] = {"theta": s.local_rope_theta, "scaling": None}
     lora.add_lora(model, s, last)
     common.place(model, s)
     print0(f"{model.describe()}, {s.compute_dtype} on {s.device}")
@@ -201,7 +206,7 @@ if __name__ == "__main__":
     # ---- compile, FSDP/DDP, optimizer, resume ----
     wrapped = common.wrap(model, model.blocks, s)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizers = optim.make_optimizers(model, s, s.optimizer, s.zero1)
+    optimizers = optim.make_optimizers(model, s, s.optimizer, s.zero1, s.decay_all)
     step, best = checkpoint.load_state(last, optimizers)
 
     def save():
@@ -275,7 +280,7 @@ if __name__ == "__main__":
                 line["mfu"] = line["tok_s"] * flops_per_token / (peak * s.world_size)
             log(step, line)
         if val and (step % s.eval_interval == 0 or last_step):
-            found = token_rows.evaluate(wrapped, val, eval_rows, corrupt, s)
+            found = token_rows.evaluate(wrapped, val, eval_rows, corrupt, s, s.eval_mask_prob)
             found["ppl"] = math.exp(min(found["loss"], 100))
             log(step, {f"eval_{name}": x for name, x in found.items()})
             if improved := found["loss"] < best["loss"]:

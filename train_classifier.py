@@ -44,6 +44,7 @@ out_dir = "out/classifier"
 task = "words"  # words: a label for each word; texts: one for a text or a pair of texts
 # model
 init_from = ""  # a model folder, an adapter's, an out_dir, or a hub id owner/name[@revision]
+tokenizer = ""  # a folder or hub id; "": the model's own. Its largest id must fit the model
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into it first (LLM2Vec's MNTP)
 attention: str | None = None  # causal or bidirectional; None: the model's own
 n_layer: int | None = None  # only the first n layers of the model (arXiv 2410.14578); None: all
@@ -319,7 +320,8 @@ if __name__ == "__main__":
     model, base, adapters = lora.load_for_training(s, last, s.attention)
     parts = [resolve_folder(name) for name in (base, *adapters)]
     sources = [part for part in parts if os.path.exists(f"{part}/tokenizer.json")]
-    tokenizer = load_tokenizer((sources or parts[:1])[-1])  # an adapter may have added a token
+    # an adapter may have added a token
+    tokenizer = load_tokenizer(s.tokenizer or (sources or parts[:1])[-1])
     check_tokenizer(tokenizer, model.config.vocab_size)
     if s.task == "texts" and s.separator is None:
         s.separator = tokenizer.sep_token or "\n"

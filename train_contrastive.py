@@ -39,6 +39,7 @@ from pairs import (
     layout,
     open_files,
     pairs_of_step,
+    prompts_of,
     show_pairs,
 )
 from pooling import pack
@@ -48,6 +49,7 @@ from tokenizer import Template, load_tokenizer
 out_dir = "out/contrastive"
 # model
 init_from = ""  # a model folder, an out_dir, or a hub id owner/name[@revision]
+tokenizer = ""  # a folder or hub id; "": the model's own. Its largest id must fit the model
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into it first (LLM2Vec's MNTP)
 attention: str | None = None  # causal or bidirectional; None: the model's own
 n_layer: int | None = None  # only the first n layers of the model (arXiv 2410.14578); None: all
@@ -77,6 +79,7 @@ eval_data = "data/pydocs/val.jsonl"  # "": none
 # one instruction for all files, or one for each; the "prompt" of a line goes before it
 query_instruction: tuple[str, ...] = ("",)
 passage_instruction: tuple[str, ...] = ("",)  # symmetric tasks have the same on both sides
+ignore_prompts = False  # True: queries have query_instruction alone, whatever their lines say
 # JSON {task: instruction} for evaluation, saved with the model beside the data files' own
 task_instructions = ""
 sampling_alpha = 1.0  # a file is drawn with probability ~ (its lines) ** alpha
@@ -87,6 +90,7 @@ consecutive = 1  # neighbours in the file that a batch takes together: hard wher
 crop = 0.0
 no_duplicates = False  # a pair whose text the batch has already gives way to a random one
 # loss
+contrast_weight = 1.0  # of InfoNCE; 0: distillation alone
 temperature = 0.05  # scores are divided by it; sentence-transformers' scale is 1 / temperature
 both_directions = False  # passages choose among queries, too
 false_negative_margin: float | None = None  # drop passages above the positive's score + margin
@@ -95,6 +99,7 @@ distill_temperature = 1.0  # of the teacher
 matryoshka_dims: tuple = ()  # e.g. (768, 256, 64): the mean of the losses at these widths
 query_flops = 5e-5  # splade: weight of the FLOPS regulariser, which makes embeddings sparse
 passage_flops = 3e-5
+flops_warmup_ratio = 1 / 3  # of the run: both grow from 0, with the square of the step
 negatives_cross_device = True  # candidates of all ranks
 # batch
 batch_size = 64  # queries of one step, over all ranks; each with up to group_size passages
@@ -268,6 +273,7 @@ def block_loss(queries, passages, rows, batch, s):
             back = may_be_negative(batch.known.flip(1), positive, ranges[0], len(queries))
             back = mask_negatives(similarity(d[positive], q), rows, back, None)  # [b, B]
             part = (part + contrast(back, rows, s)) / 2
+        part = s.contrast_weight * part
         if s.distill_weight:
             kl = distillation(scores, batch.group[rows], batch.teacher[rows], s)
             part = part + s.distill_weight * kl
@@ -277,7 +283,14 @@ def block_loss(queries, passages, rows, batch, s):
     return loss, hits
 
 
-def loss_and_grad(vectors, batch, s):
+def flops_share(step, s):
+    """Which part of query_flops and passage_flops acts in this step: (step / ramp)^2, then 1, for
+    embeddings that are made sparse too early stay empty (Formal et al. 2021, arXiv 2107.05720)."""
+    ramp = s.flops_warmup_ratio * s.max_steps
+    return 1.0 if step >= ramp else (step / ramp) ** 2
+
+
+def loss_and_grad(vectors, batch, step, s):
     """The loss of this rank's queries among the passages of all ranks -> (loss, hits, d_vectors).
 
     d_vectors: world_size times the gradient of the batch's loss by this rank's vectors [n, C] or
@@ -302,7 +315,8 @@ def loss_and_grad(vectors, batch, s):
         total, hits = total + loss.item(), hits + int(block_hits)
     if s.pooling == "splade":
         penalty = s.query_flops * flops(queries) + s.passage_flops * flops(passages)
-        penalty = penalty / s.world_size  # each rank computes all of it, and ranks are summed
+        # each rank computes all of it, and ranks are summed
+        penalty = flops_share(step, s) * penalty / s.world_size
         penalty.backward()
         total += penalty.item()
     # a rank's vectors occur in the losses of all ranks: this sums their gradients
@@ -333,7 +347,7 @@ def cached_step(wrapped, batch, step, s):
     single = len(batch.chunks) == 1  # it fits in memory: its graph is kept, one pass is enough
     with nullcontext() if single else torch.no_grad():
         vectors = embed_all(embed, batch.chunks)
-    loss, hits, d_vectors = loss_and_grad(vectors, batch, s)
+    loss, hits, d_vectors = loss_and_grad(vectors, batch, step, s)
     if single:
         vectors.backward(d_vectors)
         return loss, hits
@@ -352,7 +366,7 @@ def evaluate(embedder, pairs, s):
     "acc" (accuracy@1), "mrr" (@10), "ndcg" (@10)}."""
     passages = list(dict.fromkeys(text for p in pairs for text in p["pos"] + p["neg"]))
     number = {text: i for i, text in enumerate(passages)}
-    prompts = [s.query_instruction[0] if p["prompt"] is None else p["prompt"] for p in pairs]
+    prompts = prompts_of(pairs, s.query_instruction[0], s)
 
     def embed(texts, prompts, max_length):
         shares = np.array_split(np.arange(len(texts)), s.world_size)
@@ -410,7 +424,7 @@ if __name__ == "__main__":
     # ---- model (+ LoRA) ----
     last = checkpoint.find(s)  # what to resume, or None
     model, base, adapters = lora.load_for_training(s, last, s.attention)
-    tokenizer = load_tokenizer(resolve_folder(base))
+    tokenizer = load_tokenizer(s.tokenizer or resolve_folder(base))
     if s.pooling != "splade":
         model.drop_head()
     lora.add_lora(model, s, last)

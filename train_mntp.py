@@ -40,6 +40,7 @@ out_dir = "out/mntp"
 # model: attention is bidirectional, whatever the folder says
 init_from = ""  # a model folder, an out_dir, or a hub id owner/name[@revision]
 max_seq_len = 512  # tokens of a row, and the positions the model is trained for
+tokenizer = ""  # a folder or hub id, of the same ids as the data's; "": the model's own
 n_layer: int | None = None  # only the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
 # LoRA; rank 0 trains every weight
@@ -48,6 +49,7 @@ lora_alpha = 32.0
 lora_dropout = 0.05
 lora_targets = "all"  # the blocks' linear layers; or names: "q_proj,v_proj"
 train_also = ""  # trained whole beside LoRA: any of "embed,norm,head"; a tied head goes with embed
+out_dropout: float | None = None  # of the attention block's output; None: the model's own
 save_merged = True  # under LoRA: at the end the merged model in out_dir/merged
 # data and objective
 data = "data/pydocs"  # a folder of train.bin, val.bin, meta.json, tokenizer/: see data/*/prepare.py
@@ -64,6 +66,7 @@ max_tokens: int | None = None
 num_epochs: float | None = None
 stop_step: int | None = None  # ends the run before its horizon
 # optimizer
+optimizer = "adamw"  # or stable_adamw
 learning_rate = 5e-5
 min_lr = 0.0
 weight_decay = 0.0  # of tensors with two dimensions or more
@@ -158,7 +161,7 @@ def rows_as_texts(file, s):
 if __name__ == "__main__":
     # ---- configure, ranks and seed ----
     s = common.start(common.configure(globals()))
-    common.one_of(s, decay_shape=("sqrt", "linear"))
+    common.one_of(s, decay_shape=("sqrt", "linear"), optimizer=("adamw", "stable_adamw"))
     if not 0 < s.mask_prob <= 1:
         raise SystemExit(f"mask_prob={s.mask_prob}: expected a share, above 0 and up to 1")
     if s.mask_token == "new" and s.lora_rank and "embed" not in s.train_also.split(","):
@@ -166,7 +169,7 @@ if __name__ == "__main__":
 
     # ---- data ----
     train = open_tokens(s.data, "train")
-    tokenizer = load_tokenizer(resolve_folder(s.init_from))
+    tokenizer = load_tokenizer(s.tokenizer or resolve_folder(s.init_from))
     data_vocab = load_tokenizer(os.path.join(s.data, "tokenizer")).get_vocab()
     if not data_vocab.items() <= tokenizer.get_vocab().items():
         raise SystemExit(f"{s.data} has another tokenizer than {s.init_from}: prepare it with that")
@@ -196,6 +199,7 @@ if __name__ == "__main__":
     if s.mask_token == "new" and vocab_size_of(tokenizer) > model.config.vocab_size:
         model.resize_vocab(vocab_size_of(tokenizer))
     check_tokenizer(tokenizer, model.config.vocab_size)
+    model.set_dropout(out=s.out_dropout)
     lora.add_lora(model, s, last)
     common.place(model, s)
     print0(f"{model.describe()}, {s.compute_dtype} on {s.device}")
@@ -203,7 +207,7 @@ if __name__ == "__main__":
     # ---- compile, FSDP/DDP, optimizer, resume ----
     wrapped = common.wrap(model, model.blocks, s)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizers = optim.make_optimizers(model, s)
+    optimizers = optim.make_optimizers(model, s, s.optimizer)
     step, best = checkpoint.load_state(last, optimizers)
 
     def save_notes(folder):

@@ -43,6 +43,7 @@ from tokenizer import Template, load_tokenizer
 out_dir = "out/reconstruct"
 # model
 init_from = ""  # a causal model: a folder, an out_dir, or a hub id owner/name[@revision]
+tokenizer = ""  # a folder or hub id; "": the model's own. Its largest id must fit the model
 n_layer: int | None = None  # only the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
 max_seq_len: int | None = None  # positions the model is trained for; None: its own
@@ -266,7 +267,7 @@ if __name__ == "__main__":
     s.template = Template(s.prefix, s.suffix)
     # as pairs.py has it: a positive for each query, no negatives; and what is written of a text
     s.group_size, s.consecutive, s.no_duplicates, s.crop = 1, 1, False, 0.0
-    s.pool_instruction, s.pool_bos = s.write_template, True
+    s.pool_instruction, s.pool_bos, s.ignore_prompts = s.write_template, True, False
 
     # ---- data ----
     files, choices = open_files(s)
@@ -280,7 +281,7 @@ if __name__ == "__main__":
     # ---- model (+ LoRA) ----
     last = checkpoint.find(s)
     model, base, adapters = lora.load_for_training(s, last, "causal")
-    tokenizer, c = load_tokenizer(resolve_folder(base)), model.config
+    tokenizer, c = load_tokenizer(s.tokenizer or resolve_folder(base)), model.config
     if c.hf.get("model_type") in ("modernbert", "neobert"):  # what it was before it was read
         raise SystemExit(f"{base} is an encoder: expected a causal model, which can write")
     if c.head == "none":

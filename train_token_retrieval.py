@@ -38,6 +38,7 @@ from tokenizer import Template, load_tokenizer
 out_dir = "out/token_retrieval"
 # model
 init_from = ""  # a model folder, an out_dir (stage 1's), or a hub id owner/name[@revision]
+tokenizer = ""  # a folder or hub id; "": the model's own. Its largest id must fit the model
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into it first, in order
 attention: str | None = None  # causal or bidirectional; None: the model's own
 n_layer: int | None = None  # only the first n layers of the model (arXiv 2410.14578); None: all
@@ -237,7 +238,7 @@ if __name__ == "__main__":
         }  # fmt: skip
         for rope in model.config.rope.values():
             rope["scaling"] = scaling
-    tokenizer = load_tokenizer(resolve_folder(base))
+    tokenizer = load_tokenizer(s.tokenizer or resolve_folder(base))
     model.drop_head()
     lora.add_lora(model, s, last)
     common.place(model, s)

@@ -17,7 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from tokenizers import Tokenizer, processors
+from transformers import AutoModel, PreTrainedTokenizerFast
 
 import common
 import grad_cache
@@ -40,8 +41,9 @@ def settings(**changes):
     keys = {k: v for k, v in vars(T).items() if type(v) in common.KINDS.values()}
     keys |= dict(
         batch_size=6, group_size=3, query_max_length=16, passage_max_length=32, temperature=0.5,
-        query_flops=0.3, passage_flops=0.2, device_batch_tokens=10**9, seed=7, stop_step=9, rank=0,
-        world_size=1, template=Template(), autocast=nullcontext, device=torch.device("cpu"),
+        query_flops=0.3, passage_flops=0.2, device_batch_tokens=10**9, seed=7, rank=0,
+        max_steps=30, stop_step=9, world_size=1, template=Template(), autocast=nullcontext,
+        device=torch.device("cpu"),
     )  # fmt: skip
     return SimpleNamespace(**keys | changes)
 
@@ -105,14 +107,16 @@ def plain_loss(pairs, queries, passages, s, world_size, hinged=False):
                 back = [plain_similarity(d[first[b]], x) for x in q]
                 out = {a for a, t in enumerate(right) if texts[first[b]] in t or rank[a] != rank[b]}
                 loss = (loss + plain_contrast(back, b, out, s, hinged)[0]) / 2
+            loss = s.contrast_weight * loss
             if s.distill_weight and p["scores"]:
                 group = [scores[n] for n in range(len(texts)) if owner[n] == b]
                 kl = plain_kl(group, p["scores"], s.temperature, s.distill_temperature)
                 loss = loss + s.distill_weight * kl
             total = total + loss / len(widths) / len(pairs)
     if s.pooling == "splade":
+        ramp = (5 / (s.flops_warmup_ratio * s.max_steps)) ** 2  # in step 5
         for weight, x in ((s.query_flops, queries), (s.passage_flops, passages)):
-            total = total + weight * sum(v**2 for v in sum(map(abs, x)) / len(x))
+            total = total + ramp * weight * sum(v**2 for v in sum(map(abs, x)) / len(x))
     return total, hits
 
 
@@ -162,6 +166,7 @@ LOSSES = {"plain": {},
           **{f"margin {m}": dict(false_negative_margin=m) for m in (0.0, 0.2, 0.4, -0.3)},
           "both": dict(both_directions=True),
           "distill": dict(distill_weight=0.7, distill_temperature=0.4),
+          "distill alone": dict(distill_weight=0.7, contrast_weight=0.0),
           "matryoshka": dict(matryoshka_dims=(2, 8, 1), distill_weight=0.7, both_directions=True),
           "unnormalised": dict(matryoshka_dims=(4, 8), normalize=False),
           "splade": dict(pooling="splade"),
@@ -203,7 +208,7 @@ def test_loss_and_its_gradients_equal_loops(kind, name, world_size, monkeypatch)
             gathered = iter(whole)  # what all_gather gives, with the gradient of all ranks
             monkeypatch.setattr(T, "gather_rows", lambda x, _, g=gathered: next(g) + 0 * x.sum())
             s = settings(rank=rank, world_size=world_size, **LOSSES[name])
-            part = T.loss_and_grad(stacked(texts), batch, s)
+            part = T.loss_and_grad(stacked(texts), batch, 5, s)
             loss, hits = loss + part[0], hits + part[1]
         assert loss == pytest.approx(want.item(), rel=1e-12) and hits == want_hits
         for got, texts in zip(whole, (queries, passages), strict=True):
@@ -334,10 +339,11 @@ def test_instructions_of_files_and_lines(easy_files, hard_file, toy_tokens):
     tokenizer = load_tokenizer(os.path.join(toy_tokens, "tokenizer"))
     s = settings(query_instruction=("ask a: ", "ask b: "), passage_instruction=("say: ",),
                  template=Template("<", ">"))  # fmt: skip
-    for which in (0, 1):
+    for which, s.ignore_prompts in ((0, False), (1, False), (1, True)):
         pairs, _ = P.pairs_of_step(files, 0, np.array([which]), s)
         encoded = P.encode_pairs(pairs, which, tokenizer, s)
-        texts = [(p["prompt"] or s.query_instruction[which]) + p["query"] for p in pairs]
+        own = [None if s.ignore_prompts else p["prompt"] for p in pairs]
+        texts = [(o or s.query_instruction[which]) + p["query"] for o, p in zip(own, pairs)]
         texts += ["say: " + text for p in pairs for text in p["passages"]]
         want = [tokenizer(f"<{text}>")["input_ids"] for text in texts]
         assert any(p["prompt"] for p in pairs) == which and len(encoded) == len(want)
@@ -515,6 +521,24 @@ def test_many_vectors_and_sparse_ones_are_saved(pooling, tiny, tmp_path):
     assert_equal_bits(tmp_path / "again", tmp_path / "whole")
     for name, x in embedder.state_dict().items():  # the projection, too
         assert torch.equal(again.state_dict()[name], x), name
+
+
+def test_another_tokenizer_is_the_one_that_is_saved(tiny, model_folder, tmp_path):
+    """Of the model and of its adapter; its largest id must fit."""
+    other = load_tokenizer(model_folder)
+    bare = Tokenizer.from_str(other.backend_tokenizer.to_str())
+    bare.post_processor = processors.TemplateProcessing(single="$A")  # no CLS, no SEP
+    PreTrainedTokenizerFast(tokenizer_object=bare).save_pretrained(tmp_path / "bare")
+    keys = [f"--tokenizer={tmp_path / 'bare'}", "--lora_rank=2", "--max_steps=3"]
+    run(tiny, tmp_path / "out", *keys)
+    for folder in ("step3", "step3/adapter"):
+        loaded = Embedder.load(str(tmp_path / "out" / folder))
+        assert loaded.tokenize(["tan mos"])[0][0] == bare.encode("tan mos").ids
+    assert bare.encode("tan mos").ids != other("tan mos")["input_ids"]
+    other.add_tokens([f"more{i}" for i in range(600)])
+    other.save_pretrained(tmp_path / "large")
+    keys = [f"--tokenizer={tmp_path / 'large'}"]
+    harness.assert_refused("take the model's own tokenizer", SCRIPT, tiny, tmp_path / "x", *keys)
 
 
 def test_killed_and_resumed_is_bit_equal(tiny, tmp_path):

@@ -222,6 +222,26 @@ def test_other_objective_lora_and_muon(tiny, folders, tmp_path):
     assert config["base_model_name_or_path"] == decoder
 
 
+def test_local_theta_decay_of_all_and_another_mask_in_evaluation(tiny, tmp_path):
+    keys = ["--learning_rate=0.0", "--weight_decay=0.5", "--max_steps=1"]
+    more = ["--rope_theta=160000.0", "--local_rope_theta=5000.0", "--decay_all=True"]
+    first = harness.run(SCRIPT, tiny, tmp_path / "a", *keys, *more, "--eval_mask_prob=0.15")
+    groups = first.optimizers[0].param_groups
+    assert len(groups) == 2 and [group["weight_decay"] for group in groups] == [0.5, 0.5]
+    rope = json.loads(saved(tmp_path / "a", 1, "config.json"))["rope_parameters"]
+    thetas = {kind: rope[f"{kind}_attention"]["rope_theta"] for kind in ("full", "sliding")}
+    assert thetas == {"full": 160000.0, "sliding": 5000.0}
+    # a step at rate 0 later, from its folder: evaluation has the masks of a run with .15
+    keys += [f"--init_from={tmp_path / 'a'}"]
+    second = harness.run(SCRIPT, tiny, tmp_path / "b", *keys, "--mask_prob=0.15")
+    assert second.model.config.rope["local"]["theta"] == 5000.0
+    assert [group["weight_decay"] for group in second.optimizers[0].param_groups] == [0.5, 0.0]
+    want = losses(tmp_path / "b", "eval_loss")
+    assert losses(tmp_path / "a", "eval_loss") == pytest.approx(want, rel=1e-6)
+    run(tiny, tmp_path / "c", *keys)
+    assert losses(tmp_path / "c", "eval_loss")[1] != pytest.approx(want[1], rel=1e-4)
+
+
 def test_data_order_is_what_the_run_sees(tiny, toy_tokens, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tiny, tmp_path, "--dump_data_order=True")

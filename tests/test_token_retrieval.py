@@ -462,6 +462,7 @@ def test_a_signal_saves_and_exits(tiny, unbroken, tmp_path):
 def test_show_batch_and_dry_run(tiny, unbroken, tmp_path):
     shown, dry = harness.shown_and_dry(SCRIPT, tiny, unbroken, tmp_path)
     assert re.search(r"train.jsonl line \d+: \d+ tokens of the passage, \d+ gold", shown)
+    assert re.search(r"--- gold: \w+", shown)
     assert "\x1b[7m" in shown and "--- query: <ask:" in shown.replace("[CLS]", "")
     assert re.search(r"s/step, [\d.,]+ ex/s, [\d.,]+ tok/s, peak memory", dry)
 
