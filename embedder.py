@@ -22,7 +22,7 @@ from formats.peft import adapter_chain, attention_of
 from formats.sentence_transformers import read_settings
 from lora import load_merged
 from token_scores import cosines, windows_of
-from tokenizer import load_tokenizer, tokenize_passage
+from tokenizer import check_text, load_tokenizer, tokenize_passage
 
 PART = 2**26  # numbers that a rank's share of `encode` holds at a time: 256 MB
 
@@ -38,8 +38,8 @@ class Embedder(EmbeddingModel):
         Under torchrun all ranks call it together: each embeds its share, all get the whole.
         """
         many, device = self.pooling == "tokens", self.device
-        if isinstance(texts, str):
-            raise TypeError("encode takes a list of texts, not one string")
+        if isinstance(texts, str) or not isinstance(instruction, str):
+            raise TypeError("encode takes a list of texts, not one string, and one instruction")
         if many and out is not None:
             raise ValueError("out= holds one vector a text, pooling 'tokens' gives several")
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -56,7 +56,8 @@ class Embedder(EmbeddingModel):
 
         def parts():  # the next one is tokenized while the model runs
             for begin in range(0, n, size):
-                share = [texts[i] for i in range(begin + rank, min(begin + size, n), world)]
+                numbers = range(begin + rank, min(begin + size, n), world)
+                share = [check_text(texts[i], f"text {i}") for i in numbers]
                 yield begin, self.tokenize(share, instruction)
 
         bar = tqdm(total=n, desc="encode", unit=" texts", disable=not progress or rank > 0)
@@ -70,6 +71,9 @@ class Embedder(EmbeddingModel):
                     counts += x[1] if many else []
                     bar.update(len(chunk) * world)
                 vectors = torch.cat(vectors).cpu()  # once a part: the device need not wait
+                if not vectors.isfinite().all():
+                    raise ValueError(f"encode: not finite: vectors of texts {begin}.. have NaN or "
+                                     "infinity")  # fmt: skip
                 places = np.argsort([i for chunk in chunks for i in chunk])  # of the texts' vectors
                 if many:
                     vectors = vectors.split(counts)
@@ -148,6 +152,11 @@ def score_tokens(embedder, queries, passage, window=0, overlap=0, progress=False
     model, device, prompts = embedder.model, embedder.device, embedder.prompts
     if embedder.pooling in ("splade", "tokens"):
         raise ValueError(f"score_tokens compares with one vector, not with {embedder.pooling!r}")
+    if isinstance(queries, str):
+        raise TypeError("score_tokens takes a list of queries, not one string")
+    for i, query in enumerate(queries):
+        check_text(query, f"query {i}")
+    check_text(passage, "passage")
     instruction = prompts.get("document", "")
     ids, rows, spans = tokenize_passage(embedder.tokenizer, passage, instruction, embedder.template)
     scores = []
@@ -161,4 +170,7 @@ def score_tokens(embedder, queries, passage, window=0, overlap=0, progress=False
             hidden = model(tokens, make_seqs([stop - start], device))  # [window, C]
             inside = torch.from_numpy(rows[(rows >= first) & (rows < last)] - start).to(device)
             scores.append(cosines(vectors, hidden[inside]).cpu())
-    return torch.cat(scores, dim=1).numpy(), spans
+    scores = torch.cat(scores, dim=1)
+    if not scores.isfinite().all():
+        raise ValueError("score_tokens: scores have NaN or infinity")
+    return scores.numpy(), spans

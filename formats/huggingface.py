@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import safe_open
 
+from data import require
 from formats import read_json, write_json
 from model import DEFAULTS, ModelConfig, Transformer
 
@@ -87,6 +88,7 @@ KEYS = {
         "tied": "tie_word_embeddings", "head_bias": "decoder_bias"},
 }  # fmt: skip
 
+OURS = ("out", "data", "models", "configs", "runs")  # folders here, never owners on the hub
 CLASSIFIERS = ("score.", "classifier.", "linear.")  # the last layer of a classifier's folder
 
 
@@ -129,7 +131,11 @@ def config_from_hf(hf):
     c = DEFAULTS[family] | {"family": family, "hf": hf}
     for field, key in KEYS[family].items():
         if field in _SHAPE or hf.get(key) is not None:
-            c[field] = hf[key]
+            kind = ModelConfig.__annotations__[field]
+            c[field] = require(hf, key, kind, "config.json", 0)
+            most = 10_000 if field == "n_layer" else 2**31
+            if kind is int and not 0 < hf[key] <= most:
+                raise ValueError(f"config.json: {key} is {hf[key]}, expected 1 to {most}")
     if family.startswith("modernbert"):
         every = hf.get("global_attn_every_n_layers", 3)
         kinds = ["sliding" if i % every else "full" for i in range(c["n_layer"])]
@@ -251,25 +257,53 @@ def resolve_folder(name):
     downloaded to the cache."""
     if os.path.isdir(name):
         return newest_model(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name}: no such folder, and not a hub id (owner/name[@revision])")
+    return download(name, ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model"])
+
+
+def download(name, patterns):
+    """The folder in the cache of a hub id `owner/name[@revision]`, with files of these patterns."""
     repo, _, revision = name.partition("@")
-    patterns = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model"]
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) or repo.split("/")[0] in OURS:
+        raise FileNotFoundError(f"{name}: no such folder, and not a hub id (owner/name[@revision])")
     try:
-        return snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
-    except OSError as error:  # no network, no such repository: perhaps it was meant as a path
+        return snapshot_download(
+            repo, revision=revision or None, allow_patterns=patterns, etag_timeout=4
+        )
+    except (OSError, ValueError) as error:  # no network, no such repository
         raise OSError(f"{name}: no such folder, and from the hub: {error}") from error
+
+
+def open_tensors(path):
+    """{name: function that reads it} of a .safetensors or old .bin. ValueError names the file."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            file = safe_open(path, "pt")
+            return {key: partial(file.get_tensor, key) for key in file.keys()}
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {key: tensor.detach for key, tensor in state.items()}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of safetensors, pickle, zip
+        raise ValueError(f"{path}: no whole file of tensors: {error}") from None
+
+
+def finite(tensor, name, folder):
+    """The tensor. ValueError names it where its numbers are whole ones, or not all finite."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{folder}: tensor {name!r} is {tensor.dtype}, expected floating point")
+    # a sum needs no memory; in fp32 it overflows for no weights that are any good
+    if not tensor.sum(dtype=torch.float32).isfinite():
+        raise ValueError(f"{folder}: tensor {name!r} has NaN or infinity")
+    return tensor
 
 
 def _read_tensors(folder):
     """{name: function that reads it} from safetensors, one file or sharded, or an old .bin."""
     readers, folder = {}, Path(folder)
     for path in folder.glob("model*.safetensors"):
-        file = safe_open(path, "pt")
-        readers |= {key: partial(file.get_tensor, key) for key in file.keys()}
+        readers |= open_tensors(path)
     for path in () if readers else folder.glob("pytorch_model*.bin"):
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        readers |= {key: tensor.detach for key, tensor in state.items()}
+        readers |= open_tensors(path)
     if not readers:
         raise FileNotFoundError(f"{folder}: no model*.safetensors and no pytorch_model*.bin")
     tables = ("inv_freq", "freqs_cis")  # of positions; old files carry them
@@ -325,7 +359,7 @@ def from_pretrained(name, attention=None, window=None, rope_theta=None, dtype=to
         module = our_module(module, source.family)
         if module is None:
             raise ValueError(f"{folder}: unexpected tensor {key!r} for {source.family}")
-        parts = {module: interleave_qkv(module, read(), c, back=False)}
+        parts = {module: interleave_qkv(module, finite(read(), key, folder), c, back=False)}
         if module.endswith("qkv_proj") and c.fused_qkv < source.fused_qkv:  # encoder to decoder
             parts = {module.replace("qkv", x): w for x, w in zip("qkv", parts[module].chunk(3))}
         # copies: a mapped file may lie unaligned, and then other kernels sum in other orders

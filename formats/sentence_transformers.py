@@ -11,17 +11,22 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import processors
 from torch import nn
 
 from common import print0
+from data import require
 from formats import read_json, write_json
-from formats.huggingface import config_to_hf
+from formats.huggingface import config_to_hf, finite, open_tensors
 from tokenizer import Template, body_length, load_tokenizer
 
 PROJECTION = "1_Dense/model.safetensors"
-SETTINGS = ("pooling", "prompts", "normalize", "max_length", "pool_instruction")
+SETTINGS = {  # of nanoembed.json
+    "pooling": str, "prompts": dict, "normalize": bool, "max_length": int,
+    "pool_instruction": bool, "template": dict,
+}  # fmt: skip
+TEMPLATE = ("prefix", "suffix")
 
 POOLINGS = {  # newer versions of sentence-transformers write "cls", "mean" and "weightedmean"
     "cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last",
@@ -136,7 +141,7 @@ def write_modules(embedder, folder):
 
 def write_settings(embedder, folder, projection=None):
     """nanoembed.json, and beside it projection, the matrix [D, C] of late interaction."""
-    settings = {key: getattr(embedder, key) for key in SETTINGS}
+    settings = {key: getattr(embedder, key) for key in SETTINGS if key != "template"}
     settings["template"] = asdict(embedder.template)
     backend = json.loads(embedder.tokenizer.backend_tokenizer.to_str())
     settings["post_processor"] = backend["post_processor"]  # load_tokenizer puts it back
@@ -152,8 +157,10 @@ def read_settings(folder):
     sentence-transformers'; {} for a plain model. Beside them attention, of LLM2Vec, and path, the
     model's within a folder that sentence-transformers wrote."""
     if settings := read_json(folder, "nanoembed.json"):
-        settings.pop("post_processor")
-        settings["template"] = Template(**settings["template"])
+        where = f"{folder}/nanoembed.json"
+        settings = {key: require(settings, key, kind, where, 0) for key, kind in SETTINGS.items()}
+        prefix, suffix = (require(settings["template"], x, str, where, 0) for x in TEMPLATE)
+        settings["template"] = Template(prefix, suffix)
         path = Path(folder, PROJECTION)
         return settings | ({"projection": read_projection(path)} if path.exists() else {})
     if llm2vec := read_json(folder, "llm2vec_config.json"):
@@ -163,7 +170,7 @@ def read_settings(folder):
             max_length=llm2vec["max_length"], pool_instruction=not llm2vec["skip_instruction"],
             attention="bidirectional",  # none of its files says so
         )  # fmt: skip
-    if not (modules := read_json(folder, "modules.json")):
+    if not (modules := read_json(folder, "modules.json", kind=list)):
         return {}
 
     settings = {"normalize": False}
@@ -175,6 +182,8 @@ def read_settings(folder):
                "encode adds what you give it")  # fmt: skip
     for module in modules:
         kind, path = module["type"].rpartition(".")[2], module["path"]
+        if path.startswith("/") or ".." in path:
+            raise ValueError(f"{folder}/modules.json: path {path!r}, expected a folder in it")
         transformer = kind in ("Transformer", "MLMTransformer")
         name = "sentence_bert_config.json" if transformer else "config.json"
         config = read_json(folder, path, name)
@@ -217,7 +226,10 @@ def read_settings(folder):
 
 
 def read_projection(path):
-    weight = load_file(path)["linear.weight"].float()
+    tensors = open_tensors(path)
+    if list(tensors) != ["linear.weight"]:
+        raise ValueError(f"{path}: tensors {list(tensors)}, expected linear.weight alone")
+    weight = finite(tensors["linear.weight"](), "linear.weight", path).float()
     projection = nn.Linear(*weight.T.shape, bias=False)
     projection.weight.data = weight
     return projection
