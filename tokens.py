@@ -91,7 +91,7 @@ def tokenizer_of(folder: str):
         raise FileNotFoundError(f"{path}: no such folder, expected the data's tokenizer")
     tokenizer, meta = load_tokenizer(path), read_json(meta_path)
     for key, value in _facts(tokenizer, folder).items():
-        if meta[key] != value:
+        if meta[key] != value and meta[key] != "":  # "": unknown
             raise ValueError(f"{meta_path}: {key} is {meta[key]}, that of {path} is {value}")
     return tokenizer
 

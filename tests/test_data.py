@@ -548,6 +548,26 @@ def test_splits_share_no_module_and_no_text(tmp_path):
         positives = [p["pos"][0] for p in lines]
         assert len(set(positives)) == len(lines) == counts[f"{split} pairs"] > 15
         assert {p in trained for p in positives} == {split == "train"}
+    for split in ("val", "test"):
+        by_summary = read_jsonl(tmp_path / f"{split}_summary.jsonl")
+        assert len(by_summary) == counts[f"{split}_summary pairs"] > 10
+        of = {pair["pos"][0]: pair for pair in pairs[split]}
+        for pair in by_summary:
+            whole = of[pair["pos"][0]]
+            assert whole["query"].endswith(f": {pair['query']}") and whole | pair == pair
+
+
+def test_summaries_that_are_queries():
+    def pair(name, summary):
+        return {"query": f"{name}: {summary}", "pos": ["b"], "name": name, "summary": summary}
+
+    of_test = [pair("a.split", "Split a text."), pair("DataLoader", "A DataLoader of rows."),
+               pair("b", "Say what is there."), pair("x.read_csv", "Read by x.read_csv."),
+               pair("Box", "A Box of things."), pair("c", "Done twice."), pair("d", "done twice")]
+    pairs = {"train": [pair("y", "say what is there!")], "test": of_test}
+    got = pydocs.by_summary(pairs, "test")
+    assert [(x["name"], x["query"]) for x in got] == [
+        ("a.split", "Split a text."), ("Box", "A Box of things.")]  # fmt: skip
 
 
 def test_manifest_is_compared():
