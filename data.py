@@ -20,7 +20,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no tokenize
 # fields of a pair, of which one form goes with extras; see read_pair
 FORMS = "query pos neg", "query positive negative", "anchor positive negative", "text"
 FORMS = [set(form.split()) for form in FORMS]
-TEXTS, EXTRAS = set().union(*FORMS), {"prompt", "pos_scores", "neg_scores", "module"}
+TEXTS, EXTRAS = set().union(*FORMS), {"prompt", "pos_scores", "neg_scores", "module", "name"}
 
 
 def parse_line(text, path, line):
