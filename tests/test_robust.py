@@ -307,3 +307,389 @@ def test_counts_of_a_task_are_printed(tmp_path, capsys):
     assert data["relevant_docs"] == {"q": {"1": 2}}
     printed = capsys.readouterr().out
     assert "1 of 2 queries have a passage" in printed and "1 of 3 passages are empty" in printed
+
+
+# ---- files of a folder ----
+@pytest.fixture(scope="module")
+def made(folders, toy_tokens, tmp_path_factory):
+    """Folders to be copied: a llama, its adapter, an embedder with a projection, token files."""
+    root, llama = tmp_path_factory.mktemp("made"), folders["llama"]
+    model = from_pretrained(llama)
+    lora.inject(model, 4, 8, 0.0, "q_proj,v_proj")
+    lora.save_adapter(model, str(root / "adapter"), llama)
+    tokenizer = load_tokenizer(llama)
+    projection = torch.nn.Linear(64, 8, bias=False)
+    tokens = Embedder(from_pretrained(llama), tokenizer, "tokens", projection=projection)
+    tokens.save(str(root / "tokens"), sentence_transformers=False)
+    Embedder(from_pretrained(llama), tokenizer, "mean").save(str(root / "st"))
+    (root / "st/nanoembed.json").unlink()
+    shutil.copytree(toy_tokens, root / "data")
+    shutil.copytree(llama, root / "llama")
+    torch.save(load_file(f"{llama}/model.safetensors"), root / "pytorch_model.bin")
+    return root
+
+
+def load_adapter(folder, llama):
+    lora.load_adapter(from_pretrained(llama), folder)
+
+
+READERS = {  # a file: which reader meets it
+    "llama/config.json": lambda f: from_pretrained(f),
+    "llama/tokenizer.json": lambda f: load_tokenizer(f),
+    "adapter/adapter_config.json": lambda f: peft.pinned_chain(f),
+    "adapter/nanoembed_adapter.json": lambda f: peft.attention_of(f),
+    "tokens/nanoembed.json": lambda f: read_settings(f),
+    "st/modules.json": lambda f: read_settings(f),
+    "st/1_Pooling/config.json": lambda f: read_settings(f),
+    "st/config_sentence_transformers.json": lambda f: read_settings(f),
+    "data/meta.json": lambda f: open_tokens(f, "train"),
+    "llama/nanoembed_classifier.json": lambda f: read_classifier(f),
+    "llama/llm2vec_config.json": lambda f: read_settings(f),
+}
+BROKEN = {
+    "truncated": lambda b: b[: len(b) // 2], "no UTF-8": lambda b: b"{\xff" + b[1:],
+    "text": lambda b: b"once upon a time", "a number": lambda b: b"5", "empty": lambda b: b"",
+    "deep": lambda b: b"[" * 100_000, "an object too many": lambda b: b + b"{}",
+    "twice": lambda b: b'{"a": 1, "a": 2}', "a .gz": gzip.compress,
+}  # fmt: skip
+
+
+def copied(made, tmp_path, name):
+    folder = tmp_path / name.split("/")[0]
+    shutil.copytree(made / folder.name, folder)
+    return str(folder), tmp_path / name
+
+
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("name", READERS)
+def test_broken_json(name, how, made, tmp_path):
+    folder, path = copied(made, tmp_path, name)
+    path.write_bytes(BROKEN[how](path.read_bytes() if path.exists() else b'{"labels": ["a"]}'))
+    said = str(folder) if path.name == "tokenizer.json" else str(path)
+    refused(said, READERS[name], folder)
+
+
+CONFIGS = [  # llama's config.json
+    ({"vocab_size": None}, "vocab_size"), ({"vocab_size": 0}, "vocab_size is 0"),
+    ({"vocab_size": "512"}, "'vocab_size' is '512'"), ({"vocab_size": 512.0}, "'vocab_size' is 512.0"),
+    ({"hidden_size": -64}, "hidden_size is -64"), ({"hidden_size": True}, "'hidden_size' is True"),
+    ({"hidden_size": 63}, "n_embd & 63"), ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0"), ({"num_hidden_layers": 4}, "layers.3"),
+    ({"num_hidden_layers": 2}, "layers.2"), ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"num_attention_heads": [4]}, "'num_attention_heads' is [4]"),
+    ({"num_key_value_heads": 3}, "n_kv_head"), ({"num_key_value_heads": -2}, "num_key_value_heads is -2"),
+    ({"intermediate_size": 10**12}, "intermediate_size is 10"), ({"intermediate_size": 95}, "mlp.gate_proj"),
+    ({"head_dim": 15}, "head_dim"), ({"max_position_embeddings": -1}, "max_position_embeddings is -1"),
+    ({"max_position_embeddings": "2k"}, "'max_position_embeddings' is '2k'"),
+    ({"rms_norm_eps": "1e-5"}, "'rms_norm_eps' is '1e-5'"), ({"rms_norm_eps": float("nan")}, "finite"),
+    ({"tie_word_embeddings": "yes"}, "'tie_word_embeddings' is 'yes'"),
+    ({"is_causal": 1}, "'is_causal' is 1"), ({"attention_bias": 0}, "'attention_bias' is 0"),
+    ({"hidden_act": "relu"}, "'relu'"), ({"hidden_act": 5}, "'hidden_act' is 5"),
+    ({"model_type": "bert"}, "'bert'"), ({"model_type": None}, "model_type"), ({"model_type": ["x"]}, "['x']"),
+    ({"rope_parameters": {"rope_type": "magic", "rope_theta": 1.0}}, "magic"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": -5}}, "rope_theta"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_theta"),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0}}, "factor"),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": -2}}, "factor"),
+    ({"rope_parameters": [1]}, "rope_parameters"), ({"layer_types": ["full_attention"]}, "layer_types"),
+    ({"layer_types": 3}, "layer_types"), ({"layer_types": ["lstm"] * 3}, "layer_types"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change, message", CONFIGS, ids=str)
+def test_config(change, message, made, tmp_path):
+    folder, path = copied(made, tmp_path, "llama/config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    refused(message, from_pretrained, folder)
+
+
+OTHERS = [  # file, change (... takes the key away), message
+    ("data/meta.json", {"dtype": "float16"}, "dtype 'float16'"), ("data/meta.json", {"dtype": ...}, "'dtype'"),
+    ("data/meta.json", {"dtype": 16}, "'dtype' is 16"), ("data/meta.json", {"vocab_size": ...}, "'vocab_size'"),
+    ("data/meta.json", {"vocab_size": "x"}, "'vocab_size' is 'x'"),
+    ("data/meta.json", {"vocab_size": 10**6}, "vocab_size is 1000000"),
+    ("data/meta.json", {"splits": []}, "'splits' is []"), ("data/meta.json", {"splits": {}}, "no split"),
+    ("data/meta.json", {"splits": {"train": 5}}, "'train' is 5"),
+    ("data/meta.json", {"splits": {"train": {}}}, "'docs' is missing"),
+    ("data/meta.json", {"splits": {"train": {"docs": 350}}}, "'tokens' is missing"),
+    ("data/meta.json", {"splits": {"train": {"docs": 3.5, "tokens": 9}}}, "'docs' is 3.5"),
+    ("data/meta.json", {"splits": {"train": {"docs": -1, "tokens": 9}}}, "bytes"),
+    ("data/meta.json", {"mask_id": 4}, "mask_id is 4"), ("data/meta.json", {"mask_id": None}, "mask_id is None"),
+    ("data/meta.json", {"mask_id": 10**6}, "mask_id is 1000000"), ("data/meta.json", {"mask_id": ...}, "'mask_id'"),
+    ("data/meta.json", {"special_ids": []}, "special_ids is []"),
+    ("data/meta.json", {"special_ids": [0, 1, 99]}, "special_ids is [0, 1, 99]"),
+    ("data/meta.json", {"special_ids": ...}, "'special_ids'"),
+    ("data/meta.json", {"tokenizer_sha256": "0" * 64}, "tokenizer_sha256 is 000"),
+    ("adapter/adapter_config.json", {"base_model_name_or_path": None}, "'base_model_name_or_path' is None"),
+    ("adapter/adapter_config.json", {"base_model_name_or_path": ""}, "'base_model_name_or_path' is empty"),
+    ("adapter/adapter_config.json", {"base_model_name_or_path": ...}, "'base_model_name_or_path' is missing"),
+    ("adapter/adapter_config.json", {"base_model_name_or_path": "out/gone"}, "out/gone: no such folder"),
+    ("adapter/adapter_config.json", {"base_model_name_or_path": "../gone"}, "../gone: no such folder"),
+    ("adapter/adapter_config.json", {"lora_alpha": ...}, "'lora_alpha' is missing"),
+    ("adapter/adapter_config.json", {"lora_alpha": "16"}, "'lora_alpha' is '16'"),
+    ("adapter/adapter_config.json", {"lora_alpha": float("nan")}, "'lora_alpha' & finite"),
+    ("adapter/adapter_config.json", {"lora_dropout": "x"}, "'lora_dropout' is 'x'"),
+    ("adapter/adapter_config.json", {"target_modules": 5}, "'target_modules' is 5"),
+    ("adapter/adapter_config.json", {"target_modules": [5]}, "'target_modules' is [5]"),
+    ("adapter/adapter_config.json", {"target_modules": ["q_proj", "v_proj", "o_proj"]}, "missing tensors"),
+    ("adapter/adapter_config.json", {"target_modules": "((.+)+)+X"}, "((.+)+)+X & names of modules"),
+    ("adapter/adapter_config.json", {"target_modules": "(a|a)*X"}, "(a|a)*X & names of modules"),
+    ("adapter/adapter_config.json", {"target_modules": "(.{1,9}){9}X"}, "names of modules"),
+    ("adapter/adapter_config.json", {"target_modules": r"(.*)\1\1X"}, "names of modules"),
+    ("adapter/adapter_config.json", {"target_modules": ".*" * 12 + "X"}, "names of modules"),
+    ("adapter/adapter_config.json", {"target_modules": "a?" * 30 + "a" * 30}, "names of modules"),
+    ("adapter/adapter_config.json", {"target_modules": "(q_proj"}, "(q_proj & pattern"),
+    ("adapter/adapter_config.json", {"exclude_modules": "((.+)+)+X"}, "names of modules"),
+    ("adapter/adapter_config.json", {"alpha_pattern": {"((.+)+)+X": 3}}, "names of modules"),
+    ("adapter/adapter_config.json", {"peft_type": "IA3"}, "peft_type = 'IA3'"),
+    ("adapter/adapter_config.json", {"use_dora": True}, "use_dora = True"),
+    ("tokens/nanoembed.json", {"pooling": "best"}, "'best'"), ("tokens/nanoembed.json", {"pooling": 5}, "'pooling' is 5"),
+    ("tokens/nanoembed.json", {"pooling": ...}, "'pooling' is missing"),
+    ("tokens/nanoembed.json", {"prompts": "query: "}, "'prompts' is 'query: '"),
+    ("tokens/nanoembed.json", {"prompts": {"query": 5}}, "'query' is 5"),
+    ("tokens/nanoembed.json", {"normalize": "yes"}, "'normalize' is 'yes'"),
+    ("tokens/nanoembed.json", {"max_length": "512"}, "'max_length' is '512'"),
+    ("tokens/nanoembed.json", {"max_length": -5}, "max_length"),
+    ("tokens/nanoembed.json", {"template": "[INST]"}, "'template' is '[INST]'"),
+    ("tokens/nanoembed.json", {"template": {"prefix": ""}}, "'suffix' is missing"),
+    ("tokens/nanoembed.json", {"template": {"prefix": 5, "suffix": ""}}, "'prefix' is 5"),
+    ("tokens/nanoembed.json", {"post_processor": ...}, "'post_processor'"),
+    ("llama/llm2vec_config.json", {"pooling_mode": "mean"}, "'max_length'"),
+    ("llama/nanoembed_classifier.json", {"a": 1}, "nanoembed_classifier.json & no key"),
+]  # fmt: skip
+
+
+def load_all(folder, name, llama):
+    if name == "meta.json":
+        open_tokens(folder, "train")
+        tokenizer_of(folder)
+    elif name == "adapter_config.json":
+        peft.adapter_chain(folder)
+        load_adapter(folder, llama)
+    elif name == "nanoembed_classifier.json":
+        read_classifier(folder, SimpleNamespace())
+    else:
+        Embedder.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("name, change, message", OTHERS, ids=str)
+def test_settings(name, change, message, made, tmp_path):
+    folder, path = copied(made, tmp_path, name)
+    found = (json.loads(path.read_text()) if path.exists() else {}) | change
+    path.write_text(json.dumps({key: x for key, x in found.items() if x is not ...}))
+    start = time.time()
+    refused(message, load_all, folder, path.name, str(made / "llama"))
+    assert time.time() - start < 5
+
+
+# ---- weights ----
+def filled(value):
+    def change(state):
+        name = sorted(state)[-1]
+        state[name].view(-1)[3] = value
+
+    return change
+
+
+def typed(dtype):
+    return lambda state: state.update({sorted(state)[-1]: state[sorted(state)[-1]].to(dtype)})
+
+
+WEIGHTS = {"llama/model.safetensors": lambda f, _: from_pretrained(f),
+           "llama/pytorch_model.bin": lambda f, _: from_pretrained(f),
+           "adapter/adapter_model.safetensors": load_adapter,
+           "tokens/1_Dense/model.safetensors": lambda f, _: read_settings(f)}  # fmt: skip
+SPOILT = {
+    "NaN": filled(float("nan")), "infinity": filled(float("inf")), "-infinity": filled(-float("inf")),
+    "int8": typed(torch.int8), "int64": typed(torch.int64), "bool": typed(torch.bool),
+    "complex": typed(torch.complex64), "missing": lambda state: state.pop(sorted(state)[-1]),
+    "unexpected": lambda state: state.update({"foreign.weight": torch.ones(2)}),
+    "shape": lambda state: state.update({sorted(state)[-1]: torch.ones(3, 5)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights(name, how, made, tmp_path):
+    folder, path = copied(made, tmp_path, name)
+    if path.suffix == ".bin":
+        os.remove(f"{folder}/model.safetensors")
+        state = torch.load(made / path.name)
+    else:
+        state = load_file(path)
+    tensor = "foreign.weight" if how == "unexpected" else sorted(state)[-1]
+    SPOILT[how](state)
+    (torch.save if path.suffix == ".bin" else save_file)(state, path)
+    if how == "shape" and "1_Dense" in name:  # its shape is what it projects to
+        return
+    tensor = tensor.removeprefix(peft.PREFIX) if how in ("missing", "shape") else tensor
+    tensor = re.sub(r"^model\.layers\.|\.weight$", "", tensor).replace("self_attn", "attn")
+    refused(f"{folder}", WEIGHTS[name], folder, str(made / "llama"))
+    with pytest.raises(ValueError) as error:
+        WEIGHTS[name](folder, str(made / "llama"))
+    assert tensor in str(error.value).replace("self_attn", "attn"), error.value
+
+
+@pytest.mark.parametrize("how", ["truncated", "text", "empty", "a .gz", "header", "pickle"])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_broken_weights(name, how, made, tmp_path):
+    folder, path = copied(made, tmp_path, name)
+    if path.suffix == ".bin":
+        os.remove(f"{folder}/model.safetensors")
+        shutil.copy(made / path.name, path)
+    good, more = path.read_bytes(), {"header": b"\xff" * 7 + b"\x7f", "pickle": pickle.dumps(print)}
+    path.write_bytes(more.get(how) or BROKEN[how](good))
+    refused(str(path), WEIGHTS[name], folder, str(made / "llama"))
+
+
+# ---- the hub ----
+NAMES = [
+    "out/mlm", "out/x@main", "data/pydocs", "data/x", "models/llama", "configs/x", "runs/x", "./x/y", "/x/y",
+    "~/x", "a/b/c", "x", "", "/", "a/", "/b", "../x", "a b/c", "a/b?", "a/b@", "-x/y", "C:\\x\\y", "a/\nb",
+    "https://huggingface.co/a/b", "a/b/", "owner/..", "./owner", "é/", "x" * 200,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_never_go_to_the_hub(name, monkeypatch):
+    monkeypatch.setattr("formats.huggingface.snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    for call in (resolve_folder, load_tokenizer, Embedder.load):
+        refused("no such folder" if name != "/" else "", call, name)
+
+
+def test_the_hub_is_asked_for_what_is_named(made, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def download(repo, **keys):
+        asked.append((repo, keys["revision"]))
+        raise OSError("no network")
+
+    monkeypatch.setattr("formats.huggingface.snapshot_download", download)
+    refused("owner/name: no such folder, and from the hub: no network", resolve_folder, "owner/name")
+    refused("o.w-n/n.1_x@v1", resolve_folder, "o.w-n/n.1_x@v1")
+    assert asked == [("owner/name", None), ("o.w-n/n.1_x", "v1")]
+    folder, path = copied(made, tmp_path, "adapter/adapter_config.json")
+    changed = {"base_model_name_or_path": "owner/base", "revision": "r2"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    refused("owner/base@r2", Embedder.load, folder)
+    assert f"{folder}: its base, owner/base@r2, is no folder here" in capsys.readouterr().out
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": folder}))
+    refused("its base leads back to itself", Embedder.load, folder)
+    # data without its tokenizer, named as a hub id could be
+    monkeypatch.chdir(made)
+    shutil.copytree("data", tmp_path / "mydata")
+    shutil.rmtree(tmp_path / "mydata/tokenizer")
+    monkeypatch.chdir(tmp_path)
+    refused("mydata/tokenizer: no such folder", tokenizer_of, "mydata")
+    os.mkdir("mydata/tokenizer")
+    refused("mydata/tokenizer", tokenizer_of, "mydata")
+    assert asked[2:] == [("owner/base", "r2")]
+
+
+def test_patterns_of_names():
+    name = "model.layers.3.self_attn.q_proj"
+    for rule in (["q_proj"], ["self_attn.q_proj"], [name], r".*\.(q_proj|v_proj)", r"^(?!.*vision).*q_proj$",
+                 r"model\.layers\.\d+\.self_attn\.[qkv]_proj", r"(.*\.)?(q_proj)"):  # fmt: skip
+        assert peft.matches(name, rule), rule
+    for rule in ([], ["proj"], ["_proj"], [".*"], ["k_proj"], "q_proj", r".*\.mlp\..*"):
+        assert not peft.matches(name, rule), rule
+
+
+# ---- texts ----
+@pytest.fixture(scope="module")
+def embedder(folders):
+    return Embedder.load(folders["llama"], device="cpu", dtype="fp32")
+
+
+BAD_TEXTS = [
+    (["a", None], "text 1 is None"), ([5], "text 0 is 5"), ([["a"]], "text 0 is ['a']"),
+    ([b"a"], "text 0 is b'a'"), ([True], "text 0 is True"), ([("a", "b")], "text 0 is ('a', 'b')"),
+    (["a", 1.5], "text 1 is 1.5"), ([{"text": "a"}], "text 0 is"), (["a", "b\ud800"], "text 1 & surrogate"),
+    (["\udfff"], "text 0 & surrogate"), ("a text", "a list of texts"), ([float("nan")], "text 0 is nan"),
+    (np.array([1, 2]), "text 0 is"), ((["a"] * 9000) + [None], "text 9000 is None"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("texts, message", BAD_TEXTS, ids=lambda x: str(x)[:30])
+def test_texts_of_encode(texts, message, embedder):
+    embedder.train()
+    if len(texts) < 9000:
+        refused(message, embedder.encode, texts)
+    else:  # the first part is whole
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(embedder, "embed", lambda encoded: torch.zeros(len(encoded), 64))
+            refused(message, embedder.encode, texts)
+    assert embedder.training and torch.is_grad_enabled()
+    embedder.eval()
+
+
+@pytest.mark.parametrize("queries, passage, message", [
+    ("abc", "a passage", "a list of queries"), (["a", None], "a passage", "query 1 is None"),
+    ([1], "a passage", "query 0 is 1"), (["a"], None, "passage is None"), (["a"], ["b"], "passage is ['b']"),
+    (["\ud800"], "a passage", "query 0 & surrogate"), (["a"], "\ud800", "passage & surrogate")])  # fmt: skip
+def test_texts_of_score_tokens(queries, passage, message, embedder):
+    refused(message, score_tokens, embedder, queries, passage)
+
+
+def test_instruction_that_is_none(embedder):
+    refused("one instruction", embedder.encode, ["a"], None)
+    refused("one instruction", embedder.encode, ["a"], ["b"])
+
+
+def test_vectors_that_are_not_finite(folders):
+    model = from_pretrained(folders["llama"])
+    model.embed.weight.data.fill_(3e38)
+    model.norm.weight.data.fill_(3e38)
+    overflowing = Embedder(model, load_tokenizer(folders["llama"]), "last", normalize=False).train()
+    refused("encode & NaN or infinity", overflowing.encode, ["a text"])
+    refused("score_tokens & NaN or infinity", score_tokens, overflowing, ["a"], "some passage")
+    assert overflowing.training
+
+
+# ---- texts that are far too long ----
+def wordpiece():
+    words = {w: i for i, w in enumerate(["[UNK]", *WORDS, "##ta", "##n", "t", "a"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def bpe_without_words():
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=200, show_progress=False)
+    backend.train_from_iterator([" ".join(WORDS), "aaaa ab"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_long_texts_have_the_ids_of_the_whole(toy_tokens, monkeypatch):
+    rng = np.random.default_rng(0)
+    words = rng.choice(WORDS, 30_000).tolist()
+    texts = [" ".join(words), "".join(words), "a" * 200_001, "ta" * 90_000, " " * 150_000 + "tan. " * 9000,
+             "tan\n" * 50_000, "x" + " ".join("0123456789" * 20_000)[:180_001], "short"]  # fmt: skip
+    for tokenizer in (load_tokenizer(f"{toy_tokens}/tokenizer"), wordpiece(), bpe_without_words()):
+        for template in (Template(), Template("query: ", " tan]"), Template("", "a")):
+            sizes = []
+            backend, found = whole_backend(tokenizer), {}
+            for cut in (True, False):
+                with contextlib.ExitStack() as stack:
+                    if not cut:
+                        patch = stack.enter_context(pytest.MonkeyPatch.context())
+                        patch.setattr("tokenizer.without_middle", lambda backend, text, n: text)
+                        patch.setattr("labels.without_middle", lambda backend, text, n: text)
+                    s = SimpleNamespace(prefix="", suffix="", separator=" ", max_length=32)
+                    both = [{"text": a, "pair": b} for a, b in zip(texts[:3], texts[::-1])]
+                    found[cut] = [tokenize(tokenizer, texts, "a ", template, 32, False),
+                                  tokenize(tokenizer, join_texts(both, tokenizer, s), "", template, 32)]
+                    encoded = tokenize_words(tokenizer, [text.split() or ["a"] for text in texts], 32)
+                    found[cut] += [[[*map(list, e)] for e in encoded]]
+            assert found[True] == found[False] and backend and not sizes
+            assert [len(ids) <= 32 for ids, _ in found[True][0]]
+
+
+def test_a_line_of_20_mb(tmp_path, embedder):
+    line = json.dumps({"query": "tan mos " * 2_500_000, "pos": ["tamalo" * 1_000_000]})
+    (tmp_path / "x.jsonl").write_text(line)
+    start = time.time()
+    pair = read_pair(open_pairs(str(tmp_path / "x.jsonl")), 0)
+    encoded = tokenize(embedder.tokenizer, [pair["query"], *pair["pos"]], "", Template(), 512)
+    assert [len(ids) for ids, _ in encoded] == [512, 512] and time.time() - start < 5
