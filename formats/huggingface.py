@@ -114,19 +114,24 @@ def our_module(module, family):
 
 def _rope_from_hf(hf, kind, theta):
     """{"theta", "scaling"} from `rope_parameters`, or the older rope_scaling and `theta`."""
-    new = hf.get("rope_parameters") or {}
+    new = require(hf, "rope_parameters", dict, "config.json", 0) if hf.get("rope_parameters") else {}
     new = new.get(LAYER_TYPES[kind], new)
     old = hf.get("rope_scaling") or {}
     scaling = {"rope_type": old.get("type", "default")} | old | new
     scaling = {k: v for k, v in scaling.items() if k not in ("rope_theta", "type")}
-    plain = scaling["rope_type"] == "default"
-    return {"theta": new.get("rope_theta") or theta, "scaling": None if plain else scaling}
+    theta, plain = new.get("rope_theta") or theta, scaling["rope_type"] == "default"
+    needed = ["rope_theta"] + ["factor"] * (not plain)
+    needed += ["low_freq_factor", "high_freq_factor"] * (scaling["rope_type"] == "llama3")
+    for key in needed:
+        if require(scaling | {"rope_theta": theta}, key, float, "config.json", 0) <= 0:
+            raise ValueError(f"config.json: {key} of RoPE, expected a number above 0")
+    return {"theta": theta, "scaling": None if plain else scaling}
 
 
 def config_from_hf(hf):
     """config.json as a dictionary -> ModelConfig. Missing keys get transformers' defaults."""
     family = hf.get("model_type")
-    if family not in NAMES:
+    if not isinstance(family, str) or family not in NAMES:
         raise ValueError(f"config.json: model_type {family!r}, expected one of {list(NAMES)}")
     c = DEFAULTS[family] | {"family": family, "hf": hf}
     for field, key in KEYS[family].items():
@@ -153,8 +158,12 @@ def config_from_hf(hf):
         thetas = dict.fromkeys(LAYER_TYPES, hf.get("rope_theta") or 10_000.0)
     if family == "neobert":  # the published config counts before the factor 2/3: 3072 for 2048
         c["n_hidden"] = (int(2 * c["n_hidden"] / 3) + 7) // 8 * 8
+    if hf.get("layer_types"):
+        kinds = require(hf, "layer_types", [str], "config.json", 0)
+        if not set(kinds) <= set(LAYER_TYPES.values()):
+            raise ValueError(f"config.json: layer_types {set(kinds)}, expected full or sliding ones")
     kinds = ["local" if window is not None and kind.startswith("sliding") else "global"
-             for kind in hf.get("layer_types") or kinds]  # fmt: skip
+             for kind in kinds]  # fmt: skip
     rope = {kind: _rope_from_hf(hf, kind, theta) for kind, theta in thetas.items()}
     config = ModelConfig(**c, window=window or 0, layer_kinds=kinds, rope=rope)
     if config.activation not in ("silu", "gelu"):
@@ -263,7 +272,7 @@ def resolve_folder(name):
 def download(name, patterns):
     """The folder in the cache of a hub id `owner/name[@revision]`, with files of these patterns."""
     repo, _, revision = name.partition("@")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) or repo.split("/")[0] in OURS:
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@.+)?", name) or repo.split("/")[0] in OURS:
         raise FileNotFoundError(f"{name}: no such folder, and not a hub id (owner/name[@revision])")
     try:
         return snapshot_download(

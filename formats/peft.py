@@ -118,6 +118,9 @@ def read_adapter(folder, c, parameters, linear):
     for key, value in config.items():
         if value and key not in KNOWN and value not in HARMLESS.get(key, ()):
             raise ValueError(f"{folder}: adapter_config.json has {key} = {value!r}: not supported")
+    kind = str if isinstance(config.get("target_modules"), str) else [str]
+    for key, kind in {"target_modules": kind, "lora_alpha": float, "lora_dropout": float}.items():
+        require({"lora_dropout": 0.0} | config, key, kind, f"{folder}/adapter_config.json", 0)
     path = f"{folder}/adapter_model.safetensors"
     if not os.path.exists(path):  # older adapters
         path = path[:-11] + "bin"

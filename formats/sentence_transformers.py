@@ -161,6 +161,10 @@ def read_settings(folder):
         settings = {key: require(settings, key, kind, where, 0) for key, kind in SETTINGS.items()}
         prefix, suffix = (require(settings["template"], x, str, where, 0) for x in TEMPLATE)
         settings["template"] = Template(prefix, suffix)
+        for name in settings["prompts"]:
+            require(settings["prompts"], name, str, f"{where}: prompts", 0)
+        if settings["max_length"] < 1:
+            raise ValueError(f"{where}: max_length {settings['max_length']}, expected 1 or more")
         path = Path(folder, PROJECTION)
         return settings | ({"projection": read_projection(path)} if path.exists() else {})
     if llm2vec := read_json(folder, "llm2vec_config.json"):
