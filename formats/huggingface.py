@@ -114,7 +114,8 @@ def our_module(module, family):
 
 def _rope_from_hf(hf, kind, theta):
     """{"theta", "scaling"} from `rope_parameters`, or the older rope_scaling and `theta`."""
-    new = require(hf, "rope_parameters", dict, "config.json", 0) if hf.get("rope_parameters") else {}
+    new = hf.get("rope_parameters") or {}
+    require({"rope_parameters": new}, "rope_parameters", dict, "config.json", 0)
     new = new.get(LAYER_TYPES[kind], new)
     old = hf.get("rope_scaling") or {}
     scaling = {"rope_type": old.get("type", "default")} | old | new
@@ -161,7 +162,7 @@ def config_from_hf(hf):
     if hf.get("layer_types"):
         kinds = require(hf, "layer_types", [str], "config.json", 0)
         if not set(kinds) <= set(LAYER_TYPES.values()):
-            raise ValueError(f"config.json: layer_types {set(kinds)}, expected full or sliding ones")
+            raise ValueError(f"config.json: layer_types {kinds}, expected full or sliding ones")
     kinds = ["local" if window is not None and kind.startswith("sliding") else "global"
              for kind in kinds]  # fmt: skip
     rope = {kind: _rope_from_hf(hf, kind, theta) for kind, theta in thetas.items()}

@@ -1,9 +1,9 @@
 """Malformed lines, files, weights, configs, hub names and texts: each is refused in one line that
 names what is wrong, or is taken as documented."""
 
-import contextlib
 import gzip
 import json
+import math
 import os
 import pickle
 import re
@@ -29,7 +29,7 @@ from formats.sentence_transformers import read_settings
 from labels import join_texts, read_examples
 from recorder import WORDS
 from spans import read_spans
-from tokenizer import Template, load_tokenizer, tokenize, tokenize_words, whole_backend
+from tokenizer import Template, load_tokenizer, tokenize, tokenize_words
 from tokens import open_tokens, tokenizer_of
 
 ERRORS = (ValueError, TypeError, OSError, SystemExit)
@@ -39,7 +39,7 @@ def refused(fragments, call, *args, **keys):
     """The message's first line has all fragments; they are apart by " & "."""
     with pytest.raises(ERRORS) as error:
         call(*args, **keys)
-    assert not isinstance(error.value, UnicodeError) and "__" not in type(error.value).__name__
+    assert not isinstance(error.value, UnicodeError)  # of which none names a file
     line = str(error.value).splitlines()[0]
     assert all(part in line for part in fragments.split(" & ")), line
 
@@ -50,27 +50,31 @@ TRIPLE = {"query": "q", "positive": "a", "negative": "b"}
 LINES = [
     ('{"query": "q", "pos": ["a"]', "not JSON"), ("[1, 2]", "a list, expected an object"),
     ('"text"', "a str, expected an object"), ("null", "a NoneType"), ("7", "an object"),
-    ("NaN", "a float, expected an object"), ("{}", "'query' is missing"), ("{'query': 1}", "not JSON"),
+    ("NaN", "a float, expected an object"), ("{}", "'query' is missing"),
+    ("{'query': 1}", "not JSON"),
     ('{"query": "q", "query": "r", "pos": ["a"]}', "key 'query' comes twice"),
     ('{"query": "q", "pos": ["a"], "neg": ["b"], "neg": []}', "key 'neg' comes twice"),
     ('{"query": "q", "pos": ["a"], "id": {"x": 1, "x": 2}}', "key 'x' comes twice"),
-    ("[" * 100_000, "not JSON"), ('{"a":' * 100_000, "not JSON"), ('{"query": "q"} {}', "Extra data"),
-    (b'{"query": "\xff"}', "not JSON"), (b"\x00\x01", "not JSON"), (b"\x1f\x8b\x08", "not JSON"),
+    ("[" * 100_000, "not JSON"), ('{"a":' * 100_000, "not JSON"),
+    ('{"query": "q"} {}', "Extra data"), (b'{"query": "\xff"}', "not JSON"),
+    (b"\x00\x01", "not JSON"), (b"\x1f\x8b\x08", "not JSON"),
     ('{"query": ' + "9" * 5000 + "}", "not JSON"),
 ]  # fmt: skip
 FIELDS = [  # of a line: what is changed of PAIR or TRIPLE, and what is said
     (PAIR, {"query": None}, "'query'"), (PAIR, {"query": ""}, "'query' is empty"),
     (PAIR, {"query": "  \n"}, "'query' is empty"), (PAIR, {"query": 5}, "'query' is 5"),
     (PAIR, {"query": True}, "'query' is True"), (PAIR, {"query": ["q"]}, "'query' is ['q']"),
-    (PAIR, {"query": {"text": "q"}}, "'query' is"), (PAIR, {"query": "\ud800"}, "'query' & surrogate"),
-    (PAIR, {"pos": None}, "'pos'"), (PAIR, {"pos": []}, "'pos' is empty"),
-    (PAIR, {"pos": "a"}, "'pos' is 'a'"), (PAIR, {"pos": [""]}, "'pos' has an empty text"),
+    (PAIR, {"query": {"text": "q"}}, "'query' is"),
+    (PAIR, {"query": "\ud800"}, "'query' & surrogate"), (PAIR, {"pos": None}, "'pos'"),
+    (PAIR, {"pos": []}, "'pos' is empty"), (PAIR, {"pos": "a"}, "'pos' is 'a'"),
+    (PAIR, {"pos": [""]}, "'pos' has an empty text"),
     (PAIR, {"pos": ["a", " "]}, "'pos' has an empty text"), (PAIR, {"pos": ["a", 1]}, "'pos' is"),
     (PAIR, {"pos": ["a", None]}, "'pos' is"), (PAIR, {"pos": [["a"]]}, "'pos' is"),
     (PAIR, {"pos": {"a": 1}}, "'pos' is"), (PAIR, {"pos": ["\udfff"]}, "'pos' & surrogate"),
     (PAIR, {"neg": "c"}, "'neg' is 'c'"), (PAIR, {"neg": [""]}, "'neg' has an empty text"),
     (PAIR, {"neg": [None]}, "'neg' is"), (PAIR, {"neg": 3}, "'neg' is 3"),
-    (PAIR, {"neg": ["c", "\n"]}, "'neg' has an empty text"), (PAIR, {"neg": False}, "'neg' is False"),
+    (PAIR, {"neg": ["c", "\n"]}, "'neg' has an empty text"),
+    (PAIR, {"neg": False}, "'neg' is False"),
     (PAIR, {"negs": ["c"]}, "'negs' & did you mean 'neg'"),
     (PAIR, {"Neg": ["c"]}, "'Neg' & did you mean 'neg'"),
     (PAIR, {"negatives": ["c"]}, "'negatives' & did you mean 'negative'"),
@@ -86,10 +90,12 @@ FIELDS = [  # of a line: what is changed of PAIR or TRIPLE, and what is said
     (TRIPLE, {"neg": ["c"]}, "'neg' & 'positive' & one form"),
     (TRIPLE, {"text": "c"}, "'positive' & 'text' & one form"),
     (TRIPLE, {"anchor": "c"}, "'anchor' & 'query' & one form"),
-    (TRIPLE, {"positive": ""}, "'positive' is empty"), (TRIPLE, {"negative": ""}, "'negative' is empty"),
-    (TRIPLE, {"positive": ["a"]}, "'positive' is ['a']"), (TRIPLE, {"negative": 1}, "'negative' is 1"),
-    (TRIPLE, {"query": None}, "'query'"), (TRIPLE, {"negative": [""]}, "'negative' is"),
-    ({"text": "a"}, {"text": ""}, "'text' is empty"), ({"text": "a"}, {"text": 1}, "'text' is 1"),
+    (TRIPLE, {"positive": ""}, "'positive' is empty"),
+    (TRIPLE, {"negative": ""}, "'negative' is empty"),
+    (TRIPLE, {"positive": ["a"]}, "'positive' is ['a']"),
+    (TRIPLE, {"negative": 1}, "'negative' is 1"), (TRIPLE, {"query": None}, "'query'"),
+    (TRIPLE, {"negative": [""]}, "'negative' is"), ({"text": "a"}, {"text": ""}, "'text' is empty"),
+    ({"text": "a"}, {"text": 1}, "'text' is 1"),
     ({"text": "a"}, {"pos": ["a"]}, "'pos' & 'text' & one form"),
     (PAIR, {"pos_scores": [float("nan"), 1]}, "'pos_scores' & finite"),
     (PAIR, {"pos_scores": [float("inf"), 1]}, "'pos_scores' & finite"),
@@ -99,10 +105,11 @@ FIELDS = [  # of a line: what is changed of PAIR or TRIPLE, and what is said
     (PAIR, {"pos_scores": [1]}, "'pos_scores' has 1 numbers for 2"),
     (PAIR, {"pos_scores": [1, 2, 3]}, "'pos_scores' has 3 numbers for 2"),
     (PAIR, {"neg_scores": [1, 2]}, "'neg_scores' has 2 numbers for 1"),
-    (PAIR, {"pos_scores": ["1", "2"]}, "'pos_scores' is"), (PAIR, {"pos_scores": 1.0}, "'pos_scores' is"),
+    (PAIR, {"pos_scores": ["1", "2"]}, "'pos_scores' is"),
+    (PAIR, {"pos_scores": 1.0}, "'pos_scores' is"),
     (PAIR, {"pos_scores": [True, True]}, "'pos_scores' is"),
-    (PAIR, {"pos_scores": [None, 1]}, "'pos_scores' is"),
-    (PAIR, {"prompt": 5}, "'prompt' is 5"), (PAIR, {"prompt": ["x"]}, "'prompt' is ['x']"),
+    (PAIR, {"pos_scores": [None, 1]}, "'pos_scores' is"), (PAIR, {"prompt": 5}, "'prompt' is 5"),
+    (PAIR, {"prompt": ["x"]}, "'prompt' is ['x']"),
     (PAIR, {"prompt": "\ud800"}, "'prompt' & surrogate"),
 ]  # fmt: skip
 
@@ -127,8 +134,8 @@ def test_pair_fields(whole, change, message, tmp_path):
 
 
 def test_pairs_that_are_fine(tmp_path, capsys):
-    for extra in ({"id": 3, "query_id": "x"}, {"neg": None}, {"pos_scores": None}, {"prompt": ""},
-                  {"pos_scores": []}, {"negative": None}, {"module": "a", "name": "b"}):  # fmt: skip
+    for extra in ({"id": 3, "query_id": "x"}, {"neg": None}, {"pos_scores": None},
+                  {"prompt": ""}, {"pos_scores": []}, {"negative": None}, {"module": "a"}):
         assert pair_of(tmp_path, json.dumps(PAIR | extra))["query"] == "q"
     printed = capsys.readouterr().out.splitlines()
     assert [line.split("line 3: ")[1] for line in printed] == [
@@ -143,9 +150,10 @@ SPAN = {"query": "q", "passage": "a passage", "spans": [[0, 1]]}
 SPANS = [
     ({"query": ""}, "'query' is empty"), ({"passage": " "}, "'passage' is empty"),
     ({"spans": []}, "'spans' is empty"), ({"spans": [[0, 99]]}, "'spans' has [0, 99]"),
-    ({"spans": [[1, 1]]}, "[1, 1]"), ({"spans": [[-1, 1]]}, "[-1, 1]"), ({"spans": [[1, 2]]}, "spaces"),
-    ({"spans": [[0, 1.0]]}, "[0, 1.0]"), ({"spans": [[0, True]]}, "[0, True]"),
-    ({"spans": [[0, 1, 2]]}, "[0, 1, 2]"), ({"spans": [0, 1]}, "'spans' is"), ({"spans": {}}, "'spans' is"),
+    ({"spans": [[1, 1]]}, "[1, 1]"), ({"spans": [[-1, 1]]}, "[-1, 1]"),
+    ({"spans": [[1, 2]]}, "spaces"), ({"spans": [[0, 1.0]]}, "[0, 1.0]"),
+    ({"spans": [[0, True]]}, "[0, True]"), ({"spans": [[0, 1, 2]]}, "[0, 1, 2]"),
+    ({"spans": [0, 1]}, "'spans' is"), ({"spans": {}}, "'spans' is"),
     ({"spans": [[0, float("nan")]]}, "nan"), ({"answer": [0, 99]}, "'answer' has [0, 99]"),
     ({"answer": "a"}, "'answer' has a"), ({"passage": "\ud800 passage"}, "'passage' & surrogate"),
 ]  # fmt: skip
@@ -161,9 +169,11 @@ def test_spans(change, message, tmp_path):
 WORD, TEXT = '{"words": ["a", "b"], "labels": ["A", "B"]}\n', '{"text": "a", "label": 0}\n'
 TEXTS = TEXT + '{"text": "b", "label": 1}\n'
 LABELS = [  # file, kind of loss ("words": softmax), what is in it, message
-    ("x.jsonl", "words", WORD + '{"words": ["a"], "labels": ["A", "B"]}', "line 2: & 1 words and 2"),
+    ("x.jsonl", "words", WORD + '{"words": ["a"], "labels": ["A", "B"]}',
+     "line 2: & 1 words and 2"),
     ("x.jsonl", "words", WORD + '{"words": [], "labels": []}', "line 2: & 'labels' is empty"),
-    ("x.jsonl", "words", WORD + '{"words": ["a"], "labels": [""]}', "line 2: & 'labels' has an empty"),
+    ("x.jsonl", "words", WORD + '{"words": ["a"], "labels": [""]}',
+     "line 2: & 'labels' has an empty"),
     ("x.jsonl", "words", WORD + '{"words": ["a"], "labels": "A"}', "line 2: & 'labels' is 'A'"),
     ("x.jsonl", "words", WORD + '{"words": "a", "labels": ["A"]}', "line 2: & 'words' is 'a'"),
     ("x.jsonl", "words", WORD + '{"words": ["a"]}', "line 2: & 'labels' is missing"),
@@ -177,7 +187,8 @@ LABELS = [  # file, kind of loss ("words": softmax), what is in it, message
     ("x.txt", "words", "a\tA\nb\t\n", "line 2: 2 columns, no label in -1"),
     ("x.txt", "words", "a A\nb A\n", "every label is 'A'"),
     ("x.txt", "words", b"a A\n\xff B\n", "line 2: & utf-8"),
-    ("x.txt", "words", b"a A\nb B\n\xe2\x82", "line 3: & utf-8"), ("x.json", "words", "[]", "expected .jsonl"),
+    ("x.txt", "words", b"a A\nb B\n\xe2\x82", "line 3: & utf-8"),
+    ("x.json", "words", "[]", "expected .jsonl"),
     ("x.jsonl", "softmax", TEXT + '{"text": "", "label": 1}', "line 2: & 'text' is empty"),
     ("x.jsonl", "softmax", TEXT + '{"text": "b", "label": ""}', "line 2: & 'label' is empty"),
     ("x.jsonl", "softmax", TEXT + '{"text": "b", "label": 0.5}', "line 2: & 'label' is 0.5"),
@@ -186,9 +197,10 @@ LABELS = [  # file, kind of loss ("words": softmax), what is in it, message
     ("x.jsonl", "softmax", TEXT + '{"text": "b", "label": null}', "line 2: & 'label' is None"),
     ("x.jsonl", "softmax", TEXT + '{"text": "b"}', "line 2: & 'label' is missing"),
     ("x.jsonl", "softmax", TEXT + '{"text": "b", "label": 1, "label": 0}', "line 2: & comes twice"),
-    ("x.jsonl", "softmax", TEXT + '{"text": "b", "text_pair": "", "label": 1}', "line 2: & 'text_pair' is"),
-    ("x.jsonl", "softmax", TEXT + '{"text": "b", "text_pair": 2, "label": 1}', "line 2: & 'text_pair' is"),
-    ("x.jsonl", "softmax", TEXT + TEXT, "every label is '0'"),
+    ("x.jsonl", "softmax", TEXT + '{"text": "b", "text_pair": "", "label": 1}',
+     "line 2: & 'text_pair' is"),
+    ("x.jsonl", "softmax", TEXT + '{"text": "b", "text_pair": 2, "label": 1}',
+     "line 2: & 'text_pair' is"), ("x.jsonl", "softmax", TEXT + TEXT, "every label is '0'"),
     ("x.jsonl", "bce", TEXT + '{"text": "b", "label": 2}', "line 2: & expected 0 to 1"),
     ("x.jsonl", "bce", TEXT + '{"text": "b", "label": -0.1}', "line 2: & expected 0 to 1"),
     ("x.jsonl", "bce", TEXT + '{"text": "b", "label": NaN}', "line 2: & 'label' & finite"),
@@ -216,8 +228,8 @@ def test_labels(name, kind, content, message, tmp_path):
 
 @pytest.mark.parametrize("names, column, message", [
     (("A", "A", "B"), -1, "label_names & different"), (("A", ""), -1, "label_names & none empty"),
-    (("A",), -1, "label 'B' is none of the 1 labels"), ((), 0, "no label in 0"), ((), 5, "no label in 5"),
-    ((), -3, "no label in -3")])  # fmt: skip
+    (("A",), -1, "label 'B' is none of the 1 labels"), ((), 0, "no label in 0"),
+    ((), 5, "no label in 5"), ((), -3, "no label in -3")])  # fmt: skip
 def test_label_names(names, column, message, tmp_path):
     (tmp_path / "x.txt").write_text("a A\nb B\n")
     s = SimpleNamespace(task="words", loss_kind="softmax", label_column=column, labels=list(names),
@@ -241,11 +253,14 @@ TASKS = [  # files, message
     ({"sts.jsonl": STS % 1 + STS % '"2"'}, "sts.jsonl line 2: & 'score' is '2'"),
     ({"sts.jsonl": STS % 1 + STS % "null"}, "sts.jsonl line 2: & 'score' is None"),
     ({"sts.jsonl": '{"sentence1": "a", "score": 1}'}, "sts.jsonl line 1: & 'sentence2' is missing"),
-    ({"sts.jsonl": '{"sentence1": "", "sentence2": "b", "score": 1}'}, "line 1: & 'sentence1' is empty"),
-    ({"sts.jsonl": ""}, "sts.jsonl has no rows"), ({"sts.tsv": "sentence1\tsentence2\tscore\n"}, "no rows"),
+    ({"sts.jsonl": '{"sentence1": "", "sentence2": "b", "score": 1}'},
+     "line 1: & 'sentence1' is empty"), ({"sts.jsonl": ""}, "sts.jsonl has no rows"),
+    ({"sts.tsv": "sentence1\tsentence2\tscore\n"}, "no rows"),
     ({"sts.tsv": "sentence1\tsentence2\tscore\na\tb\tnan\nc\td\t1\n"}, "sts.tsv line 2: & 'score'"),
-    ({"sts.tsv": "sentence1\tsentence2\tscore\na\tb\tx\nc\td\t1\n"}, "sts.tsv line 2: & 'score' is 'x'"),
-    ({"sts.tsv": "sentence1\tsentence2\tscore\na\tb\n"}, "sts.tsv line 2: 2 columns, the header has 3"),
+    ({"sts.tsv": "sentence1\tsentence2\tscore\na\tb\tx\nc\td\t1\n"},
+     "sts.tsv line 2: & 'score' is 'x'"),
+    ({"sts.tsv": "sentence1\tsentence2\tscore\na\tb\n"},
+     "sts.tsv line 2: 2 columns, the header has 3"),
     ({"sts.tsv": "sentence1\tsentence2\tscore\na\tb\t1\t2\n"}, "sts.tsv line 2: 4 columns"),
     ({"sts.tsv": b"sentence1\tsentence2\tscore\n\xff\tb\t1\n"}, "sts.tsv line 2: & utf-8"),
     ({"sts.tsv": "a\tb\tc\na\tb\t1\n"}, "sts.tsv line 2: & 'sentence1' is missing"),
@@ -254,30 +269,40 @@ TASKS = [  # files, message
     ({"pairs.jsonl": TWO % 1 + TWO % 0.5}, "pairs.jsonl line 2: & 'label' is 0.5"),
     ({"pairs.jsonl": TWO % 1 + TWO % "true"}, "pairs.jsonl line 2: & 'label' is True"),
     ({"clustering.jsonl": LABELLED % "x" * 2}, "clustering.jsonl & 'label' is 'x' in every line"),
-    ({"clustering.jsonl": LABELLED % "x" + LABELLED % ""}, "clustering.jsonl line 2: & 'label' is empty"),
-    ({"train.jsonl": LABELLED % "x" * 2, "test.jsonl": LABELLED % "x"}, "train.jsonl & in every line"),
+    ({"clustering.jsonl": LABELLED % "x" + LABELLED % ""},
+     "clustering.jsonl line 2: & 'label' is empty"),
+    ({"train.jsonl": LABELLED % "x" * 2, "test.jsonl": LABELLED % "x"},
+     "train.jsonl & in every line"),
     ({"train.jsonl": LABELLED % "x" + LABELLED % "y", "test.jsonl": LABELLED % "z"},
      "test.jsonl & label 'z' is not in train"),
     ({"train.jsonl": LABELLED % "x" + LABELLED % "y", "test.jsonl": ""}, "test.jsonl has no rows"),
     ({"train.jsonl": LABELLED % "x" + LABELLED % "y"}, "test.jsonl"),
-    ({"reranking.jsonl": '{"query": "q", "positive": [], "negative": ["b"]}'}, "line 1: & 'positive' is empty"),
-    ({"reranking.jsonl": '{"query": "q", "positive": ["a"], "negative": []}'}, "'negative' is empty"),
-    ({"reranking.jsonl": '{"query": "q", "positive": ["a"], "negative": [""]}'}, "'negative' has an empty"),
-    ({"reranking.jsonl": '{"query": "", "positive": ["a"], "negative": ["b"]}'}, "'query' is empty"),
+    ({"reranking.jsonl": '{"query": "q", "positive": [], "negative": ["b"]}'},
+     "line 1: & 'positive' is empty"),
+    ({"reranking.jsonl": '{"query": "q", "positive": ["a"], "negative": []}'},
+     "'negative' is empty"),
+    ({"reranking.jsonl": '{"query": "q", "positive": ["a"], "negative": [""]}'},
+     "'negative' has an empty"),
+    ({"reranking.jsonl": '{"query": "", "positive": ["a"], "negative": ["b"]}'},
+     "'query' is empty"),
     (CORPUS | {"corpus.jsonl": CORPUS["corpus.jsonl"] + '{"_id": "1", "text": "c"}'},
      "corpus.jsonl line 3: 1 stands in line 1, too"),
     (CORPUS | {"queries.jsonl": CORPUS["queries.jsonl"] + '{"_id": "r", "text": "c"}'},
      "queries.jsonl line 3: r stands in line 2, too"),
-    (CORPUS | {"queries.jsonl": '{"_id": "q", "text": " "}'}, "queries.jsonl line 1: & 'text' is empty"),
+    (CORPUS | {"queries.jsonl": '{"_id": "q", "text": " "}'},
+     "queries.jsonl line 1: & 'text' is empty"),
     (CORPUS | {"queries.jsonl": '{"_id": 1, "text": "a"}'}, "queries.jsonl line 1: & '_id' is 1"),
-    (CORPUS | {"corpus.jsonl": '{"_id": "", "text": "a"}'}, "corpus.jsonl line 1: & '_id' is empty"),
-    (CORPUS | {"qrels/test.tsv": QRELS + "q\t1\t1\nq\t1\t0\n"}, "test.tsv line 3: q 1 stands in line 2"),
+    (CORPUS | {"corpus.jsonl": '{"_id": "", "text": "a"}'},
+     "corpus.jsonl line 1: & '_id' is empty"),
+    (CORPUS | {"qrels/test.tsv": QRELS + "q\t1\t1\nq\t1\t0\n"},
+     "test.tsv line 3: q 1 stands in line 2"),
     (CORPUS | {"qrels/test.tsv": QRELS + "q\t9\t1\n"}, "test.tsv & no text for corpus-id '9'"),
     (CORPUS | {"qrels/test.tsv": QRELS + "x\t1\t1\n"}, "test.tsv & no text for query-id 'x'"),
     (CORPUS | {"qrels/test.tsv": QRELS + "q\t1\t-1\n"}, "test.tsv & score -1"),
     (CORPUS | {"qrels/test.tsv": QRELS + "q\t1\t0\n"}, "test.tsv & no query has a passage"),
     (CORPUS | {"qrels/test.tsv": QRELS + "q\t1\t1.5\n"}, "test.tsv line 2: & 'score' is '1.5'"),
-    (CORPUS | {"qrels/test.tsv": QRELS + "q 1 1\n"}, "test.tsv line 2: 1 columns, the header has 3"),
+    (CORPUS | {"qrels/test.tsv": QRELS + "q 1 1\n"},
+     "test.tsv line 2: 1 columns, the header has 3"),
     (CORPUS | {"qrels/test.tsv": QRELS}, "test.tsv has no rows"),
     ({k: v for k, v in CORPUS.items() if "qrels" not in k}, "test.tsv"),
 ]  # fmt: skip
@@ -369,27 +394,35 @@ def test_broken_json(name, how, made, tmp_path):
 
 CONFIGS = [  # llama's config.json
     ({"vocab_size": None}, "vocab_size"), ({"vocab_size": 0}, "vocab_size is 0"),
-    ({"vocab_size": "512"}, "'vocab_size' is '512'"), ({"vocab_size": 512.0}, "'vocab_size' is 512.0"),
-    ({"hidden_size": -64}, "hidden_size is -64"), ({"hidden_size": True}, "'hidden_size' is True"),
-    ({"hidden_size": 63}, "embed_tokens & (512, 63)"), ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    ({"vocab_size": "512"}, "'vocab_size' is '512'"),
+    ({"vocab_size": 512.0}, "'vocab_size' is 512.0"), ({"hidden_size": -64}, "hidden_size is -64"),
+    ({"hidden_size": True}, "'hidden_size' is True"),
+    ({"hidden_size": 63}, "embed_tokens & (512, 63)"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
     ({"num_hidden_layers": 0}, "num_hidden_layers is 0"), ({"num_hidden_layers": 4}, "layers.3"),
-    ({"num_hidden_layers": 2}, "layers.2"), ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"num_hidden_layers": 2}, "layers.2"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0"),
     ({"num_attention_heads": [4]}, "'num_attention_heads' is [4]"),
-    ({"num_key_value_heads": 3}, "k_proj & (48, 64)"), ({"num_key_value_heads": -2}, "num_key_value_heads is -2"),
-    ({"intermediate_size": 10**12}, "intermediate_size is 10"), ({"intermediate_size": 95}, "mlp.gate_proj"),
-    ({"head_dim": 15}, "head_dim"), ({"max_position_embeddings": -1}, "max_position_embeddings is -1"),
+    ({"num_key_value_heads": 3}, "k_proj & (48, 64)"),
+    ({"num_key_value_heads": -2}, "num_key_value_heads is -2"),
+    ({"intermediate_size": 10**12}, "intermediate_size is 10"),
+    ({"intermediate_size": 95}, "mlp.gate_proj"), ({"head_dim": 15}, "head_dim"),
+    ({"max_position_embeddings": -1}, "max_position_embeddings is -1"),
     ({"max_position_embeddings": "2k"}, "'max_position_embeddings' is '2k'"),
-    ({"rms_norm_eps": "1e-5"}, "'rms_norm_eps' is '1e-5'"), ({"rms_norm_eps": float("nan")}, "finite"),
+    ({"rms_norm_eps": "1e-5"}, "'rms_norm_eps' is '1e-5'"),
+    ({"rms_norm_eps": float("nan")}, "finite"),
     ({"tie_word_embeddings": "yes"}, "'tie_word_embeddings' is 'yes'"),
     ({"is_causal": 1}, "'is_causal' is 1"), ({"attention_bias": 0}, "'attention_bias' is 0"),
     ({"hidden_act": "relu"}, "'relu'"), ({"hidden_act": 5}, "'hidden_act' is 5"),
-    ({"model_type": "bert"}, "'bert'"), ({"model_type": None}, "model_type"), ({"model_type": ["x"]}, "['x'] & expected one of"),
+    ({"model_type": "bert"}, "'bert'"), ({"model_type": None}, "model_type"),
+    ({"model_type": ["x"]}, "['x'] & expected one of"),
     ({"rope_parameters": {"rope_type": "magic", "rope_theta": 9.0, "factor": 2.0}}, "magic"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": -5}}, "rope_theta"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_theta"),
     ({"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0}}, "factor"),
     ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": -2}}, "factor"),
-    ({"rope_parameters": [1]}, "rope_parameters"), ({"layer_types": ["full_attention"]}, "1 layer_kinds for 3"),
+    ({"rope_parameters": [1]}, "rope_parameters"),
+    ({"layer_types": ["full_attention"]}, "1 layer_kinds for 3"),
     ({"layer_types": 3}, "layer_types"), ({"layer_types": ["lstm"] * 3}, "layer_types"),
 ]  # fmt: skip
 
@@ -402,35 +435,47 @@ def test_config(change, message, made, tmp_path):
 
 
 OTHERS = [  # file, change (... takes the key away), message
-    ("data/meta.json", {"dtype": "float16"}, "dtype 'float16'"), ("data/meta.json", {"dtype": ...}, "'dtype'"),
-    ("data/meta.json", {"dtype": 16}, "'dtype' is 16"), ("data/meta.json", {"vocab_size": ...}, "'vocab_size'"),
+    ("data/meta.json", {"dtype": "float16"}, "dtype 'float16'"),
+    ("data/meta.json", {"dtype": ...}, "'dtype'"),
+    ("data/meta.json", {"dtype": 16}, "'dtype' is 16"),
+    ("data/meta.json", {"vocab_size": ...}, "'vocab_size'"),
     ("data/meta.json", {"vocab_size": "x"}, "'vocab_size' is 'x'"),
     ("data/meta.json", {"vocab_size": 10**6}, "vocab_size is 1000000"),
-    ("data/meta.json", {"splits": []}, "'splits' is []"), ("data/meta.json", {"splits": {}}, "no split"),
+    ("data/meta.json", {"splits": []}, "'splits' is []"),
+    ("data/meta.json", {"splits": {}}, "no split"),
     ("data/meta.json", {"splits": {"train": 5}}, "'train' is 5"),
     ("data/meta.json", {"splits": {"train": {}}}, "'docs' is missing"),
     ("data/meta.json", {"splits": {"train": {"docs": 350}}}, "'tokens' is missing"),
     ("data/meta.json", {"splits": {"train": {"docs": 3.5, "tokens": 9}}}, "'docs' is 3.5"),
     ("data/meta.json", {"splits": {"train": {"docs": -1, "tokens": 9}}}, "bytes"),
-    ("data/meta.json", {"mask_id": 4}, "mask_id is 4"), ("data/meta.json", {"mask_id": None}, "mask_id is None"),
-    ("data/meta.json", {"mask_id": 10**6}, "mask_id is 1000000"), ("data/meta.json", {"mask_id": ...}, "'mask_id'"),
+    ("data/meta.json", {"mask_id": 4}, "mask_id is 4"),
+    ("data/meta.json", {"mask_id": None}, "mask_id is None"),
+    ("data/meta.json", {"mask_id": 10**6}, "mask_id is 1000000"),
+    ("data/meta.json", {"mask_id": ...}, "'mask_id'"),
     ("data/meta.json", {"special_ids": []}, "special_ids is []"),
     ("data/meta.json", {"special_ids": [0, 1, 99]}, "special_ids is [0, 1, 99]"),
     ("data/meta.json", {"special_ids": ...}, "'special_ids'"),
     ("data/meta.json", {"tokenizer_sha256": "0" * 64}, "tokenizer_sha256 is 000"),
-    ("adapter/adapter_config.json", {"base_model_name_or_path": None}, "'base_model_name_or_path' is None"),
-    ("adapter/adapter_config.json", {"base_model_name_or_path": ""}, "'base_model_name_or_path' is empty"),
-    ("adapter/adapter_config.json", {"base_model_name_or_path": ...}, "'base_model_name_or_path' is missing"),
-    ("adapter/adapter_config.json", {"base_model_name_or_path": "out/gone"}, "out/gone: no such folder"),
-    ("adapter/adapter_config.json", {"base_model_name_or_path": "../gone"}, "../gone: no such folder"),
+    ("adapter/adapter_config.json", {"base_model_name_or_path": None},
+     "'base_model_name_or_path' is None"),
+    ("adapter/adapter_config.json", {"base_model_name_or_path": ""},
+     "'base_model_name_or_path' is empty"),
+    ("adapter/adapter_config.json", {"base_model_name_or_path": ...},
+     "'base_model_name_or_path' is missing"),
+    ("adapter/adapter_config.json", {"base_model_name_or_path": "out/gone"},
+     "out/gone: no such folder"),
+    ("adapter/adapter_config.json", {"base_model_name_or_path": "../gone"},
+     "../gone: no such folder"),
     ("adapter/adapter_config.json", {"lora_alpha": ...}, "'lora_alpha' is missing"),
     ("adapter/adapter_config.json", {"lora_alpha": "16"}, "'lora_alpha' is '16'"),
     ("adapter/adapter_config.json", {"lora_alpha": float("nan")}, "'lora_alpha' & finite"),
     ("adapter/adapter_config.json", {"lora_dropout": "x"}, "'lora_dropout' is 'x'"),
     ("adapter/adapter_config.json", {"target_modules": 5}, "'target_modules' is 5"),
     ("adapter/adapter_config.json", {"target_modules": [5]}, "'target_modules' is [5]"),
-    ("adapter/adapter_config.json", {"target_modules": ["q_proj", "v_proj", "o_proj"]}, "missing tensors"),
-    ("adapter/adapter_config.json", {"target_modules": "((.+)+)+X"}, "((.+)+)+X & names of modules"),
+    ("adapter/adapter_config.json", {"target_modules": ["q_proj", "v_proj", "o_proj"]},
+     "missing tensors"),
+    ("adapter/adapter_config.json", {"target_modules": "((.+)+)+X"},
+     "((.+)+)+X & names of modules"),
     ("adapter/adapter_config.json", {"target_modules": "(a|a)*X"}, "(a|a)*X & names of modules"),
     ("adapter/adapter_config.json", {"target_modules": "(.{1,9}){9}X"}, "names of modules"),
     ("adapter/adapter_config.json", {"target_modules": r"(.*)\1\1X"}, "names of modules"),
@@ -441,7 +486,8 @@ OTHERS = [  # file, change (... takes the key away), message
     ("adapter/adapter_config.json", {"alpha_pattern": {"((.+)+)+X": 3}}, "names of modules"),
     ("adapter/adapter_config.json", {"peft_type": "IA3"}, "peft_type = 'IA3'"),
     ("adapter/adapter_config.json", {"use_dora": True}, "use_dora = True"),
-    ("tokens/nanoembed.json", {"pooling": "best"}, "'best'"), ("tokens/nanoembed.json", {"pooling": 5}, "'pooling' is 5"),
+    ("tokens/nanoembed.json", {"pooling": "best"}, "'best'"),
+    ("tokens/nanoembed.json", {"pooling": 5}, "'pooling' is 5"),
     ("tokens/nanoembed.json", {"pooling": ...}, "'pooling' is missing"),
     ("tokens/nanoembed.json", {"prompts": "query: "}, "'prompts' is 'query: '"),
     ("tokens/nanoembed.json", {"prompts": {"query": 5}}, "'query' is 5"),
@@ -498,7 +544,7 @@ WEIGHTS = {"llama/model.safetensors": lambda f, _: from_pretrained(f),
            "adapter/adapter_model.safetensors": load_adapter,
            "tokens/1_Dense/model.safetensors": lambda f, _: read_settings(f)}  # fmt: skip
 SPOILT = {
-    "NaN": filled(float("nan")), "infinity": filled(float("inf")), "-infinity": filled(-float("inf")),
+    "NaN": filled(float("nan")), "infinity": filled(math.inf), "-infinity": filled(-math.inf),
     "int8": typed(torch.int8), "int64": typed(torch.int64), "bool": typed(torch.bool),
     "complex": typed(torch.complex64), "missing": lambda state: state.pop(sorted(state)[-1]),
     "unexpected": lambda state: state.update({"foreign.weight": torch.ones(2)}),
@@ -542,15 +588,18 @@ def test_broken_weights(name, how, made, tmp_path):
 
 # ---- the hub ----
 NAMES = [
-    "out/mlm", "out/x@main", "data/gone", "data/x", "models/llama", "configs/x", "runs/x", "./x/y", "/x/y",
-    "~/x", "a/b/c", "x", "", "/", "a/", "/b", "../x", "a b/c", "a/b?", "a/b@", "-x/y", "C:\\x\\y",
-    "https://huggingface.co/a/b", "a/b/", "owner/..", "./owner", "é/", "x" * 200,
+    "out/mlm", "out/x@main", "data/gone", "data/x", "models/llama", "configs/x", "runs/x", "./x/y",
+    "/x/y", "~/x", "a/b/c", "x", "", "/", "a/", "/b", "../x", "a b/c", "a/b?", "a/b@", "-x/y",
+    "C:\\x\\y", "https://huggingface.co/a/b", "a/b/", "owner/..", "./owner", "é/", "x" * 200,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_that_never_go_to_the_hub(name, monkeypatch):
-    monkeypatch.setattr("formats.huggingface.snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    def download(*_, **__):
+        pytest.fail("asked")
+
+    monkeypatch.setattr("formats.huggingface.snapshot_download", download)
     for call in (resolve_folder, load_tokenizer, Embedder.load):
         refused("no such folder" if name != "/" else "", call, name)
 
@@ -563,7 +612,7 @@ def test_the_hub_is_asked_for_what_is_named(made, tmp_path, monkeypatch, capsys)
         raise OSError("no network")
 
     monkeypatch.setattr("formats.huggingface.snapshot_download", download)
-    refused("owner/name: no such folder, and from the hub: no network", resolve_folder, "owner/name")
+    refused("owner/name: no such & the hub: no network", resolve_folder, "owner/name")
     refused("o.w-n/n.1_x@v1", resolve_folder, "o.w-n/n.1_x@v1")
     assert asked == [("owner/name", None), ("o.w-n/n.1_x", "v1")]
     folder, path = copied(made, tmp_path, "adapter/adapter_config.json")
@@ -602,8 +651,9 @@ def embedder(folders):
 BAD_TEXTS = [
     (["a", None], "text 1 is None"), ([5], "text 0 is 5"), ([["a"]], "text 0 is ['a']"),
     ([b"a"], "text 0 is b'a'"), ([True], "text 0 is True"), ([("a", "b")], "text 0 is ('a', 'b')"),
-    (["a", 1.5], "text 1 is 1.5"), ([{"text": "a"}], "text 0 is"), (["a", "b\ud800"], "text 1 & surrogate"),
-    (["\udfff"], "text 0 & surrogate"), ("a text", "a list of texts"), ([float("nan")], "text 0 is nan"),
+    (["a", 1.5], "text 1 is 1.5"), ([{"text": "a"}], "text 0 is"),
+    (["a", "b\ud800"], "text 1 & surrogate"), (["\udfff"], "text 0 & surrogate"),
+    ("a text", "a list of texts"), ([float("nan")], "text 0 is nan"),
     (np.array([1, 2]), "text 0 is"), ((["a"] * 9000) + [None], "text 9000 is None"),
 ]  # fmt: skip
 
@@ -658,29 +708,27 @@ def bpe_without_words():
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def test_long_texts_have_the_ids_of_the_whole(toy_tokens, monkeypatch):
+def test_long_texts_have_the_ids_of_the_whole(toy_tokens):
     rng = np.random.default_rng(0)
     words = rng.choice(WORDS, 30_000).tolist()
     texts = [" ".join(words), "".join(words), "a" * 200_001, "ta" * 90_000, " " * 150_000 + "tan. " * 9000,
              "tan\n" * 50_000, "x" + " ".join("0123456789" * 20_000)[:180_001], "short"]  # fmt: skip
     for tokenizer in (load_tokenizer(f"{toy_tokens}/tokenizer"), wordpiece(), bpe_without_words()):
         for template in (Template(), Template("query: ", " tan]"), Template("", "a")):
-            sizes = []
-            backend, found = whole_backend(tokenizer), {}
-            for cut in (True, False):
-                with contextlib.ExitStack() as stack:
-                    if not cut:
-                        patch = stack.enter_context(pytest.MonkeyPatch.context())
-                        patch.setattr("tokenizer.without_middle", lambda backend, text, n: text)
-                        patch.setattr("labels.without_middle", lambda backend, text, n: text)
-                    s = SimpleNamespace(prefix="", suffix="", separator=" ", max_length=32)
-                    both = [{"text": a, "pair": b} for a, b in zip(texts[:3], texts[::-1])]
-                    found[cut] = [tokenize(tokenizer, texts, "a ", template, 32, False),
-                                  tokenize(tokenizer, join_texts(both, tokenizer, s), "", template, 32)]
-                    encoded = tokenize_words(tokenizer, [text.split() or ["a"] for text in texts], 32)
-                    found[cut] += [[[*map(list, e)] for e in encoded]]
-            assert found[True] == found[False] and backend and not sizes
-            assert [len(ids) <= 32 for ids, _ in found[True][0]]
+            def encoded():
+                s = SimpleNamespace(prefix="", suffix="", separator=" ", max_length=32)
+                both = [{"text": a, "pair": b} for a, b in zip(texts[:3], texts[::-1])]
+                words = tokenize_words(tokenizer, [text.split() for text in texts], 32)
+                return (tokenize(tokenizer, texts, "a ", template, 32, False),
+                        tokenize(tokenizer, join_texts(both, tokenizer, s), "", template, 32),
+                        [[*map(list, parts)] for parts in words])  # fmt: skip
+
+            found = encoded()
+            with pytest.MonkeyPatch.context() as patch:
+                for module in ("tokenizer", "labels"):
+                    patch.setattr(f"{module}.without_middle", lambda backend, text, n: text)
+                assert found == encoded()
+            assert max(len(ids) for ids, _ in found[0]) == 32
 
 
 def test_a_line_of_20_mb(tmp_path, embedder):
