@@ -531,6 +531,18 @@ def open_log(s, columns, start_step=0):
     return log
 
 
+def logged(out_dir, step):
+    """{column: number} of the lines of log.csv at this step; without the file, or such a line, {}.
+    """
+    path, found = os.path.join(out_dir, "log.csv"), {}
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            for row in csv.DictReader(f):
+                if int(row["step"]) == step:
+                    found |= {key: float(x) for key, x in row.items() if x}
+    return found
+
+
 # ---- memory ----
 
 

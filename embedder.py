@@ -6,7 +6,9 @@ Texts to embeddings, with the ids, the template and the pooling of training.
     scores, spans = score_tokens(embedder, queries, passage)      # how much each token matters
 """
 
+import math
 import os
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,12 +17,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from attention import make_seqs
-from common import dtype_of, prefetch, print0
+from common import dtype_of, logged, prefetch, print0
 from embedding_model import EmbeddingModel, chunks_of
 from formats.huggingface import resolve_folder
 from formats.peft import adapter_chain, attention_of
 from formats.sentence_transformers import read_settings
 from lora import load_merged
+from quantize import quantize
 from token_scores import cosines, windows_of
 from tokenizer import check_text, load_tokenizer, tokenize_passage
 
@@ -30,11 +33,17 @@ PART = 2**26  # numbers that a rank's share of `encode` holds at a time: 256 MB
 class Embedder(EmbeddingModel):
     """An EmbeddingModel for use: encode and load."""
 
-    def encode(self, texts, instruction="", device_batch_tokens=None, progress=False, out=None):
+    def encode(
+        self, texts, instruction="", device_batch_tokens=None, progress=False, out=None, dim=None,
+        precision=None, ranges=None,
+    ):  # fmt: skip
         """A sequence of texts -> float32 array [N, dim]; for "tokens" a list of N arrays.
 
-        device_batch_tokens: the most tokens of one forward call (None: 16,384, and 2,048 on a CPU,
-        whose caches are small). out: path of a .npy to write part by part and give back mapped.
+        dim: only the first of the numbers (Matryoshka), again of length 1 where the model
+        normalizes. precision: "int8" [N, dim], by `ranges` or by those of these texts, or "binary"
+        [N, dim / 8]: see quantize.py, which has their scores. device_batch_tokens: the most tokens
+        of one forward call (None: 16,384, and 2,048 on a CPU, whose caches are small). out: path of
+        a .npy to write part by part and give back mapped.
         Under torchrun all ranks call it together: each embeds its share, all get the whole.
         """
         many, device = self.pooling == "tokens", self.device
@@ -42,6 +51,15 @@ class Embedder(EmbeddingModel):
             raise TypeError("encode takes a list of texts, not one string, and one instruction")
         if many and out is not None:
             raise ValueError("out= holds one vector a text, pooling 'tokens' gives several")
+        if dim and (self.pooling == "splade" or not 1 <= dim <= self.dim):
+            raise ValueError(f"dim={dim} of {self.dim} numbers, by pooling {self.pooling!r}")
+        if precision and self.pooling in ("splade", "tokens"):
+            raise ValueError(f"precision={precision!r} is not for pooling {self.pooling!r}")
+        calibrate = precision == "int8" and ranges is None  # when all texts are there
+        if calibrate and out is not None:
+            raise ValueError("precision='int8' with out= needs ranges= (quantize.ranges_of)")
+        finish = partial(quantize, precision=None if calibrate else precision, ranges=ranges)
+        usual = finish(np.empty((0, dim or self.dim), np.float32))
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         limit = device_batch_tokens or (2048 if device.type == "cpu" else 16384)
         numbers = self.dim * (self.max_length if many else 1)  # of a text, at most
@@ -50,9 +68,9 @@ class Embedder(EmbeddingModel):
         if many:
             result = [None] * n
         elif out is None:
-            result = np.empty((n, self.dim), np.float32)
+            result = np.empty((n, usual.shape[1]), usual.dtype)
         elif rank == 0:
-            result = np.lib.format.open_memmap(out, "w+", np.float32, (n, self.dim))
+            result = np.lib.format.open_memmap(out, "w+", usual.dtype, (n, usual.shape[1]))
 
         def parts():  # the next one is tokenized while the model runs
             for begin in range(0, n, size):
@@ -70,16 +88,17 @@ class Embedder(EmbeddingModel):
                     vectors.append(x[0] if many else x)
                     counts += x[1] if many else []
                     bar.update(len(chunk) * world)
-                vectors = torch.cat(vectors).cpu()  # once a part: the device need not wait
+                vectors = torch.cat(vectors)[:, :dim].cpu()  # once a part: the device need not wait
                 if not vectors.isfinite().all():
-                    raise ValueError(f"encode: not finite: vectors of texts {begin}.. have NaN or "
-                                     "infinity")  # fmt: skip
+                    raise ValueError(f"encode: NaN or infinity in a vector of texts {begin}..")
+                if dim and self.normalize:
+                    vectors = F.normalize(vectors, dim=-1)
                 places = np.argsort([i for chunk in chunks for i in chunk])  # of the texts' vectors
                 if many:
                     vectors = vectors.split(counts)
                     share = [vectors[i].numpy() for i in places]
                 else:
-                    share = vectors.numpy()[places]
+                    share = finish(vectors.numpy()[places])
                 shares = [share] * world
                 if world > 1:
                     dist.all_gather_object(shares, share)
@@ -87,7 +106,7 @@ class Embedder(EmbeddingModel):
                     for r, share in enumerate(shares):
                         result[begin + r : begin + size : world] = share
         if out is None:
-            return result
+            return quantize(result, precision, ranges) if calibrate else result
         if rank == 0:
             result.flush()
         if world > 1:
@@ -138,6 +157,24 @@ class Embedder(EmbeddingModel):
         print0(f"{name}: {model.describe()}, {dtype} on {device}; {embedder.pooling} -> "
                f"{embedder.dim} numbers, up to {embedder.max_length} tokens")  # fmt: skip
         return embedder
+
+
+def compare_saved(s, step, trained, evaluate):
+    """Ends a run: prints the scores before training, of step 0 in log.csv, and those of the folder
+    saved last, loaded as a user loads it. evaluate: a function of an Embedder -> {name: score}, on
+    all ranks. trained: what was trained, which leaves the device and makes room."""
+    if s.dry_run or step < s.stop_step:
+        return
+    if s.fsdp:
+        print0("not loaded again: under FSDP the whole model may not fit on one device")
+        return
+    trained.cpu()
+    name, given = f"{s.out_dir}/step{step}", dict(device=s.device, dtype=s.dtype)
+    after = evaluate(Embedder.load(name, attention_backend=s.attention_backend, **given))
+    before = logged(s.out_dir, 0)
+    changes = (f"{key} {before.get(f'eval_{key}', math.nan):.4g} -> {x:.4g}"
+               for key, x in after.items())  # fmt: skip
+    print0(f"{name} loaded again, before -> after training: {', '.join(changes)}")
 
 
 def score_tokens(embedder, queries, passage, window=0, overlap=0, progress=False):

@@ -2,6 +2,8 @@
 The pairs of a contrastive batch: which are drawn, who is whose among their texts, and their ids.
 """
 
+import re
+
 import numpy as np
 import torch
 
@@ -18,6 +20,8 @@ def open_files(s):
     for key in ("query_instruction", "passage_instruction"):
         if len(getattr(s, key)) not in (1, len(files)):
             raise SystemExit(f"{key}: {len(getattr(s, key))} texts for {len(files)} data files")
+    if s.consecutive < 1 or s.batch_size % s.consecutive:
+        raise SystemExit(f"consecutive={s.consecutive}: batch_size={s.batch_size} is no multiple")
     n_lines = sum(len(file) for file in files)
     optim.set_lengths(s, n_lines, s.batch_size)
     for file in files:
@@ -35,31 +39,47 @@ def choose_files(files, max_steps, alpha, seed):
     return np.random.default_rng(seed).choice(len(files), size=max_steps, p=p / p.sum())
 
 
-def lines_of_step(files, step, choices, batch_size, seed):
+def lines_of_step(files, step, choices, batch_size, seed, n=1):
     """(which file, [(epoch, line), ..]) of the batch of `step`: batch_size lines of one file, whose
-    last batch takes what it lacks from its next epoch. choices: what choose_files returned."""
+    last batch takes what it lacks from its next epoch. choices: what choose_files returned. n: how
+    many lines follow one another; each epoch cuts the file into such runs one line further."""
     which = int(choices[step])
     nth = int((choices[:step] == which).sum())  # how many batches this file has given
-    epochs, lines = rows_of_step(nth, batch_size, len(files[which]), seed + which)
-    return which, list(zip(epochs.tolist(), lines.tolist()))
+    n_lines = len(files[which])
+    epochs, runs = rows_of_step(nth, batch_size // n, n_lines // n, seed + which)
+    places = zip(epochs.repeat(n).tolist(), runs.repeat(n).tolist(), [*range(n)] * len(runs))
+    return which, [(e, (run * n + i + (e if n > 1 else 0)) % n_lines) for e, run, i in places]
 
 
 def pairs_of_step(files, step, choices, s):
     """-> (batch_size pairs of one file, which file), a function of (seed, step)."""
-    which, lines = lines_of_step(files, step, choices, s.batch_size, s.seed)
+    which, lines = lines_of_step(files, step, choices, s.batch_size, s.seed, s.consecutive)
     pairs = []
     for epoch, line in lines:
         rng = np.random.default_rng((s.seed, which, epoch, line))
-        pairs.append(sample_pair(files[which], line, s.group_size, rng))
+        pairs.append(sample_pair(files[which], line, s.group_size, rng, s.crop))
     if s.no_duplicates:
         rng = np.random.default_rng((s.seed, step))
-        pairs = without_duplicates(pairs, files[which], s.group_size, rng)
+        pairs = without_duplicates(pairs, files[which], s.group_size, rng, s.crop)
     return pairs, which
 
 
-def sample_pair(file, line, group_size, rng):
-    """One line with one of its positives and up to group_size - 1 of its negatives, drawn."""
+def random_crop(text, share, rng):
+    """A run of this share of the text's words, one at least, that begins anywhere."""
+    words = [word.span() for word in re.finditer(r"\S+", text)]
+    if not words:
+        return text
+    n = max(1, round(share * len(words)))
+    first = rng.integers(len(words) - n + 1)
+    return text[words[first][0] : words[first + n - 1][1]]
+
+
+def sample_pair(file, line, group_size, rng, crop=0.0):
+    """One line with one of its positives and up to group_size - 1 of its negatives, drawn. crop: a
+    text that is its own positive gives two crops of itself."""
     pair = read_pair(file, line)
+    if crop and pair["pos"] == [pair["query"]]:
+        pair["query"], *pair["pos"] = (random_crop(pair["query"], crop, rng) for _ in range(2))
     positive = rng.integers(len(pair["pos"]))
     n_neg = min(group_size - 1, len(pair["neg"]))
     negatives = sorted(rng.choice(len(pair["neg"]), n_neg, replace=False)) if n_neg else []
@@ -71,14 +91,14 @@ def sample_pair(file, line, group_size, rng):
             "prompt": pair["prompt"]}  # fmt: skip
 
 
-def without_duplicates(pairs, file, group_size, rng):
+def without_duplicates(pairs, file, group_size, rng, crop=0.0):
     """A pair that shares a text with an earlier one gives way to a drawn one, in up to 20 tries."""
     seen, out = set(), []
     for pair in pairs:
         for _ in range(20):
             if not seen & {pair["query"], *pair["passages"]}:
                 break
-            pair = sample_pair(file, rng.integers(len(file)), group_size, rng)
+            pair = sample_pair(file, rng.integers(len(file)), group_size, rng, crop)
         seen |= {pair["query"], *pair["passages"]}
         out.append(pair)
     return out

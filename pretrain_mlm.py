@@ -182,7 +182,7 @@ if __name__ == "__main__":
 
     # ---- model (+ LoRA) ----
     last = checkpoint.find(s, s.checkpoint_prefix)
-    attention = "causal" if s.objective == "clm" else "bidirectional"
+    attention = "causal" if s.objective == "clm" else "encoder"
     if s.init_from == "scratch" and not last:
         model = fresh_model(s)
     else:

@@ -46,6 +46,7 @@ task = "words"  # words: a label for each word; texts: one for a text or a pair 
 init_from = ""  # a model folder, an adapter's, an out_dir, or a hub id owner/name[@revision]
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into it first (LLM2Vec's MNTP)
 attention: str | None = None  # causal or bidirectional; None: the model's own
+n_layer: int | None = None  # only the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
 attn_dropout: float | None = None  # of attention probabilities; None: the model's own
 freeze_backbone = True  # the last layers alone train; with LoRA, the adapter too

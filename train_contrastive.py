@@ -26,6 +26,7 @@ import lora
 import optim
 from common import prefetch, print0
 from data import open_pairs, read_pair
+from embedder import compare_saved
 from embedding_model import EmbeddingModel, chunks_of
 from formats.huggingface import resolve_folder
 from formats.sentence_transformers import read_settings
@@ -41,6 +42,7 @@ out_dir = "out/contrastive"
 init_from = ""  # a model folder, an out_dir, or a hub id owner/name[@revision]
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into it first (LLM2Vec's MNTP)
 attention: str | None = None  # causal or bidirectional; None: the model's own
+n_layer: int | None = None  # only the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
 max_seq_len: int | None = None  # positions the model is trained for; None: its own
 # dropout of attention probabilities in this run (SimCSE: 0.3); None: the model's own
@@ -67,6 +69,10 @@ query_instruction: tuple[str, ...] = ("",)
 passage_instruction: tuple[str, ...] = ("",)  # symmetric tasks have the same on both sides
 sampling_alpha = 1.0  # a file is drawn with probability ~ (its lines) ** alpha
 group_size = 2  # passages a query: one positive, the others its negatives, fewer where it has fewer
+consecutive = 1  # neighbours in the file that a batch takes together: hard where it goes by topic
+# of a {"text"} line: two runs of this share of its words, drawn anywhere, are the pair
+# (arXiv 2508.03453); 0: the text twice, which only dropout tells apart (SimCSE)
+crop = 0.0
 no_duplicates = False  # a pair whose text the batch has already gives way to a random one
 # loss
 temperature = 0.05  # scores are divided by it; sentence-transformers' scale is 1 / temperature
@@ -370,6 +376,8 @@ if __name__ == "__main__":
     s = common.start(common.configure(globals()))
     if s.group_size < 1:
         raise SystemExit(f"group_size={s.group_size}: expected 1 or more, the positive is one")
+    if not 0 <= s.crop <= 1:
+        raise SystemExit(f"crop={s.crop}: expected a share of a text's words, from 0 to 1")
     if s.pooling == "tokens" and s.projection_dim and (s.lora_rank or s.fsdp):
         raise SystemExit("the projection of pooling='tokens' trains without LoRA and without FSDP")
     s.template = Template(s.prefix, s.suffix)
@@ -446,6 +454,9 @@ if __name__ == "__main__":
     batches = prefetch(train_batches(files, step, choices, tokenizer, s))
     common.settle_buckets(wrapped, trial, 1)
 
+    if eval_pairs and step == 0 and not s.dry_run:  # what training starts from
+        found = evaluate(embedder, eval_pairs, s)
+        log(step, {f"eval_{name}": x for name, x in found.items()})
     while step < s.stop_step:
         start = time.perf_counter()
         batch = next(batches)
@@ -489,4 +500,6 @@ if __name__ == "__main__":
             save()
 
     # ---- clean-up ----
+    if eval_pairs:
+        compare_saved(s, step, embedder, lambda saved: evaluate(saved, eval_pairs, s))
     common.finish(s, step, batches)

@@ -40,6 +40,7 @@ out_dir = "out/mntp"
 # model: attention is bidirectional, whatever the folder says
 init_from = ""  # a model folder, an out_dir, or a hub id owner/name[@revision]
 max_seq_len = 512  # tokens of a row, and the positions the model is trained for
+n_layer: int | None = None  # only the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
 # LoRA; rank 0 trains every weight
 lora_rank = 16

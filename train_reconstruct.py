@@ -32,6 +32,7 @@ import optim
 from attention import Seqs
 from common import prefetch, print0
 from data import open_pairs, read_pair
+from embedder import compare_saved
 from embedding_model import EmbeddingModel
 from formats.huggingface import resolve_folder
 from pairs import encode_pairs, open_files, pairs_of_step
@@ -42,6 +43,7 @@ from tokenizer import Template, load_tokenizer
 out_dir = "out/reconstruct"
 # model
 init_from = ""  # a causal model: a folder, an out_dir, or a hub id owner/name[@revision]
+n_layer: int | None = None  # only the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
 max_seq_len: int | None = None  # positions the model is trained for; None: its own
 lora_rank = 0  # 0: every weight trains
@@ -262,7 +264,8 @@ if __name__ == "__main__":
     s = common.start(common.configure(globals()))
     s.template = Template(s.prefix, s.suffix)
     # as pairs.py has it: a positive for each query, no negatives; and what is written of a text
-    s.group_size, s.no_duplicates, s.pool_instruction = 1, False, s.write_template
+    s.group_size, s.consecutive, s.no_duplicates, s.crop = 1, 1, False, 0.0
+    s.pool_instruction = s.write_template
 
     # ---- data ----
     files, choices = open_files(s)
@@ -337,6 +340,9 @@ if __name__ == "__main__":
     batches = prefetch(train_batches(files, step, choices, tokenizer, s))
     common.settle_buckets(wrapped, trial, 1)
 
+    if eval_file and step == 0 and not s.dry_run:  # what training starts from
+        found = evaluate(wrapped, eval_file, tokenizer, s)
+        log(step, {f"eval_{name}": x for name, x in found.items()})
     while step < s.stop_step:
         start = time.perf_counter()
         micro_batches = next(batches)
@@ -397,4 +403,7 @@ if __name__ == "__main__":
             save()
 
     # ---- clean-up ----
+    if eval_file:
+        compare_saved(s, step, module, lambda saved: evaluate(
+            Reconstruction(saved.model), eval_file, tokenizer, s))  # fmt: skip
     common.finish(s, step, batches)

@@ -26,6 +26,7 @@ import lora
 import optim
 from common import prefetch, print0
 from data import open_pairs
+from embedder import compare_saved
 from embedding_model import EmbeddingModel
 from formats.huggingface import config_from_hf, resolve_folder
 from passages import eval_batches, lines_of_batch, pack_texts, pad_batch, show_lines, train_batches
@@ -39,6 +40,7 @@ out_dir = "out/token_retrieval"
 init_from = ""  # a model folder, an out_dir (stage 1's), or a hub id owner/name[@revision]
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into it first, in order
 attention: str | None = None  # causal or bidirectional; None: the model's own
+n_layer: int | None = None  # only the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
 max_seq_len: int | None = None  # positions the model is trained for; None: its own
 rope_scaling: tuple = ()  # ("yarn", 2.5) or ("linear", 2.5): stretches the base's own positions
@@ -282,6 +284,9 @@ if __name__ == "__main__":
     batches = prefetch(train_batches(file, runs, step, tokenizer, s))
     common.settle_buckets(wrapped, trial, 2)
 
+    if eval_file and step == 0 and not s.dry_run:  # what training starts from
+        found = evaluate(wrapped, eval_file, eval_runs, tokenizer, s)
+        log(step, {f"eval_{name}": x for name, x in found.items()})
     while step < s.stop_step:
         start = time.perf_counter()
         micro_batches, counts = next(batches)
@@ -328,4 +333,7 @@ if __name__ == "__main__":
     )
 
     # ---- clean-up ----
+    if eval_file:
+        compare_saved(s, step, model, lambda saved: evaluate(
+            saved.model, eval_file, eval_runs, tokenizer, s))  # fmt: skip
     common.finish(s, step, batches)

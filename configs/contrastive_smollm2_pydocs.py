@@ -1,4 +1,4 @@
-# A decoder becomes an embedder of Python's documentation: SmolLM2-135M on two cores, see runs/demo.sh
+# A decoder becomes an embedder of Python's documentation: SmolLM2-135M on two cores: runs/demo.sh
 #   python data/pydocs/prepare.py && python data/smollm2/prepare.py
 #   python train_contrastive.py configs/contrastive_smollm2_pydocs.py
 out_dir = "out/smollm2_pydocs"
@@ -6,7 +6,8 @@ init_from = "models/SmolLM2-135M-Instruct"
 attention = "bidirectional"  # each token sees the whole text, as LLM2Vec's do
 pooling = "mean"
 
-data = ("data/pydocs/train.jsonl",)
+data = ("data/pydocs/train_by_module.jsonl",)
+consecutive = 8  # of one module: the other seven are hard negatives that cost no token
 eval_data = "data/pydocs/val.jsonl"
 query_max_length = 64  # most queries (name, signature, summary) are shorter
 passage_max_length = 96  # a third of the passages is cut, and a step takes a third less time

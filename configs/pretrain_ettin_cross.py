@@ -1,7 +1,8 @@
 # Ettin's cross-objective training: 50B tokens of the other objective, from the finished model.
 #   torchrun --nproc_per_node=8 pretrain_mlm.py configs/pretrain_ettin_cross.py \
 #       --model_size=ettin-150m --objective=clm      # encoder -> decoder
-# --objective=mlm is decoder -> encoder (the authors' blog says with MNTP's shifted labels).
+# --objective=mlm is decoder -> encoder (the authors' blog says with MNTP's shifted labels), saved
+# as a ModernBERT.
 base = "pretrain_ettin_decay.py"
 _other = {"clm": "mlm", "mlm": "clm"}[objective]
 init_from = f"out/{model_size}-{_other}-decay/decay21193"  # weights only, a new schedule

@@ -29,11 +29,11 @@ def transformers_class(c, s):
     """-> (the class of transformers that computes the same, None), or (None, why there is none)."""
     words = s.task == "words"
     if c.family == "neobert":
-        return None, "transformers has no NeoBERT"
+        return None, "the NeoBERT code in a saved folder has no such class"
     if words and s.label_position == "next_token":
         return None, "its classes read a token's label where the token stands, not one before"
-    if words and c.family == "modernbert-decoder":
-        return None, "transformers labels no tokens with a ModernBERT decoder"
+    if words and c.family in ("modernbert-decoder", "gemma3_text"):
+        return None, f"transformers labels no tokens with a {c.family}"
     if c.family.startswith("modernbert") and not s.prediction_head:
         return None, "its ModernBERT classes have a prediction head: prediction_head=True"
     name = ARCHITECTURES[c.family][1].removesuffix("Model")

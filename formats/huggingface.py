@@ -4,6 +4,7 @@ Hugging Face model folders: config.json and safetensors, key by key what `transf
 
 import os
 import re
+import shutil
 from dataclasses import replace
 from functools import partial, reduce
 from glob import glob
@@ -15,7 +16,7 @@ from safetensors import safe_open
 
 from data import require
 from formats import read_json, write_json
-from model import DEFAULTS, ModelConfig, Transformer
+from model import ACTIVATIONS, DEFAULTS, ModelConfig, Transformer
 
 # Our module names on the left, each family's on the right; "-" where it has no such module.
 _NAMES = """
@@ -43,7 +44,10 @@ mlp.down_proj    mlp.down_proj            mlp.Wo                          ffn.w3
 """
 (_, *_ours), *_columns = zip(*map(str.split, _NAMES.strip().splitlines()))
 NAMES = {head: {o: t for o, t in zip(_ours, names) if t != "-"} for head, *names in _columns}
-NAMES |= dict.fromkeys(("mistral", "qwen2", "qwen3"), NAMES["llama"])
+NAMES |= dict.fromkeys(("mistral", "qwen2", "qwen3", "gemma"), NAMES["llama"])
+NAMES["gemma3_text"] = NAMES["llama"] | {
+    "attn_post_norm": "post_attention_layernorm", "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm"}  # fmt: skip
 # its encoder has qkv_proj, the decoder the three apart
 NAMES["modernbert-decoder"] = NAMES["modernbert"] | {
     "head.dense": "lm_head.dense", "head.norm": "lm_head.norm"}  # fmt: skip
@@ -53,10 +57,15 @@ ARCHITECTURES = {  # with a language modelling head, without
     "mistral": ("MistralForCausalLM", "MistralModel"),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Model"),
+    "gemma": ("GemmaForCausalLM", "GemmaModel"),
+    "gemma3_text": ("Gemma3ForCausalLM", "Gemma3TextModel"),
     "modernbert": ("ModernBertForMaskedLM", "ModernBertModel"),
     "modernbert-decoder": ("ModernBertDecoderForCausalLM", "ModernBertDecoderModel"),
     "neobert": ("NeoBERTLMHead", "NeoBERT"),
 }
+
+GEMMAS = ("gemma", "gemma3_text")
+SOFT_CAPS = "no attention kernel that is used here has Gemma 2's soft caps on scores and logits"
 
 LAYER_TYPES = {"global": "full_attention", "local": "sliding_attention"}
 
@@ -81,7 +90,10 @@ _MODERNBERT_KEYS = _BOTH | _BIASES | {
 }  # fmt: skip
 KEYS = {
     "llama": _LLAMA_KEYS | _BIASES, "mistral": _LLAMA_KEYS | _BIASES, "qwen2": _LLAMA_KEYS,
-    "qwen3": _LLAMA_KEYS | _BIASES, "modernbert": _MODERNBERT_KEYS,
+    "qwen3": _LLAMA_KEYS | _BIASES, "gemma": _LLAMA_KEYS | _BIASES,
+    "gemma3_text": _LLAMA_KEYS | _BIASES | {
+        "activation": "hidden_activation", "query_pre_attn_scalar": "query_pre_attn_scalar"},
+    "modernbert": _MODERNBERT_KEYS,
     "modernbert-decoder": _MODERNBERT_KEYS | {"causal": "is_causal"},
     "neobert": _SHAPE | {
         "max_seq_len": "max_length", "causal": "is_causal", "norm_eps": "norm_eps",
@@ -118,6 +130,8 @@ def _rope_from_hf(hf, kind, theta):
     require({"rope_parameters": new}, "rope_parameters", dict, "config.json", 0)
     new = new.get(LAYER_TYPES[kind], new)
     old = hf.get("rope_scaling") or {}
+    if kind == "local" and hf["model_type"] == "gemma3_text":
+        old = {}  # it stretches the global layers alone
     scaling = {"rope_type": old.get("type", "default")} | old | new
     scaling = {k: v for k, v in scaling.items() if k not in ("rope_theta", "type")}
     theta, plain = new.get("rope_theta") or theta, scaling["rope_type"] == "default"
@@ -132,8 +146,12 @@ def _rope_from_hf(hf, kind, theta):
 def config_from_hf(hf):
     """config.json as a dictionary -> ModelConfig. Missing keys get transformers' defaults."""
     family = hf.get("model_type")
+    if family == "gemma2":
+        raise ValueError(f"config.json: model_type 'gemma2': {SOFT_CAPS}")
     if not isinstance(family, str) or family not in NAMES:
         raise ValueError(f"config.json: model_type {family!r}, expected one of {list(NAMES)}")
+    if hf.get("attn_logit_softcapping") or hf.get("final_logit_softcapping"):
+        raise ValueError(f"config.json: {SOFT_CAPS}")
     c = DEFAULTS[family] | {"family": family, "hf": hf}
     for field, key in KEYS[family].items():
         if field in _SHAPE or hf.get(key) is not None:
@@ -142,6 +160,11 @@ def config_from_hf(hf):
             most = 10_000 if field == "n_layer" else 2**31
             if kind is int and not 0 < hf[key] <= most:
                 raise ValueError(f"config.json: {key} is {hf[key]}, expected 1 to {most}")
+    bidirectional = family in GEMMAS and hf.get("use_bidirectional_attention")
+    if bidirectional:
+        c["causal"] = False
+    if family == "gemma" and c["activation"] == "gelu":  # the first folders say so, and mean tanh
+        c["activation"] = "gelu_pytorch_tanh"
     if family.startswith("modernbert"):
         every = hf.get("global_attn_every_n_layers", 3)
         kinds = ["sliding" if i % every else "full" for i in range(c["n_layer"])]
@@ -150,6 +173,13 @@ def config_from_hf(hf):
         thetas = {"global": theta, "local": hf.get("local_rope_theta", 10_000.0) or theta}
         # ours; transformers has one number for both
         c["out_dropout"] = hf.get("attention_out_dropout", c.get("attn_dropout", 0.0))
+    elif family == "gemma3_text":
+        every = hf.get("sliding_window_pattern", 6)
+        kinds = ["sliding" if (i + 1) % every else "full" for i in range(c["n_layer"])]
+        window = hf.get("sliding_window", 4096)
+        window = window // 2 if bidirectional else window  # with this key it counts both sides
+        thetas = {
+            "global": hf.get("rope_theta") or 1e6, "local": hf.get("rope_local_base_freq") or 1e4}
     else:
         qwen = family in ("qwen2", "qwen3")
         used = hf.get("use_sliding_window") if qwen else family == "mistral"
@@ -167,14 +197,18 @@ def config_from_hf(hf):
              for kind in kinds]  # fmt: skip
     rope = {kind: _rope_from_hf(hf, kind, theta) for kind, theta in thetas.items()}
     config = ModelConfig(**c, window=window or 0, layer_kinds=kinds, rope=rope)
-    if config.activation not in ("silu", "gelu"):
-        raise ValueError(f"config.json: activation {config.activation!r}, expected silu or gelu")
+    if config.activation not in ACTIVATIONS:
+        expected = ", ".join(ACTIVATIONS)
+        raise ValueError(f"config.json: activation {config.activation!r}, expected {expected}")
     return config
 
 
 def config_to_hf(c):
     """ModelConfig -> config.json. Keys of the folder that was read and mean nothing to us stay."""
-    gone = ("rope_theta", "rope_scaling", "global_rope_theta", "local_rope_theta", "torch_dtype")
+    gone = (
+        "rope_theta rope_scaling global_rope_theta local_rope_theta rope_local_base_freq "
+        "sliding_window_pattern use_bidirectional_attention torch_dtype"
+    ).split()
     hf = {key: value for key, value in c.hf.items() if key not in gone}
     hf |= {key: getattr(c, field) for field, key in KEYS[c.family].items()}
     rope = {
@@ -187,15 +221,26 @@ def config_to_hf(c):
         is_causal=c.causal, rope_parameters=rope["full_attention"],
     )  # fmt: skip
     kinds = [LAYER_TYPES[kind] for kind in c.layer_kinds]
+    if "layer_types" in hf:  # also where the family needs none; as many as there are layers
+        hf["layer_types"] = kinds
     if c.family.startswith("modernbert"):
         hf |= dict(layer_types=kinds, local_attention=2 * c.window, rope_parameters=rope)
         hf["attention_out_dropout"] = c.out_dropout
     elif c.family == "neobert":
         hf["intermediate_size"] = c.n_hidden * 3 // 2
+        classes = dict(AutoConfig="NeoBERTConfig", AutoModel="NeoBERT",
+                       AutoModelForMaskedLM="NeoBERTLMHead")  # fmt: skip
+        hf["auto_map"] = {auto: f"modeling_neobert.{cls}" for auto, cls in classes.items()}
         if c.n_hidden % 8:
             raise ValueError(f"NeoBERT's n_hidden must be a multiple of 8, not {c.n_hidden}")
     else:
         hf["sliding_window"] = c.window or None
+    if c.family == "gemma3_text":
+        hf |= dict(layer_types=kinds, rope_parameters=rope, sliding_window=c.window)
+    if c.family == "gemma3_text" and not c.causal:
+        # its own key; with is_causal too, transformers would see one token more on each side
+        hf |= dict(use_bidirectional_attention=True, sliding_window=2 * c.window)
+        del hf["is_causal"]
     if c.family in ("qwen2", "qwen3"):
         hf |= dict(layer_types=kinds, use_sliding_window=bool(c.window))
     return hf
@@ -226,6 +271,8 @@ def write_folder(folder, c, state, classifier=None):
         out[key] = interleave_qkv(name, tensor, c, back=True)
     out = {key: tensor.detach().contiguous() for key, tensor in out.items()}
     os.makedirs(folder, exist_ok=True)
+    if c.family == "neobert":  # which transformers loads with trust_remote_code=True
+        shutil.copy(Path(__file__).with_name("modeling_neobert.py"), folder)
     save_torch_state_dict(out, folder, max_shard_size="5GB", metadata={"format": "pt"})
     dtype = str(state["embed.weight"].dtype).removeprefix("torch.")
     write_json(config_to_hf(c) | {"dtype": dtype} | keys, folder, "config.json")
@@ -325,23 +372,30 @@ def stored_dtype(folder):
     return reduce(torch.promote_types, (read().dtype for read in _read_tensors(folder).values()))
 
 
-def from_pretrained(name, attention=None, window=None, rope_theta=None, dtype=torch.float32):
+def from_pretrained(
+    name, attention=None, window=None, rope_theta=None, dtype=torch.float32, n_layer=None
+):
     """A Transformer from a Hugging Face folder or a hub id `owner/name[@revision]`.
 
     attention: "causal" or "bidirectional" instead of the folder's own; "bidirectional" on a Llama
-    is LLM2Vec's model. An encoder read as causal becomes a ModernBERT-decoder.
+    is LLM2Vec's model. An encoder read as causal becomes a ModernBERT-decoder. "encoder" is
+    "bidirectional", and makes a ModernBERT of a ModernBERT-decoder: saved, it is what transformers'
+    AutoModelForMaskedLM loads.
     window: of the local layers (see ModelConfig.window_of), 0 makes every layer global.
     rope_theta: for training at a longer context. dtype: of the weights in memory; None: that of the
-    folder. ValueError for a missing, unexpected or misshapen weight; a folder without any language
-    modelling head, a classifier's too, gives a model without one."""
+    folder. n_layer: only the first n layers. ValueError for a missing, unexpected or misshapen
+    weight; a folder without any language modelling head, a classifier's too, gives a model without
+    one."""
     folder = resolve_folder(name)
     hf = read_json(folder, "config.json")
     if not hf:
         raise FileNotFoundError(f"{folder}: no config.json (an adapter goes with its base)")
     source = config_from_hf(hf)
-    if attention not in (None, "causal", "bidirectional"):
-        raise ValueError(f"attention={attention!r}: expected causal or bidirectional")
+    if attention not in (None, "causal", "bidirectional", "encoder"):
+        raise ValueError(f"attention={attention!r}: expected causal, bidirectional or encoder")
     c = replace(source, causal=source.causal if attention is None else attention == "causal")
+    if attention == "encoder" and c.family == "modernbert-decoder":
+        c = replace(c, family="modernbert", fused_qkv=True)
     if window is not None:
         c.window = window
         if not window:
@@ -375,6 +429,12 @@ def from_pretrained(name, attention=None, window=None, rope_theta=None, dtype=to
         # copies: a mapped file may lie unaligned, and then other kernels sum in other orders
         state |= {f"{ours}.{leaf}": part.to(dtype, copy=True) for ours, part in parts.items()}
 
+    if c.fused_qkv > source.fused_qkv:  # decoder to encoder
+        for q in [name for name in state if ".q_proj." in name]:
+            names = [q.replace("q_proj", f"{x}_proj") for x in "qkv"]
+            if all(name in state for name in names):
+                state[q.replace("q_proj", "qkv_proj")] = torch.cat([*map(state.pop, names)])
+
     if c.tied:
         state.pop("lm_head.weight", None)
     with torch.device("meta"):
@@ -390,4 +450,6 @@ def from_pretrained(name, attention=None, window=None, rope_theta=None, dtype=to
     model.load_state_dict(state, strict=False, assign=True)  # all names are checked above
     model.tie()
     model.stream_dtype = dtype if dtype != torch.float32 else None
+    if n_layer is not None:
+        model.keep_layers(n_layer)
     return model

@@ -69,6 +69,11 @@ def attention_of(name):
     return {None: None, True: "causal", False: "bidirectional"}[causal]
 
 
+def n_layer_of(name):
+    """The layers of the adapter's model, fewer than its base may have; None where nobody says."""
+    return read_json(resolve_folder(name), "nanoembed_adapter.json").get("n_layer")
+
+
 def write_adapter(folder, c, layers, state, along, base_name, merged):
     """layers: {our module name: LoRALinear}. state: full tensors by our names. along: the names of
     what trained beside LoRA. The rest as in save_adapter."""
@@ -105,7 +110,8 @@ def write_adapter(folder, c, layers, state, along, base_name, merged):
         ensure_weight_tying=c.tied and "embed" in whole and c.head == "linear" and not c.head_bias,
     )  # fmt: skip
     # peft saves modules whole; which of their parameters train on, we keep for ourselves
-    ours = dict(is_causal=c.causal, merged_adapters=list(merged), trained_along=sorted(along))
+    ours = dict(is_causal=c.causal, n_layer=c.n_layer, merged_adapters=list(merged))
+    ours["trained_along"] = sorted(along)
     write_json(config, folder, "adapter_config.json")
     write_json(ours, folder, "nanoembed_adapter.json")
     save_file(tensors, f"{folder}/adapter_model.safetensors", {"format": "pt"})
@@ -118,8 +124,8 @@ def read_adapter(folder, c, parameters, linear):
     for key, value in config.items():
         if value and key not in KNOWN and value not in HARMLESS.get(key, ()):
             raise ValueError(f"{folder}: adapter_config.json has {key} = {value!r}: not supported")
-    kind = str if isinstance(config.get("target_modules"), str) else [str]
-    for key, kind in {"target_modules": kind, "lora_alpha": float, "lora_dropout": float}.items():
+    names = str if isinstance(config.get("target_modules"), str) else [str]
+    for key, kind in (("target_modules", names), ("lora_alpha", float), ("lora_dropout", float)):
         require({"lora_dropout": 0.0} | config, key, kind, f"{folder}/adapter_config.json", 0)
     path = f"{folder}/adapter_model.safetensors"
     if not os.path.exists(path):  # older adapters

@@ -50,9 +50,7 @@ def st_problem(embedder):
     """Why sentence-transformers would not give equal embeddings from a saved folder, or None. The
     ids of PROBES from the files are compared with ours, in a second or two: ask before training."""
     family, pooling = embedder.model.config.family, embedder.pooling
-    if family == "neobert":
-        return "transformers has no NeoBERT"
-    if pooling == "splade" and family != "modernbert":
+    if pooling == "splade" and family not in ("modernbert", "neobert"):
         return f"its sparse models are masked language models, and {family} has no such class"
     if pooling in ("splade", "tokens", "weighted_mean") and not embedder.pool_instruction:
         return f"there, pooling {pooling!r} counts the instruction's tokens, too"

@@ -266,8 +266,9 @@ FOLDERS = [  # family, settings, why transformers has no such class
     ("qwen3", dict(task="texts", pooling="last"), None),
     ("llama", dict(label_position="next_token"), "not one before"),
     ("modernbert", dict(), "prediction_head=True"),
+    ("gemma3", dict(task="texts", pooling="last"), None), ("gemma3", dict(), "labels no tokens"),
     ("modernbert-decoder", dict(), "labels no tokens"), ("llama", dict(task="texts"), "pool last"),
-    ("neobert", dict(task="texts", pooling="cls"), "no NeoBERT")]  # fmt: skip
+    ("neobert", dict(task="texts", pooling="cls"), "no such class")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "case", "reason"), FOLDERS, ids=str)

@@ -16,14 +16,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 import common
 import grad_cache
 import harness
+import lora
 import pairs as P
 import train_contrastive as T
 from data import open_pairs, read_pair
 from embedder import Embedder
+from formats import read_json, write_json
 from formats.huggingface import from_pretrained, save_pretrained
 from harness import ROOT, WORDS, assert_equal_bits, losses, run_ranks, saved, write_jsonl
 from model import from_scratch
@@ -285,6 +289,30 @@ def test_a_pair_is_drawn_from_its_line(hard_file):
     assert positives == {0, 1} and len(chosen) == 3
 
 
+def test_crops_of_a_text(tmp_path):
+    """Two runs of words of a {"text"} line, drawn anew in each epoch; other lines stay whole."""
+    words = [f"w{i}" for i in range(20)]
+    lines = [{"text": " \n".join(words)}, {"text": " "}, {"query": "a b c d", "pos": ["e f g h"]}]
+    file, seen = open_pairs(write_jsonl(tmp_path / "x.jsonl", lines)), Counter()
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        p = P.sample_pair(file, 0, 2, rng, crop=0.4)
+        assert p["known"] == p["passages"] and p["scores"] is None
+        for text in (p["query"], *p["passages"]):
+            first = words.index(text.split()[0])
+            assert text == " \n".join(words[first : first + 8])
+            seen[first] += 1
+    assert sorted(seen) == list(range(13)) and min(seen.values()) > 30  # 800 / 13 = 62
+    assert P.sample_pair(file, 1, 2, rng, crop=0.4)["passages"] == [" "]
+    assert P.sample_pair(file, 2, 2, rng, crop=0.4)["query"] == "a b c d"
+    short = P.sample_pair(file, 0, 2, rng, crop=0.01)
+    assert len(short["query"].split()) == 1
+    assert P.sample_pair(file, 0, 2, rng, crop=1.0) == P.sample_pair(file, 0, 2, rng)
+    s = settings(batch_size=1, group_size=2, crop=0.4)
+    [one], [two] = (P.pairs_of_step([file], i, np.zeros(9, int), s)[0] for i in (0, 3))
+    assert one != two
+
+
 def test_batches_without_duplicates(tmp_path):
     # 40 lines, each text about twice in the file: in several queries, as positive and as negative
     rng = np.random.default_rng(0)
@@ -412,7 +440,7 @@ def tiny(model_folder, hard_file, tmp_path_factory):
 CLOSE = dict(loss=1e-5, gnorm=1e-4, eval_loss=1e-4, acc=1e-9)
 
 
-def test_a_run_learns_and_its_folder_is_the_same(tiny, easy_files, tmp_path, monkeypatch):
+def test_a_run_learns_and_its_folder_is_the_same(tiny, easy_files, tmp_path, monkeypatch, capsys):
     from sentence_transformers import SentenceTransformer
 
     keys = [f"--data={easy_files[0]}", f"--eval_data={easy_files[1]}", "--eval_lines=30",
@@ -420,7 +448,8 @@ def test_a_run_learns_and_its_folder_is_the_same(tiny, easy_files, tmp_path, mon
     keys += ["--max_steps=40", "--eval_interval=1", "--learning_rate=3e-3"]
     trained = run(tiny, tmp_path, *keys)
     embedder, right = trained.embedder, losses(tmp_path, "eval_acc")
-    assert list(losses(tmp_path)) == list(right) == list(range(1, 41))
+    harness.assert_compared(capsys.readouterr().out, tmp_path, 40, "loss", "acc", "mrr", "ndcg")
+    assert list(losses(tmp_path)) == list(right)[1:] == list(range(1, 41)) and right[0] < right[40]
     curve = list(losses(tmp_path).values())
     assert sum(curve[-5:]) < 0.6 * sum(curve[:5]) and right[40] > right[1] + 0.2
     pairs = trained.eval_pairs  # 30 of the 40
@@ -500,7 +529,7 @@ def test_the_best_checkpoint_is_kept(tiny, easy_files, tmp_path):
     run(tiny, tmp_path, *keys, "--resume=True")
     evals = losses(tmp_path, "eval_loss")
     best = min(evals, key=evals.get)
-    assert list(evals) == [4, 8, 12, 16, 20, 21, 22, 23, 24] and best <= 20
+    assert list(evals) == [0, 4, 8, 12, 16, 20, 21, 22, 23, 24] and best <= 20
     assert {p.name for p in tmp_path.glob("step*")} == {"step24", f"step{best}"}
 
 
@@ -528,6 +557,50 @@ def test_lora_resumed_is_bit_equal(tiny, tmp_path):
             shutil.copytree(whole / "step6" / "adapter", first / "step1")
             keys.append(f"--adapters={first}")
     assert losses(tmp_path / "whole2") != losses(tmp_path / "whole")
+
+
+def test_the_first_layers_alone(tiny, folders, tmp_path):
+    """A run with n_layer=2 of 3, resumed, is one on a folder that was cut by hand. So is a second
+    run on its adapter, which says how many layers it goes with, and one on the whole model's."""
+    cut, base = tmp_path / "cut", folders["qwen3"]
+    shutil.copytree(base, cut)
+    config = read_json(base, "config.json")
+    config |= {"num_hidden_layers": 2, "layer_types": config["layer_types"][:2]}
+    write_json(config, cut, "config.json")
+    tensors = load_file(f"{base}/model.safetensors")
+    dropped = [name for name in tensors if name.startswith("model.layers.2.")]
+    assert len(dropped) == 11
+    save_file({n: x for n, x in tensors.items() if n not in dropped}, cut / "model.safetensors")
+
+    keys = ["--lora_rank=4", "--train_also=norm", "--dtype=bf16", "--pooling=last"]
+    texts = ["tan mos", "ris sus"]
+    runs = {"hand": [f"--init_from={cut}"], "key": [f"--init_from={base}", "--n_layer=2"]}
+    for name, more in runs.items():
+        out = tmp_path / name
+        run(tiny, out, *keys, *more, "--stop_step=2")
+        # resumed, the adapter's folder says it as well as the key does
+        run(tiny, out, *keys, more[0], "--resume=True")
+        first = tmp_path / f"{name}-adapter"
+        shutil.copytree(out / "step6" / "adapter", first)
+        run(tiny, tmp_path / f"{name}2", *keys, f"--init_from={first}")
+    for end in ("", "2"):
+        hand, ours = tmp_path / f"hand{end}", tmp_path / f"key{end}"
+        assert_equal_bits(ours, hand)
+        assert read_json(ours / "step6", "config.json") == read_json(hand / "step6", "config.json")
+        sides = [Embedder.load(str(f), dtype="fp32").encode(texts) for f in (
+            hand / "step6", ours / "step6", ours / "step6" / "adapter")]  # fmt: skip
+        assert np.array_equal(sides[0], sides[1]) and np.abs(sides[2] - sides[0]).max() < 1e-2
+    # an adapter of all layers is merged first, then the model is cut
+    run(tiny, tmp_path / "all", *keys, f"--init_from={base}", "--max_steps=2")
+    more = [f"--init_from={tmp_path}/all/step2/adapter", "--n_layer=1", "--max_steps=2"]
+    embedder = run(tiny, tmp_path / "one", *keys, *more).embedder
+    whole = from_pretrained(str(tmp_path / "all/step2"), n_layer=1, dtype=torch.bfloat16)
+    name = "blocks.0.mlp.up_proj."
+    got = embedder.model.state_dict()[f"{name}base.weight"]
+    assert len(embedder.model.blocks) == 1 and torch.equal(got, whole.state_dict()[f"{name}weight"])
+    assert AutoModel.from_pretrained(tmp_path / "one" / "step2").config.num_hidden_layers == 1
+    harness.raises(ValueError, "n_layer=3: the model has 2", from_pretrained, str(cut), n_layer=3)
+    harness.raises(ValueError, "n_layer=2: the model has 1", lora.load_adapter, whole, str(first))
 
 
 def test_two_ranks_equal_one_and_each_other(tiny, tmp_path):
@@ -627,6 +700,7 @@ def test_three_forms_of_lines(tmp_path):
     ('{"anchor": "a", "positive": ["b"]}', "line 22: field 'positive' is ['b']"),
     ('{"positive": "b"}', "line 22: field 'query' is missing"),
     ("--pooling=max", "pooling 'max': expected one of"), ("--group_size=0", "group_size=0"),
+    ("--crop=2", "crop=2.0: expected a share"),
     ("--matryoshka_dims=(64,16)", "matryoshka_dims=(64, 16): embeddings have 32"),
     ("--query_instruction=('a','b')", "query_instruction: 2 texts for 1 data files"),
     ("--data=nowhere.jsonl", "nowhere.jsonl"), ("--init_from=nowhere/at/all", "nowhere/at/all"),

@@ -98,6 +98,10 @@ def test_each_step_reads_the_next_batch_of_one_file(tmp_path):
         epochs, rows = order.rows_of_step(0, len(lines), n, 5 + which)  # a seed of its own
         assert lines == list(zip(epochs.tolist(), rows.tolist(), strict=True))
     assert len(drawn[1]) > len(drawn[2]) > len(drawn[0]) > 0  # by their number of lines
+    runs = [pairs.lines_of_step([files[1]], step, np.zeros(9, int), 8, 5, 4) for step in range(7)]
+    runs = np.array([lines for _, lines in runs]).reshape(14, 4, 2)  # two epochs of 7 runs of 4
+    assert (np.diff(runs[..., 1]) % 30 == 1).all() and (runs[..., 0] == [[0]] * 7 + [[1]] * 7).all()
+    assert all(len(np.unique(epoch[..., 1])) == 28 for epoch in np.split(runs, 2))
     even = pairs.choose_files(files, 3000, 0.0, 5)
     assert all(900 < n < 1100 for n in np.bincount(even))
 

@@ -43,6 +43,8 @@ FAMILIES = {
     "mistral": ("MistralForCausalLM", dict(DECODER, sliding_window=9)),
     "qwen2": ("Qwen2ForCausalLM", DECODER),
     "qwen3": ("Qwen3ForCausalLM", dict(DECODER, head_dim=24, tie_word_embeddings=True)),
+    "gemma3": ("Gemma3ForCausalLM", dict(
+        DECODER, head_dim=24, sliding_window=9, sliding_window_pattern=2)),
     "modernbert": ("ModernBertForMaskedLM", MODERN),
     "modernbert-untied": ("ModernBertForMaskedLM", dict(
         MODERN, tie_word_embeddings=False, norm_bias=True, attention_bias=True, mlp_bias=True,
@@ -232,7 +234,7 @@ ALSO = [("llama", "embed,norm,head"), ("llama", "head"), ("llama-tied", "embed,n
         ("modernbert-untied", "norm"), ("modernbert-decoder", "embed,norm,head")]
 GROWN = [("llama", ""), ("llama", "embed,norm,head"), ("llama-tied", ""), ("llama-tied", "embed"),
          ("modernbert", ""), ("modernbert", "embed,head"), ("modernbert-untied", "embed")]
-DECODERS = ["llama", "mistral", "qwen2", "qwen3", "modernbert-decoder"]
+DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "modernbert-decoder"]
 CASES = [(*case, 0, True) for case in ALSO] + [(*case, 4, True) for case in GROWN]
 CASES += [(name, "", 0, causal) for name in DECODERS for causal in (True, False)]
 

@@ -34,7 +34,7 @@ TINY = dict(
     mask_token="own", max_seq_len=64, batch_tokens=512, device_batch_tokens=256, max_steps=8,
     lora_rank=4, lora_alpha=8.0, learning_rate=1e-2, log_interval=1, eval_interval=4,
     eval_tokens=640, save_interval=4, dtype="fp32")  # fmt: skip
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "modernbert-decoder")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "modernbert-decoder")
 SCRIPT = "train_mntp.py"
 arguments = partial(harness.arguments, SCRIPT)
 

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 
 import harness
+from bm25 import BM25
 from data import open_pairs, read_pair
 from embedder import Embedder
 from harness import ROOT, raises, read_jsonl, script, write_jsonl
@@ -253,6 +254,30 @@ def test_mining_with_too_few_texts():
     assert (pair["neg"], pair["pos_scores"], pair["neg_scores"]) == (["t1"], [1.0], [0.0])
     [pair] = mining.mine(*made, 1, 10, 5, None, False, 0)
     assert pair["neg"] == []  # the place before is passed over, nothing is left
+
+
+def test_mining_by_bm25(tmp_path, capsys):
+    lines = [{"query": "red fox", "pos": ["a red fox"], "neg": ["the blue sky"], "prompt": "p: "},
+             {"query": "blue", "pos": ["blue whale, blue sea", "a fox at sea"]}]  # fmt: skip
+    corpus = [{"text": text} for text in ("one fox", "RED or red", "red fox", "green")]
+    paths = [write_jsonl(tmp_path / f"{i}.jsonl", x) for i, x in enumerate((lines, corpus))]
+    out = tmp_path / "out" / "mined.jsonl"
+    argv = ["--model=bm25", f"--pairs={paths[0]}", f"--corpus={paths[1]}", f"--out={out}"]
+    mining.main([*argv, "--range=0:3", "--negatives=3", "--keep"])
+    texts = ["a red fox", "the blue sky", "blue whale, blue sea", "a fox at sea",
+             *(line["text"] for line in corpus)]  # fmt: skip
+    first, second = read_jsonl(out)
+    assert first["prompt"] == "p: " and first["neg"][0] == "the blue sky"
+    # not the query itself, and not its positive; the shortest with the rarest word first
+    assert first["neg"][1:] == ["RED or red", "one fox", "a fox at sea"]
+    assert second["neg"][0] == "the blue sky" and second["neg_scores"][1:] == [0, 0]
+    for pair in (first, second):
+        want = dict(zip(texts, BM25(texts).scores(pair["query"])))
+        for side in ("pos", "neg"):
+            np.testing.assert_allclose(pair[f"{side}_scores"], [want[t] for t in pair[side]], 1e-6)
+    assert min(*first["pos_scores"], *first["neg_scores"][1:]) > 0.2
+    with pytest.raises(SystemExit):
+        mining.main([*argv, "--query_instruction=find: "])
 
 
 def test_mining_script(tmp_path, toy_tokens, capsys):

@@ -186,7 +186,7 @@ def test_two_ranks_equal_one(tiny, folders, tmp_path):
 
 def test_other_objective_lora_and_muon(tiny, folders, tmp_path):
     """Encoder -> decoder (Ettin's cross-objective), continued with LoRA, resumed; Muon."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     more = ["--objective=clm", "--max_steps=4", "--optimizer=muon", "--attn_dropout=0.25"]
     run(tiny, tmp_path / "clm", f"--init_from={folders['modernbert']}", *more)
@@ -198,6 +198,14 @@ def test_other_objective_lora_and_muon(tiny, folders, tmp_path):
     with torch.no_grad():
         a = ours(ids, make_seqs([40]), rows=torch.arange(40))
         assert (a - theirs(input_ids=ids[None]).logits[0]).abs().max() < 1e-4
+
+    # and back: a ModernBERT again, as it was loaded
+    run(tiny, tmp_path / "mlm", f"--init_from={decoder}", "--learning_rate=0", "--max_steps=4")
+    encoder = AutoModelForMaskedLM.from_pretrained(tmp_path / "mlm" / "step4").eval()
+    ours = from_pretrained(decoder, attention="bidirectional").eval()
+    with torch.no_grad():
+        a = ours(ids, make_seqs([40]), rows=torch.arange(40))
+        assert (a - encoder(input_ids=ids[None]).logits[0]).abs().max() < 1e-4
 
     # the base is the checkpoint that the run began with, whatever its out_dir gains meanwhile
     keys = [f"--init_from={tmp_path / 'clm'}", "--objective=clm", "--lora_rank=4"]

@@ -32,7 +32,7 @@ def settings(**changes):
     """What the main block gives to the functions, for one rank on the CPU."""
     plain = dict(
         batch_size=6, device_batch_size=3, stop_step=30, seed=7, rank=0, world_size=1, group_size=1,
-        no_duplicates=False, template=Template("tan ", " mos"), write_template=False,
+        no_duplicates=False, crop=0.0, template=Template("tan ", " mos"), write_template=False,
         pool_instruction=False, query_max_length=9, passage_max_length=24,
         query_instruction=("ris: ",), passage_instruction=("",), w_d2q=0.8, w_q2d=0.2,
         eval_lines=1000, autocast=nullcontext, device="cpu")  # fmt: skip
@@ -266,15 +266,16 @@ def tiny(llama, pair_files, tmp_path_factory):
     return write_config(tmp_path_factory.mktemp("config"), **keys)
 
 
-def test_losses_and_weights_are_those_of_the_reference(unbroken, tiny, tmp_path):
+def test_losses_and_weights_are_those_of_the_reference(unbroken, tiny, tmp_path, capsys):
     """0.8 and 0.2, each over its own count of targets: the logged norm is that of the gradient."""
     for step, loss in losses(unbroken).items():
         d2q, q2d = (losses(unbroken, f"{x}_loss")[step] for x in ("d2q", "q2d"))
         assert loss == pytest.approx(0.8 * d2q + 0.2 * q2d, rel=1e-12)
         assert losses(unbroken, "d2q_ppl")[step] == pytest.approx(np.exp(d2q))
     for column in ("eval_loss", "eval_q2d_ppl", "eval_d2q_shuffled_loss", "eval_q2d_none_loss"):
-        assert list(losses(unbroken, column)) == [3, 6]
+        assert list(losses(unbroken, column)) == [0, 3, 6]
     done = run(tiny, tmp_path, "--max_steps=1", "--learning_rate=0")
+    harness.assert_compared(capsys.readouterr().out, tmp_path, 1, "loss", "q2d_shuffled_loss")
     batches = next(R.train_batches(done.files, 0, done.choices, done.tokenizer, done.s))
     counts = np.sum([batch.n_targets for batch in batches], axis=0)
     for batch in batches:

@@ -635,8 +635,9 @@ def test_the_hub_is_asked_for_what_is_named(made, tmp_path, monkeypatch, capsys)
 
 def test_patterns_of_names():
     name = "model.layers.3.self_attn.q_proj"
-    for rule in (["q_proj"], ["self_attn.q_proj"], [name], r".*\.(q_proj|v_proj)", r"^(?!.*vision).*q_proj$",
-                 r"model\.layers\.\d+\.self_attn\.[qkv]_proj", r"(.*\.)?(q_proj)"):  # fmt: skip
+    for rule in (["q_proj"], ["self_attn.q_proj"], [name], r".*\.(q_proj|v_proj)",
+                 r"^(?!.*vision).*q_proj$", r"model\.layers\.\d+\.self_attn\.[qkv]_proj",
+                 r"(.*\.)?(q_proj)"):  # fmt: skip
         assert peft.matches(name, rule), rule
     for rule in ([], ["proj"], ["_proj"], [".*"], ["k_proj"], "q_proj", r".*\.mlp\..*"):
         assert not peft.matches(name, rule), rule
@@ -673,8 +674,9 @@ def test_texts_of_encode(texts, message, embedder):
 
 @pytest.mark.parametrize("queries, passage, message", [
     ("abc", "a passage", "a list of queries"), (["a", None], "a passage", "query 1 is None"),
-    ([1], "a passage", "query 0 is 1"), (["a"], None, "passage is None"), (["a"], ["b"], "passage is ['b']"),
-    (["\ud800"], "a passage", "query 0 & surrogate"), (["a"], "\ud800", "passage & surrogate")])  # fmt: skip
+    ([1], "a passage", "query 0 is 1"), (["a"], None, "passage is None"),
+    (["a"], ["b"], "passage is ['b']"), (["\ud800"], "a passage", "query 0 & surrogate"),
+    (["a"], "\ud800", "passage & surrogate")])  # fmt: skip
 def test_texts_of_score_tokens(queries, passage, message, embedder):
     refused(message, score_tokens, embedder, queries, passage)
 
@@ -711,23 +713,24 @@ def bpe_without_words():
 def test_long_texts_have_the_ids_of_the_whole(toy_tokens):
     rng = np.random.default_rng(0)
     words = rng.choice(WORDS, 30_000).tolist()
-    texts = [" ".join(words), "".join(words), "a" * 200_001, "ta" * 90_000, " " * 150_000 + "tan. " * 9000,
-             "tan\n" * 50_000, "x" + " ".join("0123456789" * 20_000)[:180_001], "short"]  # fmt: skip
+    texts = [" ".join(words), "".join(words), "a" * 200_001, "ta" * 90_000, "tan\n" * 50_000,
+             " " * 150_000 + "tan. " * 9000, "x" + " 012345" * 20_000, "short"]
+
+    def encoded(tokenizer, template):
+        s = SimpleNamespace(prefix="", suffix="", separator=" ", max_length=32)
+        both = [{"text": a, "pair": b} for a, b in zip(texts[:3], texts[::-1])]
+        words = tokenize_words(tokenizer, [text.split() for text in texts], 32)
+        return (tokenize(tokenizer, texts, "a ", template, 32, False),
+                tokenize(tokenizer, join_texts(both, tokenizer, s), "", template, 32),
+                [[*map(list, parts)] for parts in words])  # fmt: skip
+
     for tokenizer in (load_tokenizer(f"{toy_tokens}/tokenizer"), wordpiece(), bpe_without_words()):
         for template in (Template(), Template("query: ", " tan]"), Template("", "a")):
-            def encoded():
-                s = SimpleNamespace(prefix="", suffix="", separator=" ", max_length=32)
-                both = [{"text": a, "pair": b} for a, b in zip(texts[:3], texts[::-1])]
-                words = tokenize_words(tokenizer, [text.split() for text in texts], 32)
-                return (tokenize(tokenizer, texts, "a ", template, 32, False),
-                        tokenize(tokenizer, join_texts(both, tokenizer, s), "", template, 32),
-                        [[*map(list, parts)] for parts in words])  # fmt: skip
-
-            found = encoded()
+            found = encoded(tokenizer, template)
             with pytest.MonkeyPatch.context() as patch:
                 for module in ("tokenizer", "labels"):
                     patch.setattr(f"{module}.without_middle", lambda backend, text, n: text)
-                assert found == encoded()
+                assert found == encoded(tokenizer, template)
             assert max(len(ids) for ids, _ in found[0]) == 32
 
 

@@ -522,6 +522,7 @@ def write_all(docs: list[dict], out: str) -> dict:
                     pairs[split].append(pair | {"summary": doc["summary"]})
                     seen |= keys
     written = pairs | {f"{split}_summary": by_summary(pairs, split) for split in ("val", "test")}
+    written["train_by_module"] = sorted(pairs["train"], key=lambda pair: pair["module"])
     for name, lines in written.items():
         with open(os.path.join(out, f"{name}.jsonl"), "w", encoding="utf-8", newline="\n") as f:
             for line in lines:
@@ -536,7 +537,8 @@ def manifest_of(out: str, counts: dict) -> dict:
     versions = {p: version(p).split("+")[0] for p in ("numpy", "torch", "tokenizers")}
     files = ["tokenizer/tokenizer.json", "train.bin", "train.idx", "val.bin", "val.idx"]
     sums = {}
-    files += [f"{name}.jsonl" for name in ("train", "val", "test", "val_summary", "test_summary")]
+    names = ("train", "train_by_module", "val", "test", "val_summary", "test_summary")
+    files += [f"{name}.jsonl" for name in names]
     for file in files:
         with open(os.path.join(out, file), "rb") as f:
             sums[file] = hashlib.sha256(f.read()).hexdigest()
