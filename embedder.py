@@ -191,8 +191,7 @@ def score_tokens(embedder, queries, passage, window=0, overlap=0, progress=False
         raise ValueError(f"score_tokens compares with one vector, not with {embedder.pooling!r}")
     if isinstance(queries, str):
         raise TypeError("score_tokens takes a list of queries, not one string")
-    for i, query in enumerate(queries):
-        check_text(query, f"query {i}")
+    queries = [check_text(query, f"query {i}") for i, query in enumerate(queries)]
     check_text(passage, "passage")
     instruction = prompts.get("document", "")
     ids, rows, spans = tokenize_passage(embedder.tokenizer, passage, instruction, embedder.template)

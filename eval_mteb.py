@@ -185,13 +185,14 @@ def read_rows(path, fields):
     """The rows of a .jsonl, or of a .tsv with a header, each with these fields {name: kind}, not
     empty but for the text of a corpus. ValueError names file, line and field, and an id, or a pair
     of them, that comes twice."""
-    rows = list((read_tsv if path.suffix == ".tsv" else read_jsonl)(str(path)))
+    tsv = path.suffix == ".tsv"
+    rows = list((read_tsv if tsv else read_jsonl)(str(path)))[tsv:]  # without the header
     if not rows:
         raise ValueError(f"{path} has no rows")
     seen = {}  # ids: their line
     for line, row in rows:
         for name, kind in fields.items():
-            if path.suffix == ".tsv" or (name == "label" and type(row.get(name)) is int):
+            if tsv or (name == "label" and type(row.get(name)) is int):
                 with suppress(ValueError, TypeError, KeyError):  # require will say it
                     row[name] = kind(row[name])
             filled = path.stem != "corpus" or name != "text"
@@ -203,7 +204,7 @@ def read_rows(path, fields):
 
 
 def read_tsv(path):
-    """Yield (line number, {column: text}) of a .tsv with a header."""
+    """Yield (line number, {column: text}) of a .tsv, the header among them."""
     header = None
     for line, text in text_lines(path):
         cells = text.split("\t")
@@ -211,8 +212,7 @@ def read_tsv(path):
         if len(cells) != len(header):
             problem = f"{len(cells)} columns, the header has {len(header)}"
             raise ValueError(f"{path} line {line}: {problem}")
-        if cells is not header:
-            yield line, dict(zip(header, cells))
+        yield line, dict(zip(header, cells))
 
 
 def read_columns(kind, path, split, fields):
@@ -221,11 +221,11 @@ def read_columns(kind, path, split, fields):
     rows = {key: read_rows(file_of(path, stem), fields) for key, stem in files.items()}
     gold = list(fields)[-1]  # label or score
     labels = sorted({row[gold] for row in next(iter(rows.values()))})
+    if kind == "pairs" and labels != [0, 1]:
+        raise ValueError(f"{file_of(path, kind)}: labels are 0 and 1, and both must occur")
     if len(labels) < 2:
         raise ValueError(f"{file_of(path, kind)}: field '{gold}' is {labels[0]!r} in every line")
     if gold == "label":
-        if kind == "pairs" and labels != [0, 1]:
-            raise ValueError(f"{file_of(path, kind)}: labels are 0 and 1, and both must occur")
         if extra := {row["label"] for row in rows[split]}.difference(labels):
             raise ValueError(f"{file_of(path, split)}: label {min(extra)!r} is not in train")
         for row in sum(rows.values(), []):

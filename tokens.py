@@ -73,26 +73,23 @@ def write_meta(folder: str, tokenizer, name: str, splits: dict):
 
 def _facts(tokenizer, folder):
     """What meta.json says of the tokenizer that is saved in folder/tokenizer."""
-    vocab_size = vocab_size_of(tokenizer)
     saved = Path(folder, "tokenizer", "tokenizer.json").read_bytes()
-    return {
-        "dtype": token_dtype(vocab_size),
-        "vocab_size": vocab_size,
-        "tokenizer_sha256": hashlib.sha256(saved).hexdigest(),
-        "special_ids": sorted(tokenizer.all_special_ids),
-        "mask_id": tokenizer.mask_token_id,
-    }
+    return dict(
+        dtype=token_dtype(vocab_size_of(tokenizer)), vocab_size=vocab_size_of(tokenizer),
+        tokenizer_sha256=hashlib.sha256(saved).hexdigest(),
+        special_ids=sorted(tokenizer.all_special_ids), mask_id=tokenizer.mask_token_id,
+    )  # fmt: skip
 
 
 def tokenizer_of(folder: str):
     """The tokenizer of a folder of token files. ValueError where meta.json is of another."""
-    path, meta_path = os.path.join(folder, "tokenizer"), os.path.join(folder, "meta.json")
+    path, meta = os.path.join(folder, "tokenizer"), read_json(folder, "meta.json")
     if not os.path.isdir(path):
         raise FileNotFoundError(f"{path}: no such folder, expected the data's tokenizer")
-    tokenizer, meta = load_tokenizer(path), read_json(meta_path)
+    tokenizer = load_tokenizer(path)
     for key, value in _facts(tokenizer, folder).items():
-        if meta[key] != value and meta[key] != "":  # "": unknown
-            raise ValueError(f"{meta_path}: {key} is {meta[key]}, that of {path} is {value}")
+        if meta[key] not in (value, ""):  # "": unknown
+            raise ValueError(f"{meta.where}: {key} is {meta[key]}, that of {path} is {value}")
     return tokenizer
 
 

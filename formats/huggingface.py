@@ -157,9 +157,8 @@ def config_from_hf(hf):
         if field in _SHAPE or hf.get(key) is not None:
             kind = ModelConfig.__annotations__[field]
             c[field] = require(hf, key, kind, "config.json", 0)
-            most = 10_000 if field == "n_layer" else 2**31
-            if kind is int and not 0 < hf[key] <= most:
-                raise ValueError(f"config.json: {key} is {hf[key]}, expected 1 to {most}")
+            if kind is int and not 0 < hf[key] <= (10_000 if field == "n_layer" else 2**31):
+                raise ValueError(f"config.json: {key} is {hf[key]}: no model has so many")
     bidirectional = family in GEMMAS and hf.get("use_bidirectional_attention")
     if bidirectional:
         c["causal"] = False
@@ -323,9 +322,7 @@ def download(name, patterns):
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@.+)?", name) or repo.split("/")[0] in OURS:
         raise FileNotFoundError(f"{name}: no such folder, and not a hub id (owner/name[@revision])")
     try:
-        return snapshot_download(
-            repo, revision=revision or None, allow_patterns=patterns, etag_timeout=4
-        )
+        return snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
     except (OSError, ValueError) as error:  # no network, no such repository
         raise OSError(f"{name}: no such folder, and from the hub: {error}") from error
 
@@ -338,28 +335,23 @@ def open_tensors(path):
             return {key: partial(file.get_tensor, key) for key in file.keys()}
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {key: tensor.detach for key, tensor in state.items()}
-    except FileNotFoundError:
-        raise
     except Exception as error:  # of safetensors, pickle, zip
         raise ValueError(f"{path}: no whole file of tensors: {error}") from None
 
 
 def finite(tensor, name, folder):
     """The tensor. ValueError names it where its numbers are whole ones, or not all finite."""
-    if not tensor.is_floating_point():
-        raise ValueError(f"{folder}: tensor {name!r} is {tensor.dtype}, expected floating point")
     # a sum needs no memory; in fp32 it overflows for no weights that are any good
-    if not tensor.sum(dtype=torch.float32).isfinite():
-        raise ValueError(f"{folder}: tensor {name!r} has NaN or infinity")
+    if not tensor.is_floating_point() or not tensor.sum(dtype=torch.float32).isfinite():
+        raise ValueError(f"{folder}: tensor {name!r}, {tensor.dtype}: expected finite floats alone")
     return tensor
 
 
 def _read_tensors(folder):
     """{name: function that reads it} from safetensors, one file or sharded, or an old .bin."""
     readers, folder = {}, Path(folder)
-    for path in folder.glob("model*.safetensors"):
-        readers |= open_tensors(path)
-    for path in () if readers else folder.glob("pytorch_model*.bin"):
+    paths = list(folder.glob("model*.safetensors")) or folder.glob("pytorch_model*.bin")
+    for path in paths:
         readers |= open_tensors(path)
     if not readers:
         raise FileNotFoundError(f"{folder}: no model*.safetensors and no pytorch_model*.bin")

@@ -26,7 +26,6 @@ SETTINGS = {  # of nanoembed.json
     "pooling": str, "prompts": dict, "normalize": bool, "max_length": int,
     "pool_instruction": bool, "template": dict,
 }  # fmt: skip
-TEMPLATE = ("prefix", "suffix")
 
 POOLINGS = {  # newer versions of sentence-transformers write "cls", "mean" and "weightedmean"
     "cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last",
@@ -157,10 +156,10 @@ def read_settings(folder):
     if settings := read_json(folder, "nanoembed.json"):
         where = f"{folder}/nanoembed.json"
         settings = {key: require(settings, key, kind, where, 0) for key, kind in SETTINGS.items()}
-        prefix, suffix = (require(settings["template"], x, str, where, 0) for x in TEMPLATE)
-        settings["template"] = Template(prefix, suffix)
-        for name in settings["prompts"]:
-            require(settings["prompts"], name, str, f"{where}: prompts", 0)
+        texts = settings["prompts"] | settings["template"]
+        for name in ("prefix", "suffix", *texts):
+            require(texts, name, str, where, 0)
+        settings["template"] = Template(texts["prefix"], texts["suffix"])
         if settings["max_length"] < 1:
             raise ValueError(f"{where}: max_length {settings['max_length']}, expected 1 or more")
         path = Path(folder, PROJECTION)
