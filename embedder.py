@@ -19,10 +19,11 @@ from tqdm import tqdm
 from attention import make_seqs
 from common import dtype_of, logged, prefetch, print0
 from embedding_model import EmbeddingModel, chunks_of
+from formats import llm2vec, read_json
 from formats.huggingface import resolve_folder
-from formats.peft import adapter_chain, attention_of
+from formats.peft import attention_of_chain, pinned_chain
 from formats.sentence_transformers import read_settings
-from lora import load_merged
+from lora import load_adapter, load_merged
 from quantize import quantize
 from token_scores import cosines, windows_of
 from tokenizer import check_text, load_tokenizer, tokenize_passage
@@ -39,6 +40,8 @@ class Embedder(EmbeddingModel):
     ):  # fmt: skip
         """A sequence of texts -> float32 array [N, dim]; for "tokens" a list of N arrays.
 
+        instruction: one for all texts, or one for each. [instruction, text] pairs, as LLM2Vec takes
+        them, stand for both.
         dim: only the first of the numbers (Matryoshka), again of length 1 where the model
         normalizes. precision: "int8" [N, dim], by `ranges` or by those of these texts, or "binary"
         [N, dim / 8]: see quantize.py, which has their scores. device_batch_tokens: the most tokens
@@ -47,10 +50,12 @@ class Embedder(EmbeddingModel):
         Under torchrun all ranks call it together: each embeds its share, all get the whole.
         """
         many, device = self.pooling == "tokens", self.device
-        if isinstance(texts, str) or not isinstance(instruction, str):
-            raise TypeError("encode takes a list of texts, not one string, and one instruction")
+        if isinstance(texts, str) or instruction is None:
+            raise TypeError("encode takes a list of texts, not one string; no instruction is ''")
         if many and out is not None:
             raise ValueError("out= holds one vector a text, pooling 'tokens' gives several")
+        if not isinstance(instruction, str) and len(instruction) != len(texts):
+            raise ValueError(f"{len(instruction)} instructions for {len(texts)} texts")
         if dim and (self.pooling == "splade" or not 1 <= dim <= self.dim):
             raise ValueError(f"dim={dim} of {self.dim} numbers, by pooling {self.pooling!r}")
         if precision and self.pooling in ("splade", "tokens"):
@@ -74,9 +79,19 @@ class Embedder(EmbeddingModel):
 
         def parts():  # the next one is tokenized while the model runs
             for begin in range(0, n, size):
-                numbers = range(begin + rank, min(begin + size, n), world)
-                share = [check_text(texts[i], f"text {i}") for i in numbers]
-                yield begin, self.tokenize(share, instruction)
+                rows = range(begin + rank, min(begin + size, n), world)
+                share, given = [texts[i] for i in rows], instruction
+                if not isinstance(given, str):
+                    given = [check_text(given[i], f"instruction {i}") for i in rows]
+                if share and isinstance(share[0], (list, tuple)):
+                    if given:
+                        raise ValueError("instruction= and [instruction, text] pairs: give one")
+                    for i, pair in zip(rows, share):
+                        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                            raise TypeError(f"text {i} is {pair!r:.60}, expected a pair of two str")
+                    given, share = zip(*share)
+                share = [check_text(text, f"text {i}") for i, text in zip(rows, share)]
+                yield begin, self.tokenize(share, given)
 
         bar = tqdm(total=n, desc="encode", unit=" texts", disable=not progress or rank > 0)
         with self.evaluating(), bar:
@@ -117,35 +132,46 @@ class Embedder(EmbeddingModel):
     def load(
         cls, name, adapters=(), device=None, dtype="auto", attention=None,
         attention_backend="auto", pooling=None, template=None, prompts=None, normalize=None,
-        max_length=None, pool_instruction=None,
+        max_length=None, pool_instruction=None, merge=True,
     ):  # fmt: skip
         """An Embedder, ready to encode, from a folder or a hub id `owner/name[@revision]`.
 
         name: a folder of `save`, a sentence-transformers folder, a plain Hugging Face model, or a
-        PEFT adapter, whose base is loaded first; of an out_dir, its newest checkpoint. adapters:
+        PEFT adapter, whose base is loaded first; of an out_dir, its newest checkpoint. Of LLM2Vec's
+        published adapters (formats/llm2vec.py) all that belongs to the model is loaded. adapters:
         more of them, merged in this order (LLM2Vec: base, MNTP, then SimCSE or supervised).
-        attention: "causal" or "bidirectional" where config.json does not say. dtype: "auto",
+        merge=False leaves the last one beside the weights, which is slower and not rounded with
+        them. attention: "causal" or "bidirectional" where the files do not say. dtype: "auto",
         "bf16" or "fp32". The other arguments replace what the folder says. Where nobody says it:
         mean over all tokens, normalised, up to 512 of them.
-        Raises ValueError for a sentence-transformers folder with a part that is not supported.
+        Raises ValueError for a sentence-transformers folder with a part that is not supported, for
+        an adapter whose attention nothing says, and for one of LLM2Vec's that needs others before.
         """
         device = torch.device(device or torch.accelerator.current_accelerator(True) or "cpu")
         dtype = dtype_of(dtype, device)
-        folders = [*adapter_chain(name), *map(resolve_folder, adapters)]
-        settings = {}
-        for folder in folders:  # a later adapter replaces what an earlier one says
-            settings |= read_settings(folder)
+        names = [*pinned_chain(name), *adapters]
+        folders = [resolve_folder(x) for x in names]
+        family, settings = read_json(folders[0], "config.json").get("model_type"), {}
+        for known_as, folder in zip(names, folders):  # the last one's word counts
+            settings |= read_settings(folder) or llm2vec.read_settings(known_as, folder, family)
         given = dict(pooling=pooling, template=template, prompts=prompts, normalize=normalize,
                      max_length=max_length, pool_instruction=pool_instruction)  # fmt: skip
         settings |= {key: value for key, value in given.items() if value is not None}
-        path, usual = settings.pop("path", None), settings.pop("attention", None)
+        path = settings.pop("path", None)
 
         base = f"{folders[0]}/{path or ''}"
-        if attention is None and not any(map(attention_of, folders[1:])):
-            attention = usual
-        model = load_merged(base, folders[1:], attention, dtype=dtype).eval()
-        model.set_backend(attention_backend, device, dtype)
-        sources = [f for f in folders if os.path.exists(f"{f}/tokenizer.json")]
+        attention = attention or attention_of_chain(base, names[1:])
+        merged = names[1:] if merge else names[1:-1]
+        model = load_merged(base, merged, attention, dtype=dtype)
+        for adapter in names[1 + len(merged) :]:
+            load_adapter(model, adapter)
+        model.eval().set_backend(attention_backend, device, dtype)
+        # LLM2Vec takes the tokenizer of the model that its second adapter is put on
+        sources = [
+            folder for known_as, folder in zip(names, folders)
+            if os.path.exists(f"{folder}/tokenizer.json")
+            and not llm2vec.is_second(known_as, folder)
+        ]  # fmt: skip
         tokenizer = load_tokenizer([base, *sources][-1])
         if "pooling" not in settings:
             print0(f"{name} does not say how it pools: mean over all tokens")
@@ -154,6 +180,8 @@ class Embedder(EmbeddingModel):
         foreign = path is not None and not embedder.pool_instruction
         if foreign and (problem := embedder.st_problem()):
             print0(f"{name}: not in all as sentence-transformers has it: {problem}")
+        if len(names) > 1:
+            print0(f"{name} is {' + '.join(names)}, in this order")
         print0(f"{name}: {model.describe()}, {dtype} on {device}; {embedder.pooling} -> "
                f"{embedder.dim} numbers, up to {embedder.max_length} tokens")  # fmt: skip
         return embedder

@@ -15,7 +15,7 @@ from formats import sentence_transformers as st
 from formats.huggingface import save_pretrained
 from lora import lora_layers, merged_state, save_adapter
 from pooling import groups, pack, pool, splade
-from tokenizer import TEMPLATES, check_tokenizer, tokenize
+from tokenizer import TEMPLATES, check_tokenizer, tokenize, tokenize_llm2vec
 
 POOLINGS = ("mean", "weighted_mean", "last", "cls", "splade", "tokens")
 
@@ -35,8 +35,9 @@ class EmbeddingModel(nn.Module):
     `projection`, an nn.Linear without bias or None.
     prompts: {"query": instruction, "document": instruction, ...}, for evaluations and for
     sentence-transformers; `encode` takes the instruction itself. normalize: to length 1, except
-    with splade. dtype: what evaluation and use compute in (autocast), fp32 or
-    bf16.
+    with splade. dtype: what evaluation and use compute in (autocast), fp32 or bf16.
+    instructions: {data set or task of MTEB: instruction}, for eval_mteb.py. doc_max_length: ids are
+    made by tokenize_llm2vec.
 
     All that has parameters runs in one forward call: DDP(embedder)(*packed).
     """
@@ -44,7 +45,7 @@ class EmbeddingModel(nn.Module):
     def __init__(
         self, model, tokenizer, pooling="mean", template=TEMPLATES["none"], prompts=None,
         normalize=True, max_length=512, pool_instruction=True, projection=None,
-        dtype=torch.float32,
+        dtype=torch.float32, pool_bos=True, doc_max_length=None, instructions=None,
     ):  # fmt: skip
         super().__init__()
         if pooling not in POOLINGS:
@@ -60,6 +61,8 @@ class EmbeddingModel(nn.Module):
         self.normalize = normalize and pooling != "splade"
         self.max_length, self.dtype = max_length, dtype
         self.pool_instruction = pool_instruction or pooling == "last"  # the same vector there
+        self.pool_bos, self.doc_max_length = pool_bos, doc_max_length
+        self.instructions = instructions or {}
 
     @property
     def dim(self):
@@ -75,7 +78,11 @@ class EmbeddingModel(nn.Module):
     def tokenize(self, texts, instruction=""):
         """`tokenize` with this embedder's template, length and pooled range."""
         settings = self.template, self.max_length, self.pool_instruction
-        return tokenize(self.tokenizer, texts, instruction, *settings)
+        if self.doc_max_length:
+            return tokenize_llm2vec(
+                self.tokenizer, texts, instruction, *settings, self.doc_max_length
+            )
+        return tokenize(self.tokenizer, texts, instruction, *settings, self.pool_bos)
 
     def forward(self, tokens, seqs, pooled):
         """What `pack` returned -> fp32 [B, dim], with gradients; for "tokens" (vectors [P, dim],

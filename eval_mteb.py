@@ -4,10 +4,11 @@ Evaluate embedders: MTEB tasks by name, or tasks from your own files. One table,
     python eval_mteb.py --model=out/x --tasks=STSBenchmark,SciFact
     torchrun --standalone --nproc_per_node=8 eval_mteb.py --model=out/x --benchmark="MTEB(eng, v2)"
     python eval_mteb.py --model=out/a,out/b,st:owner/name --local=my_tasks     # needs no network
+    python eval_mteb.py --model=McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-supervised \
+        --benchmark="MTEB(eng, v2)"                           # wrap and instructions are known
     python eval_mteb.py --model=owner/base --adapters="('owner/mntp', 'owner/supervised')" \
-        --attention=bidirectional --benchmark="MTEB(eng, v1)" \
-        --prefix="[INST] " --suffix=" [/INST]" --instructions=task_to_instructions.json \
-        --query_template="{instruction}: "
+        --attention=bidirectional --benchmark="MTEB(eng, v1)" --prefix="[INST] " \
+        --suffix=" [/INST]" --instructions=llm2vec --query_template="{instruction} "
 
 With torchrun, --local needs `--` before eval_mteb.py: torchrun has options of similar names.
 The mteb package scores (Muennighoff et al. 2022, arXiv 2210.07316; Enevoldsen et al. 2025, arXiv
@@ -64,6 +65,7 @@ from data import open_pairs, read_jsonl, read_line, read_pair, require, text_lin
 from embedder import Embedder
 from formats import parse_json, write_json
 from formats.huggingface import resolve_folder
+from formats.llm2vec import TASKS
 from tokenizer import Template, load_tokenizer, tokenize_passage
 
 # ---- defaults ----
@@ -77,6 +79,8 @@ adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into the model,
 attention: str | None = None  # causal or bidirectional; None: the model's own
 pooling: str | None = None  # None: the model's own
 max_length: int | None = None  # tokens of a text, template included; None: the model's own
+pool_instruction: bool | None = None  # are its tokens pooled, too? None: the model's own
+merge = True  # False: the last adapter is computed beside the weights, as in LLM2Vec
 similarity: str | None = None  # cosine or dot; None: cosine where the model normalizes, else dot
 # tasks: one of these three
 tasks = ""  # names of mteb, separated by commas
@@ -85,12 +89,14 @@ local = ""  # a task's folder, a folder of such, or a .jsonl file of training pa
 languages = ""  # with tasks: only subsets in these, such as "eng,deu"; "": all
 corpus: tuple[str, ...] = ()  # with a local file of pairs: others whose passages are ranked, too
 split = "test"  # with local: which qrels/<split>.tsv, which <split>.jsonl of a classification
-# prompts: "model" for those saved with it, "mteb" for the instructions that mteb's tasks have, or a
-# JSON file {task: instruction}, or {task: {"query": instruction, "document": instruction}}
+# prompts: "model" for those saved with it, "mteb" for the instructions that mteb's tasks have,
+# "llm2vec" for LLM2Vec's, or a JSON file {task: instruction}, or {task: {"query": instruction,
+# "document": instruction}}
 instructions = "model"
 prefix: str | None = None  # the template around every text, such as a chat wrap; \n: new line
-suffix: str | None = None  # None: the model's own. LLM2Vec's folders do not say theirs
-query_template = "{instruction}"  # around an instruction that is not the model's own; \n: new line
+suffix: str | None = None  # None: the model's own
+# around an instruction that is not the model's own, whose separator follows it; \n: new line
+query_template = "{instruction}"
 # device
 device_batch_tokens: int | None = None  # of one forward; None: 2,048 on the CPU, 16,384 on a GPU
 dtype = "auto"  # bf16, fp32, or what the device is good at
@@ -311,14 +317,21 @@ def number_texts(lines):
 
 def task_prompts(tasks, instructions, template, saved):
     """-> {task: {"query": prompt, "document": prompt}}. saved: the model's prompts, under "query"
-    and "document", or the name or type of a task. SystemExit where a file lacks a task."""
-    file, prompts, missing = {}, {}, []
+    and "document", or the name or type of a task; hotpot_qa is HotpotQA. Prints which tasks go
+    without an instruction though the model has some. SystemExit where a file lacks a task."""
+
+    def plain(name):
+        return re.sub(r"[\W_]", "", name).lower()
+
+    file, prompts, missing, by_name = {}, {}, [], {plain(name): x for name, x in saved.items()}
     if instructions not in ("model", "mteb"):
-        file = parse_json(Path(instructions).read_bytes(), instructions)
+        path = TASKS if instructions == "llm2vec" else Path(instructions)
+        file = parse_json(path.read_bytes(), path)
     for whole, part in [(t, part) for t in tasks for part in parts(t)]:
         name, kind = part.metadata.name, part.metadata.type
         if instructions == "model":
-            given = saved.get(name, saved.get(kind, saved.get("query", "")))
+            names = (plain(x) for x in (name, whole.metadata.name, kind, "query"))
+            given = next((by_name[x] for x in names if x in by_name), "")
         elif instructions == "mteb":
             given = part.metadata.prompt or part.abstask_prompt
         elif (given := file.get(name, file.get(whole.metadata.name))) is None:
@@ -327,6 +340,12 @@ def task_prompts(tasks, instructions, template, saved):
         prompts[name] = {"query": "", "document": saved.get("document", "")} | given
         if instructions != "model" and (text := prompts[name]["query"]):
             prompts[name]["query"] = template.replace("\\n", "\n").replace("{instruction}", text)
+    bare = [name for name, given in prompts.items() if not given["query"]]
+    known = [name for name, text in saved.items() if text and name != "document"]
+    if instructions == "model" and known and bare:
+        some = ", ".join(known[:3]) + ", .." * (len(known) > 3)
+        common.print0(f"the model was trained with instructions ({some}) and has none for "
+                      f"{', '.join(bare)}: see --instructions")  # fmt: skip
     if missing:
         raise SystemExit(f'{instructions} has no line for {", ".join(missing)}; "" is for none')
     return prompts
@@ -431,7 +450,7 @@ def load_encoder(name, s, device):
         if s.max_length:
             e.max_seq_length = s.max_length
         scores, dim = s.similarity or e.similarity_fn_name, e.get_embedding_dimension()
-        settings = e, e.max_seq_length, sorted(e.tokenizer.get_vocab().items())
+        settings, saved = (e, e.max_seq_length, sorted(e.tokenizer.get_vocab().items())), e.prompts
 
         def embed(texts, prompt):
             return e.encode(texts, prompt=prompt, show_progress_bar=bar)
@@ -443,18 +462,19 @@ def load_encoder(name, s, device):
         adapters = s.adapters if name == s.model else ()
         e = Embedder.load(
             name, adapters, device, s.dtype, s.attention, pooling=s.pooling, template=template,
-            max_length=s.max_length,
+            max_length=s.max_length, pool_instruction=s.pool_instruction, merge=s.merge,
         )  # fmt: skip
-        name, dim = "+".join([name, *adapters]), e.dim
+        name, dim, saved = "+".join([name, *adapters]), e.dim, e.instructions | e.prompts
         scores = s.similarity or ("cosine" if e.normalize else "dot")
         scores = "MaxSim" if e.pooling == "tokens" else scores
         settings = (e.model.config, e.pooling, e.template, e.normalize, e.max_length, e.dtype,
-                    e.pool_instruction, e.tokenizer.backend_tokenizer.to_str())  # fmt: skip
+                    e.pool_instruction, e.pool_bos, e.doc_max_length,
+                    e.tokenizer.backend_tokenizer.to_str())  # fmt: skip
 
         def embed(texts, prompt):
             return e.encode(texts, prompt, s.device_batch_tokens, progress=bar)
 
-    return Encoder(name, embed, scores, e.prompts, dim, fingerprint(e, settings, scores))
+    return Encoder(name, embed, scores, saved, dim, fingerprint(e, settings, scores))
 
 
 # ---- evaluation ----

@@ -224,7 +224,7 @@ def load_merged(
     """`from_pretrained`, with adapters merged into it in this order: added in fp32, and the result
     rounded once to dtype. attention: None asks what stands beside the adapters, then the base.
     n_layer: only the first n layers of the result."""
-    attention = attention or next(filter(None, map(peft.attention_of, adapters)), None)
+    attention = attention or peft.attention_of_chain(base, adapters)
     first = torch.float32 if adapters else dtype
     model = from_pretrained(base, attention, rope_theta=rope_theta, dtype=first)
     for adapter in adapters:

@@ -2,7 +2,9 @@
 The pairs of a contrastive batch: which are drawn, who is whose among their texts, and their ids.
 """
 
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -132,7 +134,8 @@ def layout(pairs):
 
 def encode(texts, prompts, max_length, tokenizer, s):
     """`tokenize` as the settings say; prompts: the instruction of each text."""
-    return tokenize(tokenizer, texts, prompts, s.template, max_length, s.pool_instruction)
+    pooled = s.pool_instruction, s.pool_bos
+    return tokenize(tokenizer, texts, prompts, s.template, max_length, *pooled)
 
 
 def encode_pairs(pairs, which, tokenizer, s):
@@ -144,6 +147,18 @@ def encode_pairs(pairs, which, tokenizer, s):
     passages = [text for pair in pairs for text in pair["passages"]]
     return [*encode(queries, prompts, s.query_max_length, tokenizer, s),
             *encode(passages, answer, s.passage_max_length, tokenizer, s)]  # fmt: skip
+
+
+def instructions_of(files, s):
+    """{data file: its queries' instruction, by its first line; task: instruction} that evaluation
+    finds with the model."""
+    found = json.loads(Path(s.task_instructions).read_text("utf-8")) if s.task_instructions else {}
+    for i, file in enumerate(files):
+        prompt = read_pair(file, 0)["prompt"]
+        ask = s.query_instruction[min(i, len(s.query_instruction) - 1)]
+        if text := ask if prompt is None else prompt:
+            found[Path(file.path).stem] = text
+    return found
 
 
 def show_pairs(pairs, which, tokenizer, s):

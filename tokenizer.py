@@ -20,10 +20,21 @@ from formats import read_json
 @dataclass(frozen=True)
 class Template:
     """What stands around every text: prefix + instruction + text + suffix. It is saved with the
-    model. The tokenizer adds its own BOS, CLS, EOS or SEP."""
+    model. The tokenizer adds its own BOS, CLS, EOS or SEP. separator: what an instruction ends in;
+    one that does not gets it."""
 
     prefix: str = ""
     suffix: str = ""
+    separator: str = ""
+
+    def head(self, instruction):
+        """All that stands before the text. A visible separator takes the place of a colon."""
+        if instruction and self.separator:
+            instruction = instruction.strip()
+            if mark := self.separator.strip():
+                instruction = instruction.removesuffix(mark).rstrip(":")
+            instruction += self.separator
+        return self.prefix + instruction
 
 
 TEMPLATES = {  # chat wraps, chosen by name in a config
@@ -35,7 +46,9 @@ TEMPLATES = {  # chat wraps, chosen by name in a config
 }
 
 
-def tokenize(tokenizer, texts, instruction, template, max_length, pool_instruction=True):
+def tokenize(
+    tokenizer, texts, instruction, template, max_length, pool_instruction=True, pool_bos=True
+):  # fmt: skip
     """-> [(ids, (start, end)), ...], end exclusive: the tokens of each text and which are pooled.
 
     prefix + instruction + text + suffix are tokenized as one string: a special token spelled out in
@@ -43,19 +56,19 @@ def tokenize(tokenizer, texts, instruction, template, max_length, pool_instructi
     tokens the text loses its last ones; the suffix and the tokenizer's own EOS or SEP stay.
     All tokens are pooled. With pool_instruction=False the range begins at the first token that has
     a character of the text, as in LLM2Vec and sentence-transformers; without prefix and instruction
-    it is everything, as in the latter. An empty text may leave nothing: it gets the zero vector.
+    it is everything, as in the latter; with pool_bos=False all but a BOS or CLS, as in LLM2Vec.
+    An empty text may leave nothing: it gets the zero vector.
     Raises ValueError where prefix, instruction and suffix leave no room for the text.
     """
-    instructions = [instruction] * len(texts) if isinstance(instruction, str) else instruction
-    heads = [template.prefix + i for i in instructions]
     backend = whole_backend(tokenizer)
     texts = [without_middle(backend, text, max_length) for text in texts]
+    heads = heads_of(texts, instruction, template)
     joined = [h + t + template.suffix for h, t in zip(heads, texts)]
     encodings = backend.encode_batch(joined)
     encoded = []
     for head, text, encoding in zip(heads, texts, encodings):
         ids, start = encoding.ids, 0
-        skip_head = head and not pool_instruction
+        skip_head = not pool_instruction and (head or not pool_bos)
         if skip_head or len(ids) > max_length:
             # A token is placed by its last character: one that holds the instruction's last space
             # and the text's first letters belongs to the text.
@@ -68,11 +81,57 @@ def tokenize(tokenizer, texts, instruction, template, max_length, pool_instructi
     return encoded
 
 
+def heads_of(texts, instruction, template):
+    instructions = [instruction] * len(texts) if isinstance(instruction, str) else instruction
+    return [template.head(i) for i in instructions]
+
+
+def tokenize_llm2vec(
+    tokenizer, texts, instruction, template, max_length, pool_instruction, doc_max_length
+):  # fmt: skip
+    """`tokenize` as LLM2Vec's encode does it, for its published models (llm2vec.py, 0.2.3).
+
+    A text loses whole words until it has at most `doc_max_length` tokens by itself, and white space
+    at its end if a suffix follows. Of more than `max_length` tokens the last ones go, the suffix
+    too. With pool_instruction=False as many tokens are pooled, from the end, as text + suffix have
+    by themselves: where the text's first word is cut differently there, one more or fewer.
+    Not as in LLM2Vec: a first word of more than `doc_max_length` tokens is cut, not dropped; what
+    has no tokens gets the zero vector, not a mean that depends on the batch.
+    """
+    backend = whole_backend(tokenizer)
+    texts = [_cut_words(backend, text, doc_max_length, max_length) for text in texts]
+    texts = [text.rstrip() if template.suffix else text for text in texts]
+    tails = [text + template.suffix for text in texts]
+    whole = map(str.__add__, heads_of(texts, instruction, template), tails)
+    whole = backend.encode_batch(list(whole))
+    alone = backend.encode_batch(tails, add_special_tokens=False)
+    encoded = []
+    for encoding, tail in zip(whole, alone):
+        ids = _cut(encoding.ids, 0, body_length(encoding), max_length)
+        start = 0 if pool_instruction else max(0, len(ids) - len(tail.ids))
+        encoded.append((ids or [0], (start, len(ids))))
+    return encoded
+
+
+def _cut_words(backend, text, limit, max_length):
+    """The first words of a text, of at most `limit` tokens, in the steps that LLM2Vec takes."""
+    while True:
+        encoding = backend.encode(text, add_special_tokens=False)
+        length = min(len(encoding.ids), max_length)
+        if length <= limit:
+            return text
+        words = text.split()
+        n = int(len(words) * (limit / length))
+        if n == 0:
+            return text[: encoding.offsets[limit - 1][1]]
+        text = " ".join(words[:n])
+
+
 def tokenize_passage(tokenizer, passage, instruction, template):
     """-> (ids, rows int64 [n], spans int64 [n, 2]): the ids that `tokenize` gives, nothing cut;
     which of them hold a character of the passage; and which characters [start, end) they hold.
     Each of the tokens that share one character, such as the bytes of an emoji, has that one."""
-    head = template.prefix + instruction
+    head = template.head(instruction)
     encoding = whole_backend(tokenizer).encode(head + passage + template.suffix)
     spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) - len(head)
     spans = spans.clip(0, len(passage))

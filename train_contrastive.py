@@ -32,7 +32,15 @@ from formats.huggingface import resolve_folder
 from formats.sentence_transformers import read_settings
 from grad_cache import embed_all, gather_rows, pad_chunks, padded
 from metrics import ranked
-from pairs import encode, encode_pairs, layout, open_files, pairs_of_step, show_pairs
+from pairs import (
+    encode,
+    encode_pairs,
+    instructions_of,
+    layout,
+    open_files,
+    pairs_of_step,
+    show_pairs,
+)
 from pooling import pack
 from tokenizer import Template, load_tokenizer
 
@@ -57,7 +65,9 @@ pooling = "mean"  # mean, weighted_mean, last, cls; splade (sparse), tokens (mul
 projection_dim = 128  # of multi-vector's token embeddings
 prefix = ""  # the template: prefix + instruction + text + suffix, saved with the model
 suffix = ""
+separator = ""  # what every instruction ends in; one that does not gets it
 pool_instruction = True  # False: the pool is the text's own tokens, without the instruction
+pool_bos = True  # False: where nothing but a BOS stands before the text, that is left out, too
 normalize = True  # embeddings of length 1; False: plain dot products
 query_max_length = 512
 passage_max_length = 512
@@ -67,6 +77,8 @@ eval_data = "data/pydocs/val.jsonl"  # "": none
 # one instruction for all files, or one for each; the "prompt" of a line goes before it
 query_instruction: tuple[str, ...] = ("",)
 passage_instruction: tuple[str, ...] = ("",)  # symmetric tasks have the same on both sides
+# JSON {task: instruction} for evaluation, saved with the model beside the data files' own
+task_instructions = ""
 sampling_alpha = 1.0  # a file is drawn with probability ~ (its lines) ** alpha
 group_size = 2  # passages a query: one positive, the others its negatives, fewer where it has fewer
 consecutive = 1  # neighbours in the file that a batch takes together: hard where it goes by topic
@@ -380,7 +392,7 @@ if __name__ == "__main__":
         raise SystemExit(f"crop={s.crop}: expected a share of a text's words, from 0 to 1")
     if s.pooling == "tokens" and s.projection_dim and (s.lora_rank or s.fsdp):
         raise SystemExit("the projection of pooling='tokens' trains without LoRA and without FSDP")
-    s.template = Template(s.prefix, s.suffix)
+    s.template = Template(s.prefix, s.suffix, s.separator)
 
     # ---- data ----
     files, choices = open_files(s)
@@ -409,17 +421,16 @@ if __name__ == "__main__":
         if (dim := projection.out_features) != s.projection_dim:
             raise SystemExit(f"projection_dim={s.projection_dim}: {base} projects to {dim}")
     prompts = {"query": s.query_instruction[0], "document": s.passage_instruction[0]}
+    instructions = instructions_of(files, s)
     embedder = EmbeddingModel(
         model, tokenizer, s.pooling, s.template, prompts, s.normalize, s.passage_max_length,
-        s.pool_instruction, projection, s.compute_dtype,
+        s.pool_instruction, projection, s.compute_dtype, s.pool_bos, instructions=instructions,
     ).to(s.device).train()  # fmt: skip
     if max(s.matryoshka_dims, default=0) > (dim := embedder.dim):
         raise SystemExit(f"matryoshka_dims={s.matryoshka_dims}: embeddings have {dim} numbers")
     if s.query_max_length != s.passage_max_length:
         print0(f"queries are cut at {s.query_max_length} tokens in training, later like passages")
-    if max(len(set(s.query_instruction)), len(set(s.passage_instruction))) > 1 or any(
-        read_pair(file, 0)["prompt"] is not None for file in files
-    ):
+    if len({*instructions.values(), prompts["query"]} - {""}) > 1:
         print0(f"several instructions: {prompts} is saved, encode takes any other")
     if problem := embedder.st_problem():
         print0(f"saved for nanoembed alone; sentence-transformers would differ: {problem}")

@@ -265,7 +265,7 @@ if __name__ == "__main__":
     s.template = Template(s.prefix, s.suffix)
     # as pairs.py has it: a positive for each query, no negatives; and what is written of a text
     s.group_size, s.consecutive, s.no_duplicates, s.crop = 1, 1, False, 0.0
-    s.pool_instruction = s.write_template
+    s.pool_instruction, s.pool_bos = s.write_template, True
 
     # ---- data ----
     files, choices = open_files(s)

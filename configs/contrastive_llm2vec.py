@@ -30,6 +30,10 @@ lora_dropout = 0.05
 
 pooling = "mean"
 pool_instruction = False  # the mean of the text's tokens, not the instruction's
+pool_bos = False  # nor a bare passage's BOS, which matters where there is no wrap: Sheared-LLaMA
+# LLM2Vec evaluates with "instruction: text", here the separator is that of training
+separator = _sep
+task_instructions = "formats/llm2vec_tasks.json"  # of MTEB's tasks
 # LLM2Vec trains at 512 and cuts texts to 400 when it encodes; one length for all here
 query_max_length = 400
 passage_max_length = 400

@@ -12,6 +12,7 @@ attn_dropout = 0.3
 
 data = ("data/wiki1m/train.jsonl",)
 passage_instruction = ("",)
+separator = " "  # of evaluation: no instruction was trained
 eval_data = ""  # without dropout a sentence always finds itself: judge by STS tasks
 group_size = 1
 

@@ -15,7 +15,7 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import safe_open
 
 from data import require
-from formats import read_json, write_json
+from formats import llm2vec, read_json, write_json
 from model import ACTIVATIONS, DEFAULTS, ModelConfig, Transformer
 
 # Our module names on the left, each family's on the right; "-" where it has no such module.
@@ -323,7 +323,10 @@ def download(name, patterns):
         raise FileNotFoundError(f"{name}: no such folder, and not a hub id (owner/name[@revision])")
     try:
         return snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
-    except (OSError, ValueError) as error:  # no network, no such repository
+    except (OSError, ValueError) as error:  # no network, no such repository: perhaps it is a path
+        known = llm2vec.published(name)
+        if known and known[0] != repo:  # a shorter spelling
+            return download(f"{known[0]}@{revision}" if revision else known[0], patterns)
         raise OSError(f"{name}: no such folder, and from the hub: {error}") from error
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from common import print0
 from data import require
-from formats import read_json, write_json
+from formats import llm2vec, read_json, write_json
 from formats.huggingface import (
     finite,
     hf_module,
@@ -50,23 +50,40 @@ def pinned_chain(name, above=()):
     if folder in above:
         raise ValueError(f"{folder}: adapter_config.json: its base leads back to itself")
     base = require(config, "base_model_name_or_path", str, f"{folder}/adapter_config.json", 0, True)
+    if (revision := config.get("revision")) and not os.path.isdir(base):
+        base = f"{base}@{revision}"
+    merged = read_json(folder, "nanoembed_adapter.json").get("merged_adapters")
+    if merged is None:  # not ours
+        base, merged = llm2vec.chain_of(name, folder, base)
     if not os.path.isdir(base):
-        base += f"@{revision}" if (revision := config.get("revision")) else ""
         print0(f"{folder}: its base, {base}, is no folder here: asking the hub")
-    merged = read_json(folder, "nanoembed_adapter.json").get("merged_adapters", ())
     return [*pinned_chain(base, (*above, folder)), *map(pinned, merged), pinned(name)]
-
-
-def adapter_chain(name):
-    """The folders of `pinned_chain`, with those of hub ids downloaded."""
-    return [resolve_folder(name) for name in pinned_chain(name)]
 
 
 def attention_of(name):
     """What the adapter's model was, "causal" or "bidirectional", for `from_pretrained`; None where
     nothing beside the adapter says it."""
-    causal = read_json(resolve_folder(name), "nanoembed_adapter.json").get("is_causal")
+    folder = resolve_folder(name)
+    causal = read_json(folder, "nanoembed_adapter.json").get("is_causal")
+    if causal is None and (llm2vec.published(name) or llm2vec.says_bidirectional(folder)):
+        return "bidirectional"
     return {None: None, True: "causal", False: "bidirectional"}[causal]
+
+
+def attention_of_chain(base, adapters):
+    """What the first of the adapters says, or the base; None, the base's own, where its config.json
+    does, or where peft marks the adapters as those of causal language models. Else ValueError: a
+    decoder's adapters may have been trained either way, and peft does not note which."""
+    if attention := next(filter(None, map(attention_of, [*adapters, base])), None):
+        return attention
+    hf = read_json(resolve_folder(base), "config.json")
+    decoder = hf.get("model_type") not in ("modernbert", "neobert") and "is_causal" not in hf
+    for adapter in adapters if decoder else ():
+        task = read_json(resolve_folder(adapter), "adapter_config.json").get("task_type")
+        if task != "CAUSAL_LM":
+            raise ValueError(f"{adapter}: nothing says whether this adapter's model was causal: "
+                             "give attention='causal' or attention='bidirectional'")  # fmt: skip
+    return None
 
 
 def n_layer_of(name):

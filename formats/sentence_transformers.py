@@ -1,5 +1,5 @@
 """
-Folders of sentence-transformers in and out, our nanoembed.json, and LLM2Vec's settings.
+Folders of sentence-transformers in and out, and our nanoembed.json.
 
 prefix + instruction become the folder's prompts, the suffix its tokenizer's post-processor.
 """
@@ -24,7 +24,7 @@ from tokenizer import Template, body_length, load_tokenizer
 PROJECTION = "1_Dense/model.safetensors"
 SETTINGS = {  # of nanoembed.json
     "pooling": str, "prompts": dict, "normalize": bool, "max_length": int,
-    "pool_instruction": bool, "template": dict,
+    "pool_instruction": bool, "pool_bos": bool, "doc_max_length": int, "instructions": dict,
 }  # fmt: skip
 
 POOLINGS = {  # newer versions of sentence-transformers write "cls", "mean" and "weightedmean"
@@ -60,7 +60,7 @@ def st_problem(embedder):
 
     probes = [*PROBES, "".join(theirs.all_special_tokens), "too long " * embedder.max_length]
     for name, instruction in embedder.prompts.items():
-        prompt, length = embedder.template.prefix + instruction, 0
+        prompt, length = embedder.template.head(instruction), 0
         if prompt and not embedder.pool_instruction:  # this is how it measures a prompt
             ids = theirs(prompt, truncation=True)["input_ids"]
             length = len(ids) - (ids[-1] in theirs.all_special_ids)
@@ -129,7 +129,7 @@ def write_modules(embedder, folder):
         write_json(config, folder, path, "config.json" if i else "sentence_bert_config.json")
     write_json(listed, folder, "modules.json")
     prefix = embedder.template.prefix
-    prompts = {name: prefix + text for name, text in embedder.prompts.items()}
+    prompts = {name: embedder.template.head(text) for name, text in embedder.prompts.items()}
     config = {"model_type": kind, "similarity_fn_name": similarity, "prompts": prompts}
     if prefix and "document" in embedder.prompts:  # texts without a prompt get the template, too
         config["default_prompt_name"] = "document"
@@ -138,7 +138,7 @@ def write_modules(embedder, folder):
 
 def write_settings(embedder, folder, projection=None):
     """nanoembed.json, and beside it projection, the matrix [D, C] of late interaction."""
-    settings = {key: getattr(embedder, key) for key in SETTINGS if key != "template"}
+    settings = {key: getattr(embedder, key) for key in SETTINGS}
     settings["template"] = asdict(embedder.template)
     backend = json.loads(embedder.tokenizer.backend_tokenizer.to_str())
     settings["post_processor"] = backend["post_processor"]  # load_tokenizer puts it back
@@ -150,27 +150,25 @@ def write_settings(embedder, folder, projection=None):
 
 
 def read_settings(folder):
-    """What a folder says about embedding, as arguments of Embedder: from our own file, LLM2Vec's or
-    sentence-transformers'; {} for a plain model. Beside them attention, of LLM2Vec, and path, the
-    model's within a folder that sentence-transformers wrote."""
+    """What a folder says about embedding, as arguments of Embedder: from our own file, or
+    sentence-transformers'; {} for a plain model. Beside them path, the model's within a folder that
+    sentence-transformers wrote."""
     if settings := read_json(folder, "nanoembed.json"):
         where = f"{folder}/nanoembed.json"
-        settings = {key: require(settings, key, kind, where, 0) for key, kind in SETTINGS.items()}
+        # older files lack these
+        settings = dict(pool_bos=True, doc_max_length=None, instructions={}) | settings
+        for key, kind in (SETTINGS | {"template": dict}).items():
+            if key != "doc_max_length" or settings[key] is not None:
+                require(settings, key, kind, where, 0)
         texts = settings["prompts"] | settings["template"]
         for name in ("prefix", "suffix", *texts):
             require(texts, name, str, where, 0)
-        settings["template"] = Template(texts["prefix"], texts["suffix"])
-        if settings["max_length"] < 1:
+        if min(settings["max_length"], settings["doc_max_length"] or 1) < 1:
             raise ValueError(f"{where}: max_length {settings['max_length']}, expected 1 or more")
+        template = Template(**settings["template"])
+        settings = {key: settings[key] for key in SETTINGS} | {"template": template}
         path = Path(folder, PROJECTION)
         return settings | ({"projection": read_projection(path)} if path.exists() else {})
-    if llm2vec := read_json(folder, "llm2vec_config.json"):
-        mode = llm2vec["pooling_mode"]
-        return dict(
-            pooling={"eos_token": "last", "bos_token": "cls"}.get(mode, mode),
-            max_length=llm2vec["max_length"], pool_instruction=not llm2vec["skip_instruction"],
-            attention="bidirectional",  # none of its files says so
-        )  # fmt: skip
     if not (modules := read_json(folder, "modules.json", kind=list)):
         return {}
 

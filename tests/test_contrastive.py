@@ -343,6 +343,8 @@ def test_instructions_of_files_and_lines(easy_files, hard_file, toy_tokens):
         assert any(p["prompt"] for p in pairs) == which and len(encoded) == len(want)
         for (ids, _), full, limit in zip(encoded, want, [16] * 6 + [32] * 99):
             assert ids == (full if len(full) <= limit else full[: limit - 2] + full[-2:])
+    prompts = ["ask a: ", read_pair(files[1], 0)["prompt"] or "ask b: "]
+    assert [*P.instructions_of(files, s).values()] == prompts
 
 
 # ---- the gradient cache ----
@@ -538,6 +540,9 @@ def test_lora_resumed_is_bit_equal(tiny, tmp_path):
     checkpoint is another when the second run goes on."""
     keys = ["--lora_rank=4", "--train_also=norm", "--attn_dropout=0.2"]
     keys += ["--suffix= ke", "--pool_instruction=False", "--eval_interval=2"]
+    tasks = tmp_path / "tasks.json"
+    tasks.write_text('{"STS12": "like it:"}')
+    keys += ["--pool_bos=False", "--separator=; ", f"--task_instructions={tasks}"]
     first, name = tmp_path / "first", "adapter/adapter_model.safetensors"
     for whole, half in (("whole", "half"), ("whole2", "half2")):
         whole, half = tmp_path / whole, tmp_path / half
@@ -551,7 +556,8 @@ def test_lora_resumed_is_bit_equal(tiny, tmp_path):
         ours = Embedder.encode(embedder, ["tan mos", "ris"], "su ")
         for folder in ("step6", "step6/adapter"):  # merged, or the chain base + adapters
             loaded = Embedder.load(str(whole / folder), dtype="fp32")
-            assert loaded.template.suffix == " ke" and not loaded.pool_instruction
+            assert loaded.template == Template("", " ke", "; ") and not loaded.pool_instruction
+            assert not loaded.pool_bos and loaded.instructions["STS12"] == "like it:"
             assert np.abs(loaded.encode(["tan mos", "ris"], "su ") - ours).max() < 1e-5
         if not first.exists():
             shutil.copytree(whole / "step6" / "adapter", first / "step1")

@@ -22,7 +22,7 @@ import eval_mteb
 import lora
 from data import open_pairs, read_pair
 from embedder import Embedder, score_tokens
-from formats import peft
+from formats import llm2vec, peft
 from formats.classifier import read_classifier
 from formats.huggingface import from_pretrained, resolve_folder
 from formats.sentence_transformers import read_settings
@@ -367,7 +367,7 @@ READERS = {  # a file: which reader meets it
     "st/config_sentence_transformers.json": lambda f: read_settings(f),
     "data/meta.json": lambda f: open_tokens(f, "train"),
     "llama/nanoembed_classifier.json": lambda f: read_classifier(f),
-    "llama/llm2vec_config.json": lambda f: read_settings(f),
+    "llama/llm2vec_config.json": lambda f: llm2vec.read_settings(f, f, "llama"),
 }
 BROKEN = {
     "truncated": lambda b: b[: len(b) // 2], "no UTF-8": lambda b: b"{\xff" + b[1:],
@@ -498,7 +498,6 @@ OTHERS = [  # file, change (... takes the key away), message
     ("tokens/nanoembed.json", {"template": {"prefix": ""}}, "'suffix' is missing"),
     ("tokens/nanoembed.json", {"template": {"prefix": 5, "suffix": ""}}, "'prefix' is 5"),
     ("tokens/nanoembed.json", {"post_processor": ...}, "'post_processor'"),
-    ("llama/llm2vec_config.json", {"pooling_mode": "mean"}, "'max_length'"),
     ("llama/nanoembed_classifier.json", {"a": 1}, "nanoembed_classifier.json & no key"),
 ]  # fmt: skip
 
@@ -651,7 +650,8 @@ def embedder(folders):
 
 BAD_TEXTS = [
     (["a", None], "text 1 is None"), ([5], "text 0 is 5"), ([["a"]], "text 0 is ['a']"),
-    ([b"a"], "text 0 is b'a'"), ([True], "text 0 is True"), ([("a", "b")], "text 0 is ('a', 'b')"),
+    ([b"a"], "text 0 is b'a'"), ([True], "text 0 is True"),
+    ([("a", 5)], "text 0 is 5"), ([("a", "b"), "c"], "text 1 is 'c'"),
     (["a", 1.5], "text 1 is 1.5"), ([{"text": "a"}], "text 0 is"),
     (["a", "b\ud800"], "text 1 & surrogate"), (["\udfff"], "text 0 & surrogate"),
     ("a text", "a list of texts"), ([float("nan")], "text 0 is nan"),
@@ -682,8 +682,9 @@ def test_texts_of_score_tokens(queries, passage, message, embedder):
 
 
 def test_instruction_that_is_none(embedder):
-    refused("one instruction", embedder.encode, ["a"], None)
-    refused("one instruction", embedder.encode, ["a"], ["b"])
+    refused("no instruction is ''", embedder.encode, ["a"], None)
+    refused("instruction 0 is 5", embedder.encode, ["a"], [5])
+    refused("2 instructions for 1 texts", embedder.encode, ["a"], ["b", "c"])
 
 
 def test_vectors_that_are_not_finite(folders):

@@ -255,12 +255,14 @@ def same_ids(case):
         return None, "no embedder's folder"
     with contextlib.redirect_stdout(io.StringIO()):
         embedder = Embedder.load(case.folder, device="cpu", dtype="fp32")
+    if embedder.doc_max_length:
+        return None, "texts are read as by LLM2Vec"
     embedder.max_length = embedder.max_length if modules else 10**9
     plain = transformers.AutoTokenizer.from_pretrained(case.folder)
-    prefix, suffix = embedder.template.prefix, "" if modules else embedder.template.suffix
+    suffix = "" if modules else embedder.template.suffix
     instructions = set(embedder.prompts.values())
     for instruction, text in itertools.product(instructions, PROBES):
-        joined = prefix + instruction + text + suffix
+        joined = embedder.template.head(instruction) + text + suffix
         ids = plain(joined, truncation=modules, max_length=embedder.max_length)["input_ids"]
         if ids != embedder.tokenize([text], instruction)[0][0]:
             return False, f"{joined!r} has other ids by transformers"
