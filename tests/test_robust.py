@@ -507,7 +507,7 @@ def load_all(folder, name, llama):
         open_tokens(folder, "train")
         tokenizer_of(folder)
     elif name == "adapter_config.json":
-        peft.adapter_chain(folder)
+        list(map(resolve_folder, peft.pinned_chain(folder)))
         load_adapter(folder, llama)
     elif name == "nanoembed_classifier.json":
         read_classifier(folder, SimpleNamespace())
