@@ -26,7 +26,7 @@ from formats.sentence_transformers import read_settings
 from lora import load_adapter, load_merged
 from quantize import quantize
 from token_scores import cosines, windows_of
-from tokenizer import load_tokenizer, tokenize_passage
+from tokenizer import check_text, load_tokenizer, tokenize_passage
 
 PART = 2**26  # numbers that a rank's share of `encode` holds at a time: 256 MB
 
@@ -50,8 +50,8 @@ class Embedder(EmbeddingModel):
         Under torchrun all ranks call it together: each embeds its share, all get the whole.
         """
         many, device = self.pooling == "tokens", self.device
-        if isinstance(texts, str):
-            raise TypeError("encode takes a list of texts, not one string")
+        if isinstance(texts, str) or instruction is None:
+            raise TypeError("encode takes a list of texts, not one string; no instruction is ''")
         if many and out is not None:
             raise ValueError("out= holds one vector a text, pooling 'tokens' gives several")
         if not isinstance(instruction, str) and len(instruction) != len(texts):
@@ -82,11 +82,15 @@ class Embedder(EmbeddingModel):
                 rows = range(begin + rank, min(begin + size, n), world)
                 share, given = [texts[i] for i in rows], instruction
                 if not isinstance(given, str):
-                    given = [given[i] for i in rows]
-                if share and not isinstance(share[0], str):
+                    given = [check_text(given[i], f"instruction {i}") for i in rows]
+                if share and isinstance(share[0], (list, tuple)):
                     if given:
                         raise ValueError("instruction= and [instruction, text] pairs: give one")
-                    given, share = zip(*share, strict=True)
+                    for i, pair in zip(rows, share):
+                        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                            raise TypeError(f"text {i} is {pair!r:.60}, expected a pair of two str")
+                    given, share = zip(*share)
+                share = [check_text(text, f"text {i}") for i, text in zip(rows, share)]
                 yield begin, self.tokenize(share, given)
 
         bar = tqdm(total=n, desc="encode", unit=" texts", disable=not progress or rank > 0)
@@ -100,6 +104,8 @@ class Embedder(EmbeddingModel):
                     counts += x[1] if many else []
                     bar.update(len(chunk) * world)
                 vectors = torch.cat(vectors)[:, :dim].cpu()  # once a part: the device need not wait
+                if not vectors.isfinite().all():
+                    raise ValueError(f"encode: NaN or infinity in a vector of texts {begin}..")
                 if dim and self.normalize:
                     vectors = F.normalize(vectors, dim=-1)
                 places = np.argsort([i for chunk in chunks for i in chunk])  # of the texts' vectors
@@ -211,6 +217,10 @@ def score_tokens(embedder, queries, passage, window=0, overlap=0, progress=False
     model, device, prompts = embedder.model, embedder.device, embedder.prompts
     if embedder.pooling in ("splade", "tokens"):
         raise ValueError(f"score_tokens compares with one vector, not with {embedder.pooling!r}")
+    if isinstance(queries, str):
+        raise TypeError("score_tokens takes a list of queries, not one string")
+    queries = [check_text(query, f"query {i}") for i, query in enumerate(queries)]
+    check_text(passage, "passage")
     instruction = prompts.get("document", "")
     ids, rows, spans = tokenize_passage(embedder.tokenizer, passage, instruction, embedder.template)
     scores = []
@@ -224,4 +234,7 @@ def score_tokens(embedder, queries, passage, window=0, overlap=0, progress=False
             hidden = model(tokens, make_seqs([stop - start], device))  # [window, C]
             inside = torch.from_numpy(rows[(rows >= first) & (rows < last)] - start).to(device)
             scores.append(cosines(vectors, hidden[inside]).cpu())
-    return torch.cat(scores, dim=1).numpy(), spans
+    scores = torch.cat(scores, dim=1)
+    if not scores.isfinite().all():
+        raise ValueError("score_tokens: scores have NaN or infinity")
+    return scores.numpy(), spans

@@ -113,8 +113,10 @@ class EmbeddingModel(nn.Module):
         self.eval()
         # not inference_mode: masks that the model keeps must serve training, too
         with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=half):
-            yield
-        self.train(was_training)
+            try:
+                yield
+            finally:
+                self.train(was_training)
 
     # ---- folders ----
 

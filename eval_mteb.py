@@ -35,7 +35,6 @@ where weights, template, prompts, data revision and mteb are the very same.
 """
 
 import copy
-import csv
 import hashlib
 import json
 import re
@@ -62,9 +61,9 @@ from mteb.types import PromptType
 
 import common
 from bm25 import BM25, K1, B, stems_of, words_of
-from data import open_pairs, read_jsonl, read_line, read_pair, require
+from data import open_pairs, read_jsonl, read_line, read_pair, require, text_lines
 from embedder import Embedder
-from formats import write_json
+from formats import parse_json, write_json
 from formats.huggingface import resolve_folder
 from formats.llm2vec import TASKS
 from tokenizer import Template, load_tokenizer, tokenize_passage
@@ -189,32 +188,52 @@ def file_of(folder, stem):
 
 
 def read_rows(path, fields):
-    """The rows of a .jsonl, or of a .tsv with a header, each with these fields {name: kind}.
-    ValueError names file, line and field."""
-    if path.suffix == ".tsv":
-        with open(path, encoding="utf-8", newline="") as f:
-            rows = list(enumerate(csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE), 2))
-    else:
-        rows = list(read_jsonl(str(path)))
-    for line, row in rows:
-        for name, kind in fields.items():
-            if path.suffix == ".tsv" or (name == "label" and type(row.get(name)) is int):
-                with suppress(ValueError, TypeError, KeyError):  # require will say it
-                    row[name] = kind(row[name])
-            require(row, name, kind, str(path), line)
+    """The rows of a .jsonl, or of a .tsv with a header, each with these fields {name: kind}, not
+    empty but for the text of a corpus. ValueError names file, line and field, and an id, or a pair
+    of them, that comes twice."""
+    tsv = path.suffix == ".tsv"
+    rows = list((read_tsv if tsv else read_jsonl)(str(path)))[tsv:]  # without the header
     if not rows:
         raise ValueError(f"{path} has no rows")
+    seen = {}  # ids: their line
+    for line, row in rows:
+        for name, kind in fields.items():
+            if tsv or (name == "label" and type(row.get(name)) is int):
+                with suppress(ValueError, TypeError, KeyError):  # require will say it
+                    row[name] = kind(row[name])
+            filled = path.stem != "corpus" or name != "text"
+            require(row, name, kind, str(path), line, filled)
+        ids = tuple(row[name] for name in fields if name.endswith("id"))
+        if ids and seen.setdefault(ids, line) != line:
+            raise ValueError(f"{path} line {line}: {' '.join(ids)} stands in line {seen[ids]}, too")
     return [row for _, row in rows]
+
+
+def read_tsv(path):
+    """Yield (line number, {column: text}) of a .tsv, the header among them."""
+    header = None
+    for line, text in text_lines(path):
+        cells = text.split("\t")
+        header = header or cells
+        if len(cells) != len(header):
+            problem = f"{len(cells)} columns, the header has {len(header)}"
+            raise ValueError(f"{path} line {line}: {problem}")
+        yield line, dict(zip(header, cells))
 
 
 def read_columns(kind, path, split, fields):
     """The columns of each split; labels as numbers."""
     files = {"train": "train", split: split} if kind == "train" else {split: kind}
     rows = {key: read_rows(file_of(path, stem), fields) for key, stem in files.items()}
-    if "label" in fields:
-        labels = sorted({row["label"] for part in rows.values() for row in part})
-        if kind == "pairs" and labels != [0, 1]:
-            raise ValueError(f"{file_of(path, kind)}: labels are 0 and 1, and both must occur")
+    gold = list(fields)[-1]  # label or score
+    labels = sorted({row[gold] for row in next(iter(rows.values()))})
+    if kind == "pairs" and labels != [0, 1]:
+        raise ValueError(f"{file_of(path, kind)}: labels are 0 and 1, and both must occur")
+    if len(labels) < 2:
+        raise ValueError(f"{file_of(path, kind)}: field '{gold}' is {labels[0]!r} in every line")
+    if gold == "label":
+        if extra := {row["label"] for row in rows[split]}.difference(labels):
+            raise ValueError(f"{file_of(path, split)}: label {min(extra)!r} is not in train")
         for row in sum(rows.values(), []):
             row["label"] = labels.index(row["label"])
     return {
@@ -266,7 +285,17 @@ def read_beir(path, split, fields):
         for field, texts in (("query-id", queries), ("corpus-id", corpus)):
             if row[field] not in texts:
                 raise ValueError(f"{qrels}: there is no text for {field} {row[field]!r}")
+        if row["score"] < 0:
+            raise ValueError(f"{qrels}: score {row['score']} of {row['query-id']!r}, expected 0..")
         relevant.setdefault(row["query-id"], {})[row["corpus-id"]] = row["score"]
+    relevant = {query: grades for query, grades in relevant.items() if any(grades.values())}
+    if not relevant:
+        raise ValueError(f"{qrels}: no query has a passage with a score above 0")
+    empty = sum(not text.strip() for text in corpus.values())
+    common.print0(
+        f"{path}: {len(relevant):,} of {len(queries):,} queries have a passage with a score above "
+        f"0, the others are left out; {empty:,} of {len(corpus):,} passages are empty"
+    )
     return corpus, queries, relevant
 
 
@@ -297,7 +326,7 @@ def task_prompts(tasks, instructions, template, saved):
     file, prompts, missing, by_name = {}, {}, [], {plain(name): x for name, x in saved.items()}
     if instructions not in ("model", "mteb"):
         path = TASKS if instructions == "llm2vec" else Path(instructions)
-        file = json.loads(path.read_text("utf-8"))
+        file = parse_json(path.read_bytes(), path)
     for whole, part in [(t, part) for t in tasks for part in parts(t)]:
         name, kind = part.metadata.name, part.metadata.type
         if instructions == "model":

@@ -14,7 +14,6 @@ document sees another. NeoBERT (arXiv 2502.19587), Ettin (arXiv 2507.11412), Mod
 """
 
 import math
-import os
 import time
 
 import numpy as np
@@ -29,8 +28,8 @@ from common import prefetch, print0
 from formats.huggingface import save_pretrained
 from model import from_scratch
 from order import rows_of_step
-from tokenizer import check_tokenizer, load_tokenizer
-from tokens import open_tokens
+from tokenizer import check_tokenizer
+from tokens import open_tokens, tokenizer_of
 
 # ---- defaults ----
 out_dir = "out/mlm"
@@ -169,7 +168,7 @@ if __name__ == "__main__":
 
     # ---- data ----
     train = open_tokens(s.data, "train")
-    tokenizer = load_tokenizer(os.path.join(s.data, "tokenizer"))
+    tokenizer = tokenizer_of(s.data)
     token_rows.set_rows(train, s)
     optim.set_lengths(s, s.n_rows * s.max_seq_len, s.batch_tokens)
     s.mask_id = train.meta["mask_id"]

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import common
 from attention import make_seqs
-from data import open_pairs, read_pair
+from data import open_pairs, read_pair, text_lines
 from embedder import Embedder, score_tokens
 from formats import read_json
 from formats.huggingface import resolve_folder
@@ -102,8 +102,7 @@ def read_text(text):
 
 
 def read_lines(path):
-    with open(path, encoding="utf-8") as f:
-        return [line.strip() for line in f if line.strip()]
+    return [text.strip() for _, text in text_lines(path)]
 
 
 # ---- fill masks ----

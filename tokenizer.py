@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data import SURROGATE
 from formats import read_json
 
 
@@ -59,9 +60,11 @@ def tokenize(
     An empty text may leave nothing: it gets the zero vector.
     Raises ValueError where prefix, instruction and suffix leave no room for the text.
     """
+    backend = whole_backend(tokenizer)
+    texts = [without_middle(backend, text, max_length) for text in texts]
     heads = heads_of(texts, instruction, template)
     joined = [h + t + template.suffix for h, t in zip(heads, texts)]
-    encodings = whole_backend(tokenizer).encode_batch(joined)
+    encodings = backend.encode_batch(joined)
     encoded = []
     for head, text, encoding in zip(heads, texts, encodings):
         ids, start = encoding.ids, 0
@@ -136,6 +139,15 @@ def tokenize_passage(tokenizer, passage, instruction, template):
     return encoding.ids or [0], rows, spans[rows]
 
 
+def check_text(text, name):
+    """The text. TypeError or ValueError, with its name, where it is none that can be tokenized."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is {text!r:.60}, expected a str")
+    if not text.isascii() and SURROGATE.search(text):
+        raise ValueError(f"{name} has half a character (a surrogate)")
+    return text
+
+
 def tokenize_words(tokenizer, sentences, max_length):
     """Lists of words -> [(ids, places [P], words [P]), ..]: the P tokens that stand for a word, and
     the word of each. A word that is cut off, or tokenizes to nothing, has none.
@@ -144,8 +156,9 @@ def tokenize_words(tokenizer, sentences, max_length):
     character, and a space to the word behind it. A sentence of more than `max_length` tokens loses
     its last ones; the tokenizer's own EOS or SEP stays. Raises ValueError where max_length leaves
     no room for the first word."""
-    encodings = whole_backend(tokenizer).encode_batch([" ".join(words) for words in sentences])
-    encoded = []
+    backend, encoded = whole_backend(tokenizer), []
+    joined = [without_middle(backend, " ".join(words), max_length) for words in sentences]
+    encodings = backend.encode_batch(joined)
     for words, encoding in zip(sentences, encodings):
         sizes = [len(word) + (i > 0) for i, word in enumerate(words)]
         word_of = np.repeat(np.arange(len(words)), sizes)  # of each character
@@ -157,6 +170,18 @@ def tokenize_words(tokenizer, sentences, max_length):
             places = places[places < body + len(ids) - len(encoding.ids)]
         encoded.append((ids or [0], places, word_of[ends[places] - 1]))  # a row needs a token
     return encoded
+
+
+def without_middle(backend, text, max_length):
+    """The text, or of one far too long (20 MB take minutes) its two ends, which `_cut` leaves with
+    the same ids: tokens depend on what is near, and behind the max_length first tokens as many more
+    and 256 stay, and before the last character thousands."""
+    n = 64 * max_length + 4096  # characters of each end, at least
+    while gap := max(0, len(text) - 2 * n) // 40320 * 40320:  # 8!: repeats stay in step, as in aaaa
+        if len(backend.encode(text[:n], add_special_tokens=False)) > 2 * max_length + 256:
+            return text[:n] + text[n + gap :]
+        n *= 2
+    return text
 
 
 def body_length(encoding):
@@ -195,14 +220,18 @@ def load_tokenizer(path_or_name):
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
-    is_folder = os.path.isdir(path_or_name)
-    if path_or_name.count("/") > 1 and not is_folder:
-        raise FileNotFoundError(f"tokenizer {path_or_name}: no such folder; was it prepared?")
-    name, _, revision = (path_or_name, "", "") if is_folder else path_or_name.partition("@")
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+    folder = path_or_name
+    if not os.path.isdir(folder):
+        from formats.huggingface import download
+
+        folder = download(path_or_name, ["*.json", "*.txt", "*.model"])
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers has none of its own
+        raise ValueError(f"{folder}: no tokenizer can be read there: {error}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {path_or_name} is a slow one; offsets need a tokenizer.json")
-    if settings := read_json(path_or_name, "nanoembed.json"):
+    if settings := read_json(folder, "nanoembed.json"):
         blank = {"model": {"type": "BPE", "vocab": {}, "merges": []}}
         blank = json.dumps(blank | {"post_processor": settings["post_processor"]})
         tokenizer.backend_tokenizer.post_processor = Tokenizer.from_str(blank).post_processor

@@ -33,7 +33,7 @@ from common import prefetch, print0
 from formats.huggingface import resolve_folder, save_pretrained
 from order import rows_of_step
 from tokenizer import check_tokenizer, load_tokenizer, vocab_size_of
-from tokens import open_tokens
+from tokens import open_tokens, tokenizer_of
 
 # ---- defaults ----
 out_dir = "out/mntp"
@@ -170,7 +170,7 @@ if __name__ == "__main__":
     # ---- data ----
     train = open_tokens(s.data, "train")
     tokenizer = load_tokenizer(s.tokenizer or resolve_folder(s.init_from))
-    data_vocab = load_tokenizer(os.path.join(s.data, "tokenizer")).get_vocab()
+    data_vocab = tokenizer_of(s.data).get_vocab()
     if not data_vocab.items() <= tokenizer.get_vocab().items():
         raise SystemExit(f"{s.data} has another tokenizer than {s.init_from}: prepare it with that")
     s.mask_id = choose_mask(tokenizer, s.mask_token)

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from formats import read_json, write_json
-from formats.huggingface import ARCHITECTURES, CLASSIFIERS, _read_tensors, write_folder
+from formats.huggingface import ARCHITECTURES, CLASSIFIERS, _read_tensors, finite, write_folder
 
 # The settings that belong to a classifier and not to the run that trained it.
 SAVED = (
@@ -99,7 +99,7 @@ def read_classifier(folder, s=None):
     if changed:
         raise SystemExit(f"{folder} was trained with {changed}: choose another out_dir")
     tensors = {
-        re.sub(r"^(score|classifier)\.", "linear.", name): read()
+        re.sub(r"^(score|classifier)\.", "linear.", name): finite(read(), name, folder)
         for name, read in _read_tensors(folder).items()
         if name.startswith(("head.", *CLASSIFIERS))
     }

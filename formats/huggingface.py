@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import safe_open
 
+from data import require
 from formats import llm2vec, read_json, write_json
 from model import ACTIVATIONS, DEFAULTS, ModelConfig, Transformer
 
@@ -99,6 +100,7 @@ KEYS = {
         "tied": "tie_word_embeddings", "head_bias": "decoder_bias"},
 }  # fmt: skip
 
+OURS = ("out", "data", "models", "configs", "runs")  # folders here, never owners on the hub
 CLASSIFIERS = ("score.", "classifier.", "linear.")  # the last layer of a classifier's folder
 
 
@@ -125,14 +127,20 @@ def our_module(module, family):
 def _rope_from_hf(hf, kind, theta):
     """{"theta", "scaling"} from `rope_parameters`, or the older rope_scaling and `theta`."""
     new = hf.get("rope_parameters") or {}
+    require({"rope_parameters": new}, "rope_parameters", dict, "config.json", 0)
     new = new.get(LAYER_TYPES[kind], new)
     old = hf.get("rope_scaling") or {}
     if kind == "local" and hf["model_type"] == "gemma3_text":
         old = {}  # it stretches the global layers alone
     scaling = {"rope_type": old.get("type", "default")} | old | new
     scaling = {k: v for k, v in scaling.items() if k not in ("rope_theta", "type")}
-    plain = scaling["rope_type"] == "default"
-    return {"theta": new.get("rope_theta") or theta, "scaling": None if plain else scaling}
+    theta, plain = new.get("rope_theta") or theta, scaling["rope_type"] == "default"
+    needed = ["rope_theta"] + ["factor"] * (not plain)
+    needed += ["low_freq_factor", "high_freq_factor"] * (scaling["rope_type"] == "llama3")
+    for key in needed:
+        if require(scaling | {"rope_theta": theta}, key, float, "config.json", 0) <= 0:
+            raise ValueError(f"config.json: {key} of RoPE, expected a number above 0")
+    return {"theta": theta, "scaling": None if plain else scaling}
 
 
 def config_from_hf(hf):
@@ -140,14 +148,17 @@ def config_from_hf(hf):
     family = hf.get("model_type")
     if family == "gemma2":
         raise ValueError(f"config.json: model_type 'gemma2': {SOFT_CAPS}")
-    if family not in NAMES:
+    if not isinstance(family, str) or family not in NAMES:
         raise ValueError(f"config.json: model_type {family!r}, expected one of {list(NAMES)}")
     if hf.get("attn_logit_softcapping") or hf.get("final_logit_softcapping"):
         raise ValueError(f"config.json: {SOFT_CAPS}")
     c = DEFAULTS[family] | {"family": family, "hf": hf}
     for field, key in KEYS[family].items():
         if field in _SHAPE or hf.get(key) is not None:
-            c[field] = hf[key]
+            kind = ModelConfig.__annotations__[field]
+            c[field] = require(hf, key, kind, "config.json", 0)
+            if kind is int and not 0 < hf[key] <= (10_000 if field == "n_layer" else 2**31):
+                raise ValueError(f"config.json: {key} is {hf[key]}: no model has so many")
     bidirectional = family in GEMMAS and hf.get("use_bidirectional_attention")
     if bidirectional:
         c["causal"] = False
@@ -177,8 +188,12 @@ def config_from_hf(hf):
         thetas = dict.fromkeys(LAYER_TYPES, hf.get("rope_theta") or 10_000.0)
     if family == "neobert":  # the published config counts before the factor 2/3: 3072 for 2048
         c["n_hidden"] = (int(2 * c["n_hidden"] / 3) + 7) // 8 * 8
+    if hf.get("layer_types"):
+        kinds = require(hf, "layer_types", [str], "config.json", 0)
+        if not set(kinds) <= set(LAYER_TYPES.values()):
+            raise ValueError(f"config.json: layer_types {kinds}, expected full or sliding ones")
     kinds = ["local" if window is not None and kind.startswith("sliding") else "global"
-             for kind in hf.get("layer_types") or kinds]  # fmt: skip
+             for kind in kinds]  # fmt: skip
     rope = {kind: _rope_from_hf(hf, kind, theta) for kind, theta in thetas.items()}
     config = ModelConfig(**c, window=window or 0, layer_kinds=kinds, rope=rope)
     if config.activation not in ACTIVATIONS:
@@ -298,28 +313,49 @@ def resolve_folder(name):
     downloaded to the cache."""
     if os.path.isdir(name):
         return newest_model(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name}: no such folder, and not a hub id (owner/name[@revision])")
+    return download(name, ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model"])
+
+
+def download(name, patterns):
+    """The folder in the cache of a hub id `owner/name[@revision]`, with files of these patterns."""
     repo, _, revision = name.partition("@")
-    patterns = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model"]
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@.+)?", name) or repo.split("/")[0] in OURS:
+        raise FileNotFoundError(f"{name}: no such folder, and not a hub id (owner/name[@revision])")
     try:
         return snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
-    except OSError as error:  # no network, no such repository: perhaps it was meant as a path
+    except (OSError, ValueError) as error:  # no network, no such repository: perhaps it is a path
         known = llm2vec.published(name)
         if known and known[0] != repo:  # a shorter spelling
-            return resolve_folder(f"{known[0]}@{revision}" if revision else known[0])
+            return download(f"{known[0]}@{revision}" if revision else known[0], patterns)
         raise OSError(f"{name}: no such folder, and from the hub: {error}") from error
+
+
+def open_tensors(path):
+    """{name: function that reads it} of a .safetensors or old .bin. ValueError names the file."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            file = safe_open(path, "pt")
+            return {key: partial(file.get_tensor, key) for key in file.keys()}
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {key: tensor.detach for key, tensor in state.items()}
+    except Exception as error:  # of safetensors, pickle, zip
+        raise ValueError(f"{path}: no whole file of tensors: {error}") from None
+
+
+def finite(tensor, name, folder):
+    """The tensor. ValueError names it where its numbers are whole ones, or not all finite."""
+    # a sum needs no memory; in fp32 it overflows for no weights that are any good
+    if not tensor.is_floating_point() or not tensor.sum(dtype=torch.float32).isfinite():
+        raise ValueError(f"{folder}: tensor {name!r}, {tensor.dtype}: expected finite floats alone")
+    return tensor
 
 
 def _read_tensors(folder):
     """{name: function that reads it} from safetensors, one file or sharded, or an old .bin."""
     readers, folder = {}, Path(folder)
-    for path in folder.glob("model*.safetensors"):
-        file = safe_open(path, "pt")
-        readers |= {key: partial(file.get_tensor, key) for key in file.keys()}
-    for path in () if readers else folder.glob("pytorch_model*.bin"):
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        readers |= {key: tensor.detach for key, tensor in state.items()}
+    paths = list(folder.glob("model*.safetensors")) or folder.glob("pytorch_model*.bin")
+    for path in paths:
+        readers |= open_tensors(path)
     if not readers:
         raise FileNotFoundError(f"{folder}: no model*.safetensors and no pytorch_model*.bin")
     tables = ("inv_freq", "freqs_cis")  # of positions; old files carry them
@@ -382,7 +418,7 @@ def from_pretrained(
         module = our_module(module, source.family)
         if module is None:
             raise ValueError(f"{folder}: unexpected tensor {key!r} for {source.family}")
-        parts = {module: interleave_qkv(module, read(), c, back=False)}
+        parts = {module: interleave_qkv(module, finite(read(), key, folder), c, back=False)}
         if module.endswith("qkv_proj") and c.fused_qkv < source.fused_qkv:  # encoder to decoder
             parts = {module.replace("qkv", x): w for x, w in zip("qkv", parts[module].chunk(3))}
         # copies: a mapped file may lie unaligned, and then other kernels sum in other orders

@@ -10,14 +10,17 @@ import os
 import re
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from common import print0
+from data import require
 from formats import llm2vec, read_json, write_json
 from formats.huggingface import (
     ARCHITECTURES,
+    finite,
     hf_module,
     interleave_qkv,
+    open_tensors,
     our_module,
     pinned,
     resolve_folder,
@@ -59,20 +62,24 @@ HARMLESS = {
 }  # fmt: skip
 
 
-def pinned_chain(name):
+def pinned_chain(name, above=()):
     """[base, adapters merged into it, the adapter itself] where `name` is an adapter, else [name];
     each `pinned`."""
     folder = resolve_folder(name)
     config = read_json(folder, "adapter_config.json")
     if not config:
         return [pinned(name)]
-    base, revision = config["base_model_name_or_path"], config.get("revision")
-    if revision and not os.path.isdir(base):
+    if folder in above:
+        raise ValueError(f"{folder}: adapter_config.json: its base leads back to itself")
+    base = require(config, "base_model_name_or_path", str, f"{folder}/adapter_config.json", 0, True)
+    if (revision := config.get("revision")) and not os.path.isdir(base):
         base = f"{base}@{revision}"
     merged = read_json(folder, "nanoembed_adapter.json").get("merged_adapters")
     if merged is None:  # not ours
         base, merged = llm2vec.chain_of(name, folder, base)
-    return [*pinned_chain(base), *map(pinned, merged), pinned(name)]
+    if not os.path.isdir(base):
+        print0(f"{folder}: its base, {base}, is no folder here: asking the hub")
+    return [*pinned_chain(base, (*above, folder)), *map(pinned, merged), pinned(name)]
 
 
 def attention_of(name):
@@ -163,14 +170,15 @@ def read_adapter(folder, c, parameters, linear):
     for key, value in config.items():
         if value and key not in KNOWN and value not in HARMLESS.get(key, ()):
             raise ValueError(f"{folder}: adapter_config.json has {key} = {value!r}: not supported")
+    names = str if isinstance(config.get("target_modules"), str) else [str]
+    for key, kind in (("target_modules", names), ("lora_alpha", float), ("lora_dropout", float)):
+        require({"lora_dropout": 0.0} | config, key, kind, f"{folder}/adapter_config.json", 0)
     path = f"{folder}/adapter_model.safetensors"
-    if os.path.exists(path):
-        state = load_file(path)
-    else:  # older adapters
-        state = torch.load(path[:-11] + "bin", map_location="cpu", weights_only=True)
-
+    if not os.path.exists(path):  # older adapters
+        path = path[:-11] + "bin"
     tensors, layers = {}, {}
-    for key, tensor in state.items():
+    for key, read in open_tensors(path).items():
+        tensor = finite(read(), key, folder)
         path = key.removeprefix(PREFIX).removesuffix(".weight" if ".lora_" in key else "")
         module, _, leaf = path.rpartition(".")
         module = our_module(module, c.family)
@@ -198,7 +206,8 @@ def read_adapter(folder, c, parameters, linear):
 
     alphas = (config.get("alpha_pattern") or {}).items()
     for module in layers:
-        hits = (alpha for end, alpha in alphas if matches(hf_module(module, c.family), [end]))
+        theirs = hf_module(module, c.family)
+        hits = (alpha for end, alpha in alphas if matches(theirs, rf"(.*\.)?({end})"))
         layers[module] = dict(
             rank=len(tensors[f"{module}.lora_A"]), alpha=next(hits, config["lora_alpha"]),
             dropout=config.get("lora_dropout", 0.0), rslora=config.get("use_rslora", False),
@@ -207,9 +216,19 @@ def read_adapter(folder, c, parameters, linear):
 
 
 def matches(name, rule):
-    """peft's rule for names of modules: one regular expression, or a list of their ends."""
-    rule = rule if isinstance(rule, str) else rf"(.*\.)?({'|'.join(rule)})"
-    return any(re.fullmatch(rule, n) for n in (name, name.removeprefix("model.")))
+    """peft's rule for names of modules: one regular expression, or a list of their ends. ValueError
+    for an expression that could run for long: of a repeated group, or of many repeats."""
+    names = name, name.removeprefix("model.")
+    if not isinstance(rule, str):
+        return any(f".{n}".endswith(f".{end}") for n in names for end in rule)
+    repeats = re.findall(r"[*+}]\??|(?<!\()\?", rule)
+    if len(repeats) > 5 or re.search(r"\)[*+{]|\\\d|\(\?P=", rule):
+        raise ValueError(f"adapter_config.json: pattern {rule[:80]!r}: expected names of modules, "
+                         "or up to 5 repeats, none of a group")  # fmt: skip
+    try:
+        return any(re.fullmatch(rule, n) for n in names)
+    except re.error as error:
+        raise ValueError(f"adapter_config.json: pattern {rule[:80]!r}: {error}") from None
 
 
 def targeted(config, name):

@@ -11,19 +11,21 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import processors
 from torch import nn
 
 from common import print0
+from data import require
 from formats import read_json, write_json
-from formats.huggingface import config_to_hf
+from formats.huggingface import config_to_hf, finite, open_tensors
 from tokenizer import Template, body_length, load_tokenizer
 
 PROJECTION = "1_Dense/model.safetensors"
-SETTINGS = (
-    "pooling prompts normalize max_length pool_instruction pool_bos doc_max_length instructions"
-).split()
+SETTINGS = {  # of nanoembed.json
+    "pooling": str, "prompts": dict, "normalize": bool, "max_length": int,
+    "pool_instruction": bool, "pool_bos": bool, "doc_max_length": int, "instructions": dict,
+}  # fmt: skip
 
 POOLINGS = {  # newer versions of sentence-transformers write "cls", "mean" and "weightedmean"
     "cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last",
@@ -152,13 +154,22 @@ def read_settings(folder):
     sentence-transformers'; {} for a plain model. Beside them path, the model's within a folder that
     sentence-transformers wrote."""
     if settings := read_json(folder, "nanoembed.json"):
-        settings.pop("post_processor")
-        settings["template"] = Template(**settings["template"])
+        where = f"{folder}/nanoembed.json"
         # older files lack these
         settings = dict(pool_bos=True, doc_max_length=None, instructions={}) | settings
+        for key, kind in (SETTINGS | {"template": dict}).items():
+            if key != "doc_max_length" or settings[key] is not None:
+                require(settings, key, kind, where, 0)
+        texts = settings["prompts"] | settings["template"]
+        for name in ("prefix", "suffix", *texts):
+            require(texts, name, str, where, 0)
+        if min(settings["max_length"], settings["doc_max_length"] or 1) < 1:
+            raise ValueError(f"{where}: max_length {settings['max_length']}, expected 1 or more")
+        template = Template(**settings["template"])
+        settings = {key: settings[key] for key in SETTINGS} | {"template": template}
         path = Path(folder, PROJECTION)
         return settings | ({"projection": read_projection(path)} if path.exists() else {})
-    if not (modules := read_json(folder, "modules.json")):
+    if not (modules := read_json(folder, "modules.json", kind=list)):
         return {}
 
     settings = {"normalize": False}
@@ -170,6 +181,8 @@ def read_settings(folder):
                "encode adds what you give it")  # fmt: skip
     for module in modules:
         kind, path = module["type"].rpartition(".")[2], module["path"]
+        if path.startswith("/") or ".." in path:
+            raise ValueError(f"{folder}/modules.json: path {path!r}, expected a folder in it")
         transformer = kind in ("Transformer", "MLMTransformer")
         name = "sentence_bert_config.json" if transformer else "config.json"
         config = read_json(folder, path, name)
@@ -212,7 +225,10 @@ def read_settings(folder):
 
 
 def read_projection(path):
-    weight = load_file(path)["linear.weight"].float()
+    tensors = open_tensors(path)
+    if list(tensors) != ["linear.weight"]:
+        raise ValueError(f"{path}: tensors {list(tensors)}, expected linear.weight alone")
+    weight = finite(tensors["linear.weight"](), "linear.weight", path).float()
     projection = nn.Linear(*weight.T.shape, bias=False)
     projection.weight.data = weight
     return projection
