@@ -64,15 +64,15 @@ from formats import write_json
 from tokenizer import Template
 
 # ---- defaults ----
-out_dir = "out/eval"
+out_dir = "out/eval"  # like .+
 # models: folders or hub ids, separated by commas; st:name is any dense sentence-transformers model
 model = ""
 baselines = "bm25,random"  # columns beside them; bm25 does retrieval and reranking only
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into the model, in order
-attention: str | None = None  # causal or bidirectional; None: the model's own
-pooling: str | None = None  # None: the model's own
-max_length: int | None = None  # tokens of a text, template included; None: the model's own
-similarity: str | None = None  # cosine or dot; None: cosine where the model normalizes, else dot
+attention: str | None = None  # one of causal, bidirectional; None: the model's own
+pooling: str | None = None  # one of mean, weighted_mean, last, cls, splade, tokens; None: its own
+max_length: int | None = None  # >= 1; tokens of a text, template included; None: the model's own
+similarity: str | None = None  # one of cosine, dot; None: cosine if the model normalizes, else dot
 # tasks: one of these three
 tasks = ""  # names of mteb, separated by commas
 benchmark = ""  # a name of mteb, such as "MTEB(eng, v2)"
@@ -86,8 +86,8 @@ prefix: str | None = None  # the template around every text, such as a chat wrap
 suffix: str | None = None  # None: the model's own. LLM2Vec's folders do not say theirs
 query_template = "{instruction}"  # around an instruction that is not the model's own; \n: new line
 # device
-device_batch_tokens: int | None = None  # of one forward; None: 2,048 on the CPU, 16,384 on a GPU
-dtype = "auto"  # bf16, fp32, or what the device is good at
+device_batch_tokens: int | None = None  # >= 1; of one forward; None: CPU 2,048, GPU 16,384
+dtype = "auto"  # one of auto, bf16, fp32; auto: what the device is good at
 
 
 # ---- tasks ----
