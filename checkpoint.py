@@ -56,6 +56,7 @@ def find(s):
     s.files = _shared(get_rank() == 0 and [_fingerprint(path) for path in paths])
     if last:
         _compare(last, s)
+    s.saved = last
     return last
 
 
@@ -129,18 +130,18 @@ def saving(s, step, best, optimizers):
     """Around the code that writes the model of a checkpoint: gives its folder on rank 0, None on
     the others; adds the optimizers' state, publishes the folder and removes old ones. After a step
     that was skipped there is no folder and nothing is removed: the run may have diverged."""
-    if step - 1 in s.skipped or step == s.saved:
+    prefix, keep_models = getattr(s, "checkpoint_prefix", "step"), getattr(s, "keep_models", False)
+    if step - 1 in s.skipped or s.saved == os.path.join(s.out_dir, f"{prefix}{step}"):
         if step == s.stop_step:
             good = f"--resume=True --stop_step={last_good(s, step - 1)}"
             raise SystemExit(f"the last step was skipped, so it is not saved; {good} ends before")
         print0(f"nothing new to save after step {step}")
         yield None
         return
-    prefix, keep_models = getattr(s, "checkpoint_prefix", "step"), getattr(s, "keep_models", False)
     prune = s.out_dir, prefix, s.keep_last, keep_models, best["folder"] if s.keep_best else ""
     # A good step has followed those that are there, and may yet fail to follow this one. So older
     # ones go before it is written: one more than keep_last is there until the run ends.
-    prune_checkpoints(*prune)
+    prune_checkpoints(*prune, s.saved or "")
     states = optimizer_state(optimizers)
     tmp = begin_checkpoint(s.out_dir, f"{prefix}{step}")
     try:
@@ -150,10 +151,10 @@ def saving(s, step, best, optimizers):
             torch.save(state | {"optimizers": states}, os.path.join(tmp, "training_state.pt"))
     except (OSError, RuntimeError, SafetensorError) as e:  # a full disk has all of these names
         raise OSError(f"{tmp} could not be written, earlier checkpoints are whole: {e}") from e
-    final, s.saved = commit_checkpoint(tmp), step
-    print0(f"saved {final}")
+    s.saved = commit_checkpoint(tmp)
+    print0(f"saved {s.saved}")
     if step == s.stop_step:
-        prune_checkpoints(*prune, final)
+        prune_checkpoints(*prune, s.saved)
 
 
 # ---- folders ----

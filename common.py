@@ -190,7 +190,7 @@ def configure(script_globals):
         if str not in kinds and not (item is str and text[:1] not in "(["):
             with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 value = ast.literal_eval(text)
-        elif text == "None" and type(None) in kinds:
+        elif text == "None":
             value = None
         try:
             pinned[key] = _accept(key, value, *keys[key])

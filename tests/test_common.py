@@ -327,7 +327,8 @@ def test_torn_checkpoint_is_skipped(tmp_path, capsys, file, text, reason):
             f.write(text)
     assert checkpoint.latest_checkpoint(tmp_path, "step") == str(tmp_path / "step1")
     assert capsys.readouterr().out == f"checkpoint {tmp_path / 'step2'} skipped: {reason}\n"
-    checkpoint.prune_checkpoints(tmp_path, "step", 1, False)  # the torn one does not count as one
+    # the torn one does not count as one
+    checkpoint.prune_checkpoints(tmp_path, "step", 1, False, str(tmp_path / "step1"))
     assert names(tmp_path) == ["step1", "step2"]
 
 

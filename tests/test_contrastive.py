@@ -626,7 +626,7 @@ def test_three_forms_of_lines(tmp_path):
     ('{"query": "a", "pos": ["b"], "prompt": 1}', "line 22: field 'prompt' is 1"),
     ('{"anchor": "a", "positive": ["b"]}', "line 22: field 'positive' is ['b']"),
     ('{"positive": "b"}', "line 22: field 'query' is missing"),
-    ("--pooling=max", "pooling 'max': expected one of"), ("--group_size=0", "group_size=0"),
+    ("--pooling=max", "pooling takes one of mean, "), ("--group_size=0", "takes >= 1, not 0"),
     ("--matryoshka_dims=(64,16)", "matryoshka_dims=(64, 16): embeddings have 32"),
     ("--query_instruction=('a','b')", "query_instruction: 2 texts for 1 data files"),
     ("--data=nowhere.jsonl", "nowhere.jsonl"), ("--init_from=nowhere/at/all", "nowhere/at/all"),
