@@ -111,6 +111,8 @@ def _run_config(path, space, keys, parents=()):
         raise SystemExit(f"{' -> '.join((*parents, path))}: {e.strerror}") from e
     except SyntaxError as e:
         raise SystemExit(f"{path}:{e.lineno}: {e.msg}") from e
+    except ValueError as e:  # no UTF-8
+        raise SystemExit(f"{path}: {e}") from e
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "base":
             base = getattr(node.value, "value", None)
@@ -537,8 +539,11 @@ def open_log(s, columns, start_step=0):
     if start_step and os.path.exists(path):
         with open(path, encoding="utf-8") as f:  # a killed run may end in half a line
             old = csv.DictReader([line for line in f if line.endswith("\n")])
+        names = old.fieldnames or ["step"]  # empty: the disk was full
+        if "step" not in names:
+            raise ValueError(f"{path} has no column 'step': it is no log of a run, move it away")
         rows = [row for row in old if int(row["step"]) <= start_step]
-        columns += [c for c in old.fieldnames if c not in columns]
+        columns += [c for c in names if c not in columns]
     with open(path + ".new", "w", encoding="utf-8") as f:
         writer = csv.DictWriter(f, columns, lineterminator="\n")
         writer.writeheader()

@@ -203,7 +203,8 @@ def evaluate(wrapped, file, runs, tokenizer, s):
 if __name__ == "__main__":
     # ---- configure, ranks and seed ----
     s = common.start(common.configure(globals()))
-    if s.rope_scaling and (len(s.rope_scaling) != 2 or s.rope_scaling[0] not in ("linear", "yarn")):
+    kind, factor = s.rope_scaling if len(s.rope_scaling) == 2 else (None, None)
+    if s.rope_scaling and (kind not in ("linear", "yarn") or type(factor) is str or factor <= 0):
         message = "expected ('linear', factor) or ('yarn', factor)"
         raise SystemExit(f"rope_scaling={s.rope_scaling}: {message}")
     s.template = Template(s.prefix, s.suffix)
