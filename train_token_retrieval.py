@@ -204,7 +204,8 @@ if __name__ == "__main__":
     # ---- configure, ranks and seed ----
     s = common.start(common.configure(globals()))
     kind, factor = s.rope_scaling if len(s.rope_scaling) == 2 else (None, None)
-    if s.rope_scaling and (kind not in ("linear", "yarn") or type(factor) is str or factor <= 0):
+    is_factor = type(factor) in (int, float) and factor > 0
+    if s.rope_scaling and not (is_factor and kind in ("linear", "yarn")):
         message = "expected ('linear', factor) or ('yarn', factor)"
         raise SystemExit(f"rope_scaling={s.rope_scaling}: {message}")
     s.template = Template(s.prefix, s.suffix)
