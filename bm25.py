@@ -12,8 +12,17 @@ K1, B = 1.2, 0.75
 
 
 def words_of(text):
-    """How often each word is in a text: runs of letters and digits, in lower case."""
-    return Counter(re.findall(r"\w+", text.lower()))
+    """Runs of letters, digits and underscores, in lower case."""
+    return re.findall(r"\w+", text.lower())
+
+
+def stems_of(text):
+    """The stems of words, by the English stemmer of Snowball (the package PyStemmer); read_csv,
+    readCSV and ReadCSV are two words, read and csv."""
+    import Stemmer
+
+    parts = re.sub(r"_|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text)
+    return Stemmer.Stemmer("english").stemWords(words_of(parts))
 
 
 class BM25:
@@ -23,20 +32,20 @@ class BM25:
         K = k1 (1 - b + b |d| / mean |d|)
 
     where n_w texts have the word w, and tf is how often d has it. A word that the query has twice
-    counts twice. No stemming, no stop words.
+    counts twice. `words` makes words of a text: words_of or stems_of. No stop words.
     """
 
-    def __init__(self, texts):
-        self.words = DictVectorizer()
-        tf = self.words.fit_transform(map(words_of, texts)).tocoo()  # [N, words], sparse
-        n, n_words = tf.shape
+    def __init__(self, texts, k1=K1, b=B, words=words_of):
+        self.words, self.vectorizer = words, DictVectorizer()
+        tf = self.vectorizer.fit_transform(Counter(words(text)) for text in texts).tocoo()
+        n, n_words = tf.shape  # tf [N, words], sparse
         lengths = np.bincount(tf.row, tf.data, n)  # [N], in words
         n_texts = np.bincount(tf.col, minlength=n_words)
         idf = np.log(1 + (n - n_texts + 0.5) / (n_texts + 0.5))
-        k = K1 * (1 - B + B * lengths / max(lengths.mean(), 1))
+        k = k1 * (1 - b + b * lengths / max(lengths.mean(), 1))
         tf.data *= idf[tf.col] / (tf.data + k[tf.row])
         self.weights = tf.T.tocsr()  # [words, N]: only the rows of a query's words are read
 
     def scores(self, query):
         """-> float64 [N]"""
-        return (self.words.transform(words_of(query)) @ self.weights).toarray()[0]
+        return (self.vectorizer.transform(Counter(self.words(query))) @ self.weights).toarray()[0]

@@ -28,18 +28,21 @@ file of training pairs. Where it says .jsonl a .tsv with a header will do, but f
 
 The query's prompt stands before queries and before all texts of symmetric tasks, the document's
 before the passages of retrieval and reranking. out_dir/results.md and .json get the table,
-out_dir/scores/ all of mteb's numbers as they come; what is there from an earlier run by name is
-used where weights, template, prompts, data revision and mteb are the very same.
+out_dir/scores/ all of mteb's numbers as they come, and of each query nDCG@10 and the best 100
+passages, which `python -m evals.compare` reads; what is there from an earlier run by name is used
+where weights, template, prompts, data revision and mteb are the very same.
 """
 
 import copy
 import csv
 import hashlib
 import json
+import re
 import sys
 import time
 import warnings
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,17 +60,20 @@ from mteb.results import TaskResult
 from mteb.types import PromptType
 
 import common
-from bm25 import BM25
-from data import open_pairs, read_jsonl, read_pair, require
+from bm25 import BM25, K1, B, stems_of, words_of
+from data import open_pairs, read_jsonl, read_line, read_pair, require
 from embedder import Embedder
 from formats import write_json
-from tokenizer import Template
+from formats.huggingface import resolve_folder
+from tokenizer import Template, load_tokenizer, tokenize_passage
 
 # ---- defaults ----
 out_dir = "out/eval"  # like .+
 # models: folders or hub ids, separated by commas; st:name is any dense sentence-transformers model
 model = ""
-baselines = "bm25,random"  # columns beside them; bm25 does retrieval and reranking only
+# columns beside them. bm25 does retrieval and reranking only; bm25:stem:k1=0.9:b=0.4:cut=128 splits
+# identifiers, takes stems, has another k1 and b (1.2, 0.75), cuts texts at 128 of a model's tokens
+baselines = "bm25,random"
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into the model, in order
 attention: str | None = None  # one of causal, bidirectional; None: the model's own
 pooling: str | None = None  # one of mean, weighted_mean, last, cls, splade, tokens; None: its own
@@ -78,6 +84,7 @@ tasks = ""  # names of mteb, separated by commas
 benchmark = ""  # a name of mteb, such as "MTEB(eng, v2)"
 local = ""  # a task's folder, a folder of such, or a .jsonl file of training pairs
 languages = ""  # with tasks: only subsets in these, such as "eng,deu"; "": all
+corpus: tuple[str, ...] = ()  # with a local file of pairs: others whose passages are ranked, too
 split = "test"  # with local: which qrels/<split>.tsv, which <split>.jsonl of a classification
 # prompts: "model" for those saved with it, "mteb" for the instructions that mteb's tasks have, or a
 # JSON file {task: instruction}, or {task: {"query": instruction, "document": instruction}}
@@ -128,12 +135,14 @@ KINDS = {  # the file that makes a folder a task: its type, mteb's class, main s
 }  # fmt: skip
 
 
-def local_tasks(path, split="test"):
-    """The tasks of a folder and its subfolders, or of a .jsonl file of training pairs. Prints which
-    subfolders are none."""
+def local_tasks(path, split="test", corpus=()):
+    """The tasks of a folder and its subfolders, or of a .jsonl file of training pairs, to which
+    `corpus` adds the passages of other files. Prints which subfolders are none."""
     path, tasks, wanted = Path(path).absolute(), [], f"{', '.join(KINDS)}.jsonl or .tsv"
     if path.is_file():
-        return [local_task("corpus", path, split)]
+        return [local_task("corpus", path, split, corpus)]
+    if corpus:
+        raise SystemExit(f"{path}: corpus goes with a file of pairs, this is none")
     for folder in (path, *sorted(path.glob("*/"))):
         kinds = [kind for kind in KINDS if file_of(folder, kind).exists()]
         if len(kinds) > 1:
@@ -147,16 +156,17 @@ def local_tasks(path, split="test"):
     return tasks
 
 
-def local_task(kind, path, split):
+def local_task(kind, path, split, corpus=()):
     """A task of mteb's class that reads files when mteb asks for its data."""
     type_name, base, main_score, fields = KINDS[kind]
-    read = read_search if base is abstasks.AbsTaskRetrieval else read_columns
+    search = base is abstasks.AbsTaskRetrieval
+    read = partial(read_search, more=corpus) if search else read_columns
 
     class LocalTask(base):
         metadata = mteb.TaskMetadata(
-            name=path.stem, description=str(path), type=type_name, category="t2t",
-            main_score=main_score, dataset={"path": str(path), "revision": "local"},
-            eval_splits=[split], eval_langs=["eng-Latn"],
+            name="+".join(Path(p).stem for p in (path, *corpus)), description=str(path),
+            type=type_name, category="t2t", main_score=main_score, eval_splits=[split],
+            dataset={"path": str(path), "revision": "local"}, eval_langs=["eng-Latn"],
         )  # fmt: skip
         label_column_name, input_column_name = "label", "text"
         max_fraction_of_documents_to_embed = None  # of clustering, which else takes 4 %
@@ -207,9 +217,11 @@ def read_columns(kind, path, split, fields):
     }
 
 
-def read_search(kind, path, split, fields):
-    """Corpus, queries, which passages are relevant to which query, and the candidates if given."""
+def read_search(kind, path, split, fields, more=()):
+    """Corpus, queries, which passages are relevant to which query, and the candidates if given.
+    more: files of pairs whose passages are in the corpus, too."""
     candidates = None  # {query id: [passage id, ..]}
+    modules = {}  # {query: module}, where the file says it
     if kind == "reranking":
         rows = read_rows(file_of(path, kind), fields)
         corpus, queries, relevant = number_texts([row[field] for field in fields] for row in rows)
@@ -219,12 +231,20 @@ def read_search(kind, path, split, fields):
     else:
         file = open_pairs(str(path))
         pairs = [read_pair(file, i) for i in range(len(file))]
-        corpus, queries, relevant = number_texts(
-            ((p["prompt"] or "") + p["query"], p["pos"], p["neg"]) for p in pairs
-        )
+        asked = [(p["prompt"] or "") + p["query"] for p in pairs]
+        modules = {query: read_line(file, i)[0].get("module", "") for i, query in enumerate(asked)}
+        lines = [(query, p["pos"], p["neg"]) for query, p in zip(asked, pairs)]
+        corpus, queries, relevant = number_texts(lines)
+        texts = dict.fromkeys(corpus.values())  # in order, equal ones are one
+        for pair in (read_pair(f, i) for f in map(open_pairs, more) for i in range(len(f))):
+            texts |= dict.fromkeys(pair["pos"] + pair["neg"])
+        corpus |= {f"b{i}": text for i, text in enumerate(texts) if i >= len(corpus)}
     data = {"relevant_docs": relevant, "top_ranked": candidates}
     for name, texts in (("corpus", corpus), ("queries", queries)):
         data[name] = Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
+    if any(modules.values()):
+        of_queries = [modules[text] for text in queries.values()]
+        data["queries"] = data["queries"].add_column("module", of_queries)
     return {split: data}
 
 
@@ -309,22 +329,39 @@ class Encoder(AbsEncoder):
 
 class BM25Search:
     """bm25.BM25 as mteb calls a model that does retrieval and reranking only. Titles stand before
-    the texts; there are no prompts."""
+    the texts; there are no prompts. name: bm25, and what is changed of it, in the order of
+    bm25:stem:k1=0.9:b=0.4:cut=128; cut: texts end where `tokenizer` has given so many ids."""
 
-    name = hashed = "bm25"
     search_only, saved = True, {}
     mteb_model_meta = ModelMeta.create_empty({"name": "bm25"})
+
+    def __init__(self, name="bm25", tokenizer=None):
+        form = r"bm25(:stem)?(?::k1=([\d.]+))?(?::b=([\d.]+))?(?::cut=(\d+))?"
+        if not (found := re.fullmatch(form, name)):
+            raise SystemExit(f"{name}: expected bm25 or such as bm25:stem:k1=0.9:b=0.4:cut=128")
+        stem, k1, b, cut = found.groups()
+        self.settings = float(k1 or K1), float(b or B), stems_of if stem else words_of
+        self.cut, self.tokenizer = int(cut or 0), tokenizer
+        self.name, self.hashed = name, (name, tokenizer and tokenizer.backend_tokenizer.to_str())
+
+    def begin(self, text):
+        """What an embedder reads of a text that is cut at so many tokens, the tokenizer's own
+        ones included."""
+        if not self.cut:
+            return text
+        ids, _, spans = tokenize_passage(self.tokenizer, text, "", Template())
+        return text[: spans[self.cut - len(ids) - 1, 1]] if len(ids) > self.cut else text
 
     def index(self, corpus, **_):
         self.ids, texts = list(corpus["id"]), corpus["text"]
         if "title" in corpus.column_names:
             texts = (f"{title or ''} {text}" for title, text in zip(corpus["title"], texts))
-        self.bm25 = BM25(texts)
+        self.bm25 = BM25(map(self.begin, texts), *self.settings)
 
     def search(self, queries, *, top_k, top_ranked=None, **_):
         results, row_of = {}, {name: row for row, name in enumerate(self.ids)}
         for query, text in zip(queries["id"], queries["text"]):
-            scores = self.bm25.scores(text)  # [N]
+            scores = self.bm25.scores(self.begin(text))  # [N]
             if top_ranked is None:
                 rows = np.argsort(-scores, kind="stable")[: min(top_k, (scores > 0).sum())]
             else:
@@ -351,8 +388,11 @@ def fingerprint(module, *settings):
 def load_encoder(name, s, device):
     """A column of the table: bm25, random, st:name, or an Embedder. s: the script's settings."""
     bar = sys.stderr.isatty()
-    if name == "bm25":
-        return BM25Search()
+    if name.startswith("bm25"):
+        first = s.model.split(",")[0].strip().removeprefix("st:")
+        if "cut=" in name and not first:
+            raise SystemExit(f"{name}: cut counts the tokens of the first --model, there is none")
+        return BM25Search(name, load_tokenizer(resolve_folder(first)) if "cut=" in name else None)
     if name == "random":
         return Encoder(name, random_vectors, "cosine", {}, 64, name)
     if name.startswith("st:"):
@@ -391,8 +431,27 @@ def load_encoder(name, s, device):
 # ---- evaluation ----
 
 
+def keep_queries(task, kept):
+    """Has a search task put each query into `kept` when mteb scores it: its id, text and module,
+    nDCG@10, the ids of the best 100 passages, and {id: grade} of the relevant ones."""
+    scores_of_task = task.task_specific_scores  # the place where mteb hands out single queries
+
+    def keep(scores, relevant, found, hf_split, hf_subset):
+        for query in task.dataset[hf_subset][hf_split]["queries"]:
+            i = query["id"]
+            if i in scores:
+                order = sorted(found[i], key=lambda d: (found[i][d], d), reverse=True)  # trec_eval
+                facts = {key: query[key] for key in ("id", "text", "module") if key in query}
+                kept.append(facts | {"ndcg_at_10": scores[i]["ndcg_cut_10"], "top": order[:100],
+                                     "relevant": relevant[i]})  # fmt: skip
+        return scores_of_task(scores, relevant, found, hf_split, hf_subset)
+
+    task.task_specific_scores = keep
+
+
 def evaluate(encoder, tasks, folder, reuse=False):
-    """-> a dict for each task: model, task, type, metric, score, how, prompts. All ranks call it.
+    """-> a dict for each task: model, task, type, metric, score, how, prompts, and of a search the
+    file with its queries. All ranks call it.
 
     mteb's own file of all scores goes to `folder`; with `reuse` it is read if it is there already.
     Its name, not mteb's cache, which goes by the model's name, says what it belongs to.
@@ -407,6 +466,7 @@ def evaluate(encoder, tasks, folder, reuse=False):
         data = [(t.metadata.name, t.metadata.dataset, t.eval_splits, t.hf_subsets) for t in members]
         key = hashlib.sha256(repr((encoder.hashed, prompts, data, mteb.__version__)).encode())
         path = Path(folder) / f"{meta.name}-{key.hexdigest()[:16]}.json"
+        by_query, kept = path.with_name(f"queries-{path.name}"), []
         if common.all_reduce_sum([rank == 0 and reuse and path.exists()])[0]:
             result, how = TaskResult.from_disk(path) if rank == 0 else None, f"from {path}"
         else:
@@ -419,6 +479,8 @@ def evaluate(encoder, tasks, folder, reuse=False):
                     "Tasks by name come from the Hugging Face hub, --local reads files.\n"
                     "What is done by name is kept for the next run."
                 ) from e
+            for part in members if search else []:
+                keep_queries(part, kept)
             model = encoder
             if isinstance(encoder, Encoder):
                 model = SearchEncoderWrapper(encoder, corpus_chunk_size=encoder.chunk)
@@ -432,11 +494,15 @@ def evaluate(encoder, tasks, folder, reuse=False):
             if rank == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 result.to_disk(path)
+                if search:
+                    by_query.write_text(json.dumps(kept, ensure_ascii=False), "utf-8")
         if rank == 0:
             score = float(result.get_score())
             rows.append({"model": encoder.name, "task": meta.name, "type": meta.type,
                          "metric": meta.main_score, "score": score, "how": how,
                          "prompts": prompts})  # fmt: skip
+            if search and by_query.exists():
+                rows[-1]["queries"] = by_query.name
             print(f"{encoder.name} {meta.name} {100 * score:.2f} ({how})", flush=True)
     return rows
 
@@ -471,6 +537,8 @@ if __name__ == "__main__":
     names = [name.strip() for name in f"{s.model},{s.baselines}".split(",") if name.strip()]
     if not names or [s.tasks, s.benchmark, s.local].count("") != 2:
         raise SystemExit("give --model=... and one of --tasks=..., --benchmark=..., --local=...")
+    if s.corpus and not s.local:
+        raise SystemExit("corpus goes with --local, a file of pairs")
     if s.adapters and "," in s.model:
         raise SystemExit("adapters belong to one model, several are given")
 
@@ -481,7 +549,7 @@ if __name__ == "__main__":
 
     # ---- evaluate ----
     if s.local:
-        chosen = local_tasks(s.local, s.split)
+        chosen = local_tasks(s.local, s.split, s.corpus)
     else:
         chosen = named_tasks(s.tasks, s.benchmark, s.languages)
     rows = []

@@ -18,6 +18,8 @@ def open_files(s):
     for key in ("query_instruction", "passage_instruction"):
         if len(getattr(s, key)) not in (1, len(files)):
             raise SystemExit(f"{key}: {len(getattr(s, key))} texts for {len(files)} data files")
+    if s.consecutive < 1 or s.batch_size % s.consecutive:
+        raise SystemExit(f"consecutive={s.consecutive}: batch_size={s.batch_size} is no multiple")
     n_lines = sum(len(file) for file in files)
     optim.set_lengths(s, n_lines, s.batch_size)
     for file in files:
@@ -35,18 +37,21 @@ def choose_files(files, max_steps, alpha, seed):
     return np.random.default_rng(seed).choice(len(files), size=max_steps, p=p / p.sum())
 
 
-def lines_of_step(files, step, choices, batch_size, seed):
+def lines_of_step(files, step, choices, batch_size, seed, n=1):
     """(which file, [(epoch, line), ..]) of the batch of `step`: batch_size lines of one file, whose
-    last batch takes what it lacks from its next epoch. choices: what choose_files returned."""
+    last batch takes what it lacks from its next epoch. choices: what choose_files returned. n: how
+    many lines follow one another; each epoch cuts the file into such runs one line further."""
     which = int(choices[step])
     nth = int((choices[:step] == which).sum())  # how many batches this file has given
-    epochs, lines = rows_of_step(nth, batch_size, len(files[which]), seed + which)
-    return which, list(zip(epochs.tolist(), lines.tolist()))
+    n_lines = len(files[which])
+    epochs, runs = rows_of_step(nth, batch_size // n, n_lines // n, seed + which)
+    places = zip(epochs.repeat(n).tolist(), runs.repeat(n).tolist(), [*range(n)] * len(runs))
+    return which, [(e, (run * n + i + (e if n > 1 else 0)) % n_lines) for e, run, i in places]
 
 
 def pairs_of_step(files, step, choices, s):
     """-> (batch_size pairs of one file, which file), a function of (seed, step)."""
-    which, lines = lines_of_step(files, step, choices, s.batch_size, s.seed)
+    which, lines = lines_of_step(files, step, choices, s.batch_size, s.seed, s.consecutive)
     pairs = []
     for epoch, line in lines:
         rng = np.random.default_rng((s.seed, which, epoch, line))

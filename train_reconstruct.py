@@ -263,7 +263,8 @@ if __name__ == "__main__":
     s = common.start(common.configure(globals()))
     s.template = Template(s.prefix, s.suffix)
     # as pairs.py has it: a positive for each query, no negatives; and what is written of a text
-    s.group_size, s.no_duplicates, s.pool_instruction = 1, False, s.write_template
+    s.group_size, s.consecutive, s.no_duplicates = 1, 1, False
+    s.pool_instruction = s.write_template
 
     # ---- data ----
     files, choices = open_files(s)

@@ -55,7 +55,7 @@ def baseline_scores(record, spans, rng):
     bm25: a token has its sentence's BM25 score for the query's different words, the texts being
     the passage's sentences. Words and sentences that tie come in random order.
     """
-    passage, asked = record["passage"], words_of(record["query"])
+    passage, asked = record["passage"], set(words_of(record["query"]))
     words = list(re.finditer(r"\w+", passage))
     starts = [word.start() for word in words]
     word_of = np.searchsorted(starts, spans[:, 1]) - 1  # -1: before the first word

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# From nothing to a search over Python's documentation, on two CPU cores.
+# A decoder that continues texts becomes one that finds them: SmolLM2-135M and Python's
+# documentation, on two CPU cores. Where SmolLM2 cannot be had, runs/from_scratch.sh trains a model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 python=.venv/bin/python
+model=models/SmolLM2-135M-Instruct
 
 say "1/6 environment: .venv"
 [ -x $python ] || python3 -m venv .venv
@@ -13,37 +15,51 @@ $python -m pip install -q --disable-pip-version-check -r requirements.txt
 say "2/6 data: the documentation of Python, numpy and torch on this machine"
 [ -f data/pydocs/meta.json ] || $python data/pydocs/prepare.py
 
-say "3/6 pretraining: a masked language model"
-$python pretrain_mlm.py configs/mlm_pydocs_tiny.py --resume=True
-$python -m tools.plot out/mlm_pydocs_tiny --keys=loss,eval_loss --out=out/mlm_pydocs_tiny/curves.png
+say "3/6 model: SmolLM2-135M, which continues texts"
+$python -m pip install -q --disable-pip-version-check "$(grep '^gguf==' requirements-dev.txt)" &&
+    $python data/smollm2/prepare.py || exec bash runs/from_scratch.sh
 
-say "4/6 what it has learned: five guesses for each [MASK]"
-cat > out/masks.txt <<'TEXTS'
-Return a new array of given shape and [MASK], filled with zeros.
-If the file does not exist, FileNotFoundError is [MASK].
-Return True if the object is a string, [MASK] otherwise.
-TEXTS
-$python sample.py --model=out/mlm_pydocs_tiny --file=out/masks.txt | grep -A 99 'attention by'
+say "4/6 before: 499 questions on modules that no training sees"
+score() { $python eval_mteb.py --local=data/pydocs/test.jsonl --max_length=96 "$@"; }
+score --model=$model --attention=bidirectional --baselines=bm25,bm25:stem:k1=0.9:b=0.4 \
+    --out_dir=out/demo/before
 
 say "5/6 contrastive training: questions near their answers"
-$python train_contrastive.py configs/contrastive_pydocs_tiny.py --resume=True
+begin=$SECONDS
+$python train_contrastive.py configs/contrastive_smollm2_pydocs.py --resume=True
+seconds=$((SECONDS - begin))
+$python -m tools.plot out/smollm2_pydocs --keys=loss,acc --out=out/demo/curve.png
 
-say "6/6 retrieval over modules that no training saw"
-[ -d out/untrained ] || $python - <<'PYTHON'
-import torch
-from formats.huggingface import save_pretrained
-from model import from_scratch
-from tokenizer import load_tokenizer
-torch.manual_seed(1337)
-tokenizer = load_tokenizer("data/pydocs/tokenizer")
-specials = [f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep")]
-ids = {key: getattr(tokenizer, key) for key in specials}
-save_pretrained(from_scratch("modernbert-tiny", hf=ids), "out/untrained")
-tokenizer.save_pretrained("out/untrained")
+say "6/6 after"
+score --model=out/smollm2_pydocs --baselines= --out_dir=out/demo/after
+$python - "$seconds" <<'PYTHON'
+import json
+import sys
+
+from data import open_pairs, read_pair
+from embedder import Embedder
+
+before, after = ({row["model"]: 100 * row["score"] for row in json.load(open(path))["rows"]}
+                 for path in ("out/demo/before/results.json", "out/demo/after/results.json"))
+result = {
+    "ndcg": after["out/smollm2_pydocs"], "untrained": before["models/SmolLM2-135M-Instruct"],
+    "bm25": before["bm25"], "bm25_tuned": next(x for name, x in before.items() if ":" in name),
+    "seconds_training": int(sys.argv[1]),
+}
+json.dump(result, open("out/demo.json", "w"), indent=1)
+print(json.dumps(result))
+
+embedder = Embedder.load("out/smollm2_pydocs")
+test = open_pairs("data/pydocs/test.jsonl")
+texts = [read_pair(test, i)["pos"][0] for i in range(len(test))]
+names = [read_pair(test, i)["query"].partition("(")[0] for i in range(len(test))]
+passages = embedder.encode(texts)
+for question in ("How do I split a string into words?", "Where can I run a command in a new shell?",
+                 "compress a file so that it takes less space"):
+    print(f"\n{question}")
+    scores = passages @ embedder.encode([question])[0]
+    for i in scores.argsort()[:-4:-1]:
+        print(f"  {scores[i]:.2f}  {names[i]}: {texts[i][:90]}")
 PYTHON
-$python eval_mteb.py --local=data/pydocs/test.jsonl --out_dir=out/eval_pydocs \
-    --model=out/untrained,out/mlm_pydocs_tiny,out/contrastive_pydocs_tiny
-$python sample.py --model=out/contrastive_pydocs_tiny --rank="How do I split a string into words?" \
-    | tail -n 12
 echo
-echo "The curve: out/mlm_pydocs_tiny/curves.png   The table: out/eval_pydocs/results.md"
+echo "The curve: out/demo/curve.png   The scores: out/demo.json   The embedder: out/smollm2_pydocs/final"

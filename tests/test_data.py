@@ -98,6 +98,10 @@ def test_each_step_reads_the_next_batch_of_one_file(tmp_path):
         epochs, rows = order.rows_of_step(0, len(lines), n, 5 + which)  # a seed of its own
         assert lines == list(zip(epochs.tolist(), rows.tolist(), strict=True))
     assert len(drawn[1]) > len(drawn[2]) > len(drawn[0]) > 0  # by their number of lines
+    runs = [pairs.lines_of_step([files[1]], step, np.zeros(9, int), 8, 5, 4) for step in range(7)]
+    runs = np.array([lines for _, lines in runs]).reshape(14, 4, 2)  # two epochs of 7 runs of 4
+    assert (np.diff(runs[..., 1]) % 30 == 1).all() and (runs[..., 0] == [[0]] * 7 + [[1]] * 7).all()
+    assert all(len(np.unique(epoch[..., 1])) == 28 for epoch in np.split(runs, 2))
     even = pairs.choose_files(files, 3000, 0.0, 5)
     assert all(900 < n < 1100 for n in np.bincount(even))
 
@@ -548,6 +552,26 @@ def test_splits_share_no_module_and_no_text(tmp_path):
         positives = [p["pos"][0] for p in lines]
         assert len(set(positives)) == len(lines) == counts[f"{split} pairs"] > 15
         assert {p in trained for p in positives} == {split == "train"}
+    for split in ("val", "test"):
+        by_summary = read_jsonl(tmp_path / f"{split}_summary.jsonl")
+        assert len(by_summary) == counts[f"{split}_summary pairs"] > 10
+        of = {pair["pos"][0]: pair for pair in pairs[split]}
+        for pair in by_summary:
+            whole = of[pair["pos"][0]]
+            assert whole["query"].endswith(f": {pair['query']}") and whole | pair == pair
+
+
+def test_summaries_that_are_queries():
+    def pair(name, summary):
+        return {"query": f"{name}: {summary}", "pos": ["b"], "name": name, "summary": summary}
+
+    of_test = [pair("a.split", "Split a text."), pair("DataLoader", "A DataLoader of rows."),
+               pair("b", "Say what is there."), pair("x.read_csv", "Read by x.read_csv."),
+               pair("Box", "A Box of things."), pair("c", "Done twice."), pair("d", "done twice")]
+    pairs = {"train": [pair("y", "say what is there!")], "test": of_test}
+    got = pydocs.by_summary(pairs, "test")
+    assert [(x["name"], x["query"]) for x in got] == [
+        ("a.split", "Split a text."), ("Box", "A Box of things.")]  # fmt: skip
 
 
 def test_manifest_is_compared():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import bm25s
 import mteb
 import numpy as np
 import pytest
@@ -14,12 +15,12 @@ import torch
 from datasets import Dataset
 
 import eval_mteb
-from bm25 import BM25
+from bm25 import BM25, stems_of, words_of
 from embedder import Embedder
 from eval_mteb import Encoder, evaluate, local_tasks, named_tasks, random_vectors, task_prompts
 from harness import ROOT, WORDS, ndcg, raises, write_jsonl
 from model import from_scratch
-from tokenizer import Template, load_tokenizer
+from tokenizer import Template, load_tokenizer, tokenize
 
 RNG = np.random.default_rng(0)
 
@@ -64,6 +65,10 @@ def scores_of(encoder, path, tmp_path, **options):
         main = by_split[0]["main_score"]  # in the file it is rounded
         assert main == by_split[0][row["metric"]] == pytest.approx(row["score"], abs=1e-6)
         file.unlink()
+        if row["type"] in ("Retrieval", "Reranking"):
+            queries = json.loads((tmp_path / "scores" / row["queries"]).read_text())
+            mean = np.mean([query["ndcg_at_10"] for query in queries])
+            assert by_split[0]["ndcg_at_10"] == pytest.approx(mean, abs=1e-5)
     return found
 
 
@@ -166,6 +171,24 @@ def test_training_pairs_are_a_retrieval_task(tmp_path):
     assert ["ris tan", "su"] in [sorted(texts) for _, texts in calls]
 
 
+def test_more_passages_and_modules(tmp_path):
+    """Passages of other files are ranked, too; what is kept of each query."""
+    rows = [{"query": "tan", "pos": ["tan ris"], "module": "a"}, {"query": "sun", "pos": ["sun"]}]
+    more = [{"query": "x", "pos": ["tan tan", "sun"], "neg": ["tan tan tan"]}]
+    paths = [write_jsonl(tmp_path / f"{n}.jsonl", x) for n, x in (("test", rows), ("more", more))]
+    tasks = local_tasks(paths[0], corpus=(paths[1], paths[0]))
+    got = scores_of(word_encoder(), tasks, tmp_path)["test+more+test"]
+    assert got["ndcg_at_10"] == pytest.approx((1 / math.log2(4) + 1) / 2, abs=1e-5)
+    (file,) = (tmp_path / "scores").glob("queries-*.json")
+    tan, sun = json.loads(file.read_text())
+    assert tan == {"id": "q0", "text": "tan", "module": "a", "ndcg_at_10": 0.5,
+                   "top": ["b3", "b2", "a0", "a1"], "relevant": {"a0": 1}}  # fmt: skip
+    assert (sun["module"], sun["top"][0], sun["relevant"]) == ("", "a1", {"a1": 1})
+    with pytest.raises(SystemExit, match="corpus goes with a file of pairs"):
+        write_beir(tmp_path / "beir", np.random.default_rng(0), 12, 2)
+        local_tasks(tmp_path / "beir", corpus=(paths[1],))
+
+
 def test_reranking_and_ties(tmp_path):
     rng = np.random.default_rng(3)
     rows = [{"query": sentence(rng, 2), "positive": [sentence(rng) for _ in range(3)],
@@ -244,6 +267,54 @@ def test_bm25_by_hand():
     assert titled.search(queries, top_k=10) == got
     again = bm25.search(queries, top_k=10, top_ranked={"1": ["z", "x"], "2": ["w"]})
     assert again == {"1": {"z": 0.0, "x": pytest.approx(x)}, "2": {"w": 0.0}}
+
+
+def test_bm25_equals_a_library():
+    """bm25s (Lu 2024, arXiv 2407.03618), its method "lucene" with the idf of Lucene."""
+    rng = np.random.default_rng(6)
+    vocabulary = [*WORDS, "read_csv", "readCSV", "HTTPServer", "Splitting", "splits", "of.a.path"]
+    texts = [" ".join(rng.choice(vocabulary, rng.integers(1, 40))) for _ in range(80)]
+    queries = [" ".join(rng.choice([*vocabulary, "unknown"], 6)) for _ in range(20)]
+    for k1, b, words in ((1.2, 0.75, words_of), (2.3, 0.4, stems_of), (0.6, 1.0, stems_of)):
+        ours = BM25(texts, k1, b, words)
+        theirs = bm25s.BM25(k1=k1, b=b, method="lucene", dtype="float64")
+        theirs.index([words(text) for text in texts], show_progress=False)
+        for query in queries:
+            want = theirs.get_scores(words(query))
+            np.testing.assert_allclose(ours.scores(query), want, rtol=1e-12, atol=1e-12)
+            assert want.max() > 1
+
+
+def test_bm25_by_its_name():
+    got = stems_of("read_csv readCSV HTTPServer Splits")
+    assert got == ["read", "csv", "read", "csv", "http", "server", "split"]
+    index = eval_mteb.BM25Search("bm25:stem:k1=0.9:b=0.4")
+    assert index.settings == (0.9, 0.4, stems_of)
+    assert eval_mteb.BM25Search("bm25:b=0.4").settings == (1.2, 0.4, words_of)
+    for wrong in ("bm25:k1=x", "bm25:b=0.4:k1=1", "bm25stem", "bm25:cut"):
+        with pytest.raises(SystemExit, match=f"{wrong}: expected bm25 or such as bm25:stem:k1=0.9"):
+            eval_mteb.BM25Search(wrong)
+    with pytest.raises(SystemExit, match="bm25:cut=8: cut counts the tokens of the first --model"):
+        load_encoder("bm25:cut=8", model="")
+
+
+def test_bm25_cuts_as_the_embedder(toy_tokens, monkeypatch):
+    """It reads what is left of a text that the embedder's tokenizer cuts, and nothing else."""
+    tokenizer = load_tokenizer(f"{toy_tokens}/tokenizer")
+    index = eval_mteb.BM25Search("bm25:cut=9", tokenizer)
+    long = [" ".join(RNG.choice([*WORDS, "naïve", "😀"], 30)) for _ in range(20)]
+    for text, (ids, _) in zip(long, tokenize(tokenizer, long, "", Template(), 9)):
+        part = index.begin(text)
+        assert text.startswith(part) and 0 < len(part) < len(text) and len(ids) == 9
+        assert set(tokenizer(part)["input_ids"]) >= set(ids) or "\ufffd" in tokenizer.decode(ids)
+    assert index.begin("tan ris") == "tan ris"
+    index.index(Dataset.from_dict({"id": ["x"], "text": [" ".join(["tan"] * 20 + ["ris"])]}))
+    texts = ["ris", " ".join(["su"] * 20 + ["tan"])]
+    queries = Dataset.from_dict({"id": ["1", "2"], "text": texts})
+    assert index.search(queries, top_k=5) == {"1": {}, "2": {}}
+    monkeypatch.setattr(eval_mteb, "resolve_folder", lambda name: f"{toy_tokens}/{name}")
+    same = load_encoder("bm25:cut=9", model="tokenizer,other")
+    assert same.begin(long[0]) == index.begin(long[0])
 
 
 def test_each_side_gets_its_prompt(tmp_path):
@@ -428,3 +499,15 @@ def test_script(tmp_path):
     assert results["mteb"] == mteb.__version__
     assert (tmp_path / "out" / "results.md").read_text() in printed
     assert results["rows"][0]["score"] == pytest.approx(expected, abs=1e-4)
+    # and what compares several runs
+    paths = [f"{tmp_path}/out/results.json"] * 2
+    run = [sys.executable, "-m", "evals.compare", *paths, f"--seeds=ours=st:{tmp_path}/*",
+           "--fuse=ours,bm25", f"--out_dir={tmp_path}/compare"]  # fmt: skip
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "compare" / "compare.md").read_text() in done.stdout
+    (found,) = json.loads((tmp_path / "compare" / "compare.json").read_text())
+    rows = {row["system"]: row for row in found["rows"]}
+    assert set(rows) == {"ours", "bm25", "random", "ours + bm25"}
+    assert rows["ours"]["ndcg"] == pytest.approx(100 * expected, abs=1e-2)
+    assert len(rows["ours"]["seeds"]) == 1 and found["queries"] == found["modules"] == 8

@@ -16,7 +16,9 @@ import metrics
 import token_scores
 from data import open_pairs
 from embedder import Embedder
+from evals import compare
 from evals.token_retrieval import baseline_scores
+from formats import write_json
 from formats.huggingface import from_pretrained
 from harness import WORDS, ndcg
 from spans import read_spans
@@ -161,3 +163,76 @@ def test_token_retrieval_on_two_ranks(config, tmp_path):
 ])  # fmt: skip
 def test_bad_settings_say_what_is_expected(config, tmp_path, more, message):
     harness.assert_refused(message, SCRIPT, config, tmp_path, *more)
+
+
+# ---- evals/compare.py ----
+
+
+def test_bootstrap_equals_a_loop():
+    rng = np.random.default_rng(5)
+    clusters = np.array([0, 2, 1, 1, 2, 2, 0, 3])
+    a, b = rng.random((3, 8)), rng.random((1, 8))
+    got = compare.bootstrap(a, b, clusters, np.random.default_rng(1), n=50)
+    rng, differences = np.random.default_rng(1), []
+    drawn, of_a, of_b = (rng.integers(high, size=(50, high)) for high in (4, 3, 1))
+    for i in range(50):
+        queries = [q for c in drawn[i] for q in range(8) if clusters[q] == c]
+        means = [np.mean([x[s, q] for s in seeds[i] for q in queries])
+                 for x, seeds in ((a, of_a), (b, of_b))]  # fmt: skip
+        differences.append(means[0] - means[1])
+    assert got == pytest.approx(np.percentile(differences, [2.5, 97.5]))
+    assert got[0] < got[1]
+    assert compare.bootstrap(b, b, clusters, rng).tolist() == [0, 0]  # it is paired
+    # queries of one module that go together say less than as many by themselves
+    x, none = np.repeat(rng.random(20), 10)[None], np.zeros((1, 200))
+    all_alone = np.arange(200)
+    widths = [np.ptp(compare.bootstrap(x, none, c, rng)) for c in (all_alone // 10, all_alone)]
+    assert widths[0] > 2 * widths[1]
+
+
+def queries_of(tops, relevant="x", scores=(0.25, 0.75)):
+    """Two queries of a run with these rankings."""
+    return [{"id": f"q{i}", "text": f"text {i}", "ndcg_at_10": score, "top": list(top),
+             "relevant": {relevant: 1, "z": 0}} for i, (top, score) in enumerate(zip(tops, scores))]
+
+
+def test_fusion_by_hand():
+    a, b = queries_of(["yx", "vwx"]), queries_of(["x", ""])
+    # x: 1/62 + 1/61, y: 1/61; then x is third of what one run has
+    assert compare.fused(a, b) == pytest.approx([1, 1 / math.log2(4)])
+    # y and x tie, 1/61 + 1/62 each: as in trec_eval the larger id is first
+    tied = compare.fused(queries_of(["yx"]), queries_of(["xy"]))
+    assert tied == pytest.approx([1 / math.log2(3)])
+
+
+def test_compare(tmp_path):
+    """Seeds are one system, a run that two files name is one seed, differences are to the
+    baseline, queries must be the same."""
+    runs = {"out/a-1": queries_of(["x", "x"]), "out/a-2": queries_of(["x", "x"], scores=(0.5, 1)),
+            "bm25": queries_of(["y", "x"], scores=(0, 1))}  # fmt: skip
+    for folder in ("one", "two"):
+        rows = [{"model": "bm25", "task": "sts"}]
+        for name, queries in runs.items():
+            rows.append({"model": name, "task": "test", "queries": f"queries-{name[-1]}.json"})
+            write_json(queries, tmp_path, folder, "scores", rows[-1]["queries"])
+        write_json({"rows": rows}, tmp_path, folder, "results.json")
+    paths = [tmp_path / folder / "results.json" for folder in ("one", "two")]
+    systems = compare.read_runs(paths, {"ours": "out/a-*"})["test"]
+    found = compare.compare("test", systems, "bm25", ["ours", "bm25"])
+    rows = {row["system"]: row for row in found["rows"]}
+    assert list(rows) == ["ours + bm25", "ours", "bm25"]
+    assert rows["ours"]["seeds"] == [50, 75] and rows["ours"]["ndcg"] == 62.5
+    assert rows["ours"]["difference"] == 12.5 and "difference" not in rows["bm25"]
+    # the draws go from the second query alone with the worse seed to the first with the better
+    assert rows["ours"]["interval"] == [-25, 50] and found["modules"] == 2
+    assert rows["ours + bm25"]["seeds"] == pytest.approx([50 + 50 / math.log2(3)] * 2)
+    lines = compare.table(found).splitlines()
+    assert "| ours | 62.50 | 50.00 - 75.00 | +12.50 | -25.00 to +50.00 |" in lines
+    assert "| bm25 | 50.00 |  |  |  |" in lines
+    with pytest.raises(SystemExit, match="test has no b, only ours, bm25"):
+        compare.compare("test", systems, "b")
+    systems["other"] = {"x": queries_of(["x", "x"], relevant="y")}
+    with pytest.raises(SystemExit, match="test: not all runs have the same queries"):
+        compare.compare("test", systems, "bm25")
+    with pytest.raises(SystemExit, match="no.json: no such file"):
+        compare.read_runs(["no.json"], {})

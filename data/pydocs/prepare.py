@@ -5,8 +5,9 @@ The embedded data set: the documentation that ships with Python, numpy and torch
 
 No download. Docstrings are read with `ast` from source files; nothing of them is imported. Written
 beside this file (or in --out): tokenizer/, train.bin, val.bin and so on, pairs in train.jsonl,
-val.jsonl and test.jsonl, and spans_train.jsonl and so on for token retrieval. See readme.md for
-what is in them and what the end should look like.
+val.jsonl and test.jsonl, in val_summary.jsonl and test_summary.jsonl queries without the name, and
+spans_train.jsonl and so on for token retrieval. See readme.md for what is in them and what the end
+should look like.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import re
 import sys
 import sysconfig
 import warnings
+from collections import Counter
 from importlib.metadata import version
 
 from tqdm import tqdm
@@ -377,6 +379,20 @@ def pair_of(doc: dict) -> dict | None:
     return {"query": query, "pos": [doc["body"]], "module": doc["module"], "name": doc["name"]}
 
 
+def by_summary(pairs: dict[str, list[dict]], split: str) -> list[dict]:
+    """The pairs of a split with the summary alone as the query: how people search who do not know
+    the name. Left out are summaries that two pairs of any splits share, and those that spell the
+    name where it is no plain word, such as read_csv, DataLoader or conv2d."""
+    told = Counter(" ".join(words_of(pair["summary"])) for of in pairs.values() for pair in of)
+    found = []
+    for pair in pairs[split]:
+        summary, name = pair["summary"], pair["name"].split(".")[-1]
+        named = name in summary and not re.fullmatch("[A-Z]?[a-z]+", name)
+        if told[" ".join(words_of(summary))] == 1 and not named:
+            found.append(pair | {"query": summary})
+    return found
+
+
 # ---- spans, for token retrieval ----
 
 
@@ -496,16 +512,23 @@ def write_all(docs: list[dict], out: str) -> dict:
     splits = {s: write_tokens(out, s, encode(texts[s]), size) for s in ("train", "val")}
     write_meta(out, tokenizer, "data/pydocs/tokenizer", splits)
     counts = {f"{s} {what}": n for s in splits for what, n in splits[s].items()}
-    seen = set()  # queries and positives: none is there twice, in no two splits
+    pairs, seen = {}, set()  # seen: queries and positives, none is there twice, in no two splits
     for split, of_split in by_split.items():
-        counts[f"{split} pairs"] = 0
-        with open(os.path.join(out, f"{split}.jsonl"), "w", encoding="utf-8", newline="\n") as f:
-            for pair in filter(None, map(pair_of, of_split)):
+        pairs[split] = []
+        for doc in of_split:
+            if pair := pair_of(doc):
                 keys = {" ".join(words_of(text)) for text in (pair["query"], pair["pos"][0])}
                 if not keys & seen:
-                    f.write(json.dumps(pair, ensure_ascii=False) + "\n")
-                    counts[f"{split} pairs"] += 1
+                    pairs[split].append(pair | {"summary": doc["summary"]})
                     seen |= keys
+    written = pairs | {f"{split}_summary": by_summary(pairs, split) for split in ("val", "test")}
+    written["train_by_module"] = sorted(pairs["train"], key=lambda pair: pair["module"])
+    for name, lines in written.items():
+        with open(os.path.join(out, f"{name}.jsonl"), "w", encoding="utf-8", newline="\n") as f:
+            for line in lines:
+                fields = {key: line[key] for key in ("query", "pos", "module", "name")}
+                f.write(json.dumps(fields, ensure_ascii=False) + "\n")
+        counts[f"{name} pairs"] = len(lines)
     return counts
 
 
@@ -514,7 +537,9 @@ def manifest_of(out: str, counts: dict) -> dict:
     versions = {p: version(p).split("+")[0] for p in ("numpy", "torch", "tokenizers")}
     files = ["tokenizer/tokenizer.json", "train.bin", "train.idx", "val.bin", "val.idx"]
     sums = {}
-    for file in [*files, "train.jsonl", "val.jsonl", "test.jsonl"]:
+    names = ("train", "train_by_module", "val", "test", "val_summary", "test_summary")
+    files += [f"{name}.jsonl" for name in names]
+    for file in files:
         with open(os.path.join(out, file), "rb") as f:
             sums[file] = hashlib.sha256(f.read()).hexdigest()
     versions = {"python": platform.python_version(), **versions}
@@ -557,7 +582,7 @@ if __name__ == "__main__":
     write_spans(kept, args.out)  # first: write_all shuffles
     made = manifest_of(args.out, write_all(kept, args.out))
     for key, value in made["counts"].items():
-        print(f"{key:12s} {value:>9,}")
+        print(f"{key:18s} {value:>11,}")
 
     path = os.path.join(HERE, "manifest.json")
     if args.freeze:
@@ -572,11 +597,13 @@ if __name__ == "__main__":
 # val spans      413, of 43 passages
 # test spans      404, of 39 passages
 # tokenizing with tiktoken
-# train docs      10,538
-# train tokens 1,436,737
-# val docs           525
-# val tokens      65,651
-# train pairs      9,248
-# val pairs          456
-# test pairs         499
+# train docs              10,538
+# train tokens         1,436,737
+# val docs                   525
+# val tokens              65,651
+# train pairs              9,248
+# val pairs                  456
+# test pairs                 499
+# val_summary pairs          439
+# test_summary pairs         479
 # equal to manifest.json
