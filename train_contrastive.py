@@ -66,7 +66,7 @@ query_instruction: tuple[str, ...] = ("",)
 passage_instruction: tuple[str, ...] = ("",)  # symmetric tasks have the same on both sides
 sampling_alpha = 1.0  # >= 0; a file is drawn with probability ~ (its lines) ** alpha
 group_size = 2  # >= 1; passages a query: a positive, and its negatives as far as there are any
-consecutive = 1  # >= 1; neighbours in the file that a batch takes together: hard if it goes by topic
+consecutive = 1  # >= 1; neighbours in the file that a batch takes together: hard if by topic
 no_duplicates = False  # a pair whose text the batch has already gives way to a random one
 # loss
 temperature = 0.05  # > 0; scores are divided by it; sentence-transformers' scale is 1 / temperature
