@@ -561,7 +561,7 @@ def test_pairs_with_negatives_become_labelled_texts(tmp_path):
     (["--eval_data={other}"], "other.jsonl line 2: label 'Z' is none of the 3 labels"),
     (["--init_from={llama}", "--prediction_head=True"], "is for ModernBERT, this is a llama"),
     (["--out_dir={unbroken}", "--resume=True", "--data={other}", "--eval_data="],
-     "step8 began otherwise, data: ")])  # fmt: skip
+     " began otherwise, data: ")])  # fmt: skip
 def test_bad_settings_say_what_is_expected(tiny, unbroken, folders, tmp_path, more, message):
     lines = [{"words": ["tan"], "labels": ["A"]}, {"words": ["tan"], "labels": ["Z"]}]
     other = write_jsonl(tmp_path / "other.jsonl", lines)
