@@ -264,15 +264,15 @@ def test_all_ranks_end_with_the_one_message(tiny, toy_tokens, tmp_path, ranks):
         f.seek(64 * 2 * 5)
         f.write(b"\xff\xff")
     printed = ends(ranks, arguments(SCRIPT, tiny, tmp_path / "bad", *more, f"--data={bad}"))
-    assert f"{bad}/train.bin: token 320 is 65535, expected less than 512" in printed
+    assert f"{bad}/train.bin: token 320 is 65535, expected less than" in printed, printed
     assert "prefetch" not in printed  # no traceback of ours
     nan = ["--learning_rate=1e30", "--warmup_steps=0"]
     printed = ends(ranks, arguments(SCRIPT, tiny, tmp_path / "nan", *more, *nan))
-    assert printed.count("stopped at the 4th such step") == ranks
+    assert printed.count("stopped at the 4th such step") == ranks, printed
     printed = ends(ranks, arguments(SCRIPT, tiny, tmp_path / "kill", *more), killed=True)
-    assert "SIGKILL" in printed and "this rank ends, for another one has ended" in printed
+    assert "SIGKILL" in printed and "this rank ends, for another one has" in printed, printed
     full = ["--save_interval=2", "--eval_interval=0"]
     full = arguments(SCRIPT, tiny, tmp_path / "full", *more, *full)
     printed = ends(ranks, full, shell="ulimit -f 1000; ")
-    assert "step2 could not be written, earlier checkpoints are whole" in printed
+    assert "step2 could not be written, earlier checkpoints are whole" in printed, printed
     assert not [name for name in os.listdir(tmp_path / "full") if name.startswith("step")]
