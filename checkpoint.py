@@ -2,8 +2,8 @@
 Checkpoints: whole or not there, whenever a run is killed.
 
 out_dir/step120/ is a folder of the ecosystem (a model, an embedder or an adapter), with
-training_state.pt for resuming and complete.json ({file: bytes} of all others), written last.
-out_dir/final leads to the newest one.
+training_state.pt for resuming and complete.json ({file: [bytes, sha256]} of all others), written
+last. out_dir/final leads to the newest one, out_dir/.lock names the process that writes here.
 
     last = find(s)                                      # what --resume=True goes on from, or None
     step, best = load_state(last, optimizers)
@@ -12,28 +12,106 @@ out_dir/final leads to the newest one.
             ...                                         # write the model there
 """
 
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import socket
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common import get_rank, print0
+from common import get_rank, last_good, print0
+
+# keys that a run may change when it goes on; all others, and the data, must be what they were
+MAY_CHANGE = re.compile(
+    "learning_rate|min_lr|weight_decay|beta[12]|adam_eps|grad_clip|schedule|(decay|warmup)_.*|"
+    "max_steps|max_tokens|num_epochs|stop_step|(eval|log|save)_.*|keep_.*|device_batch_.*|"
+    "attention_backend|dtype|compile|gradient_checkpointing|fsdp|zero1|deterministic|data|tracker|"
+    "out_dir|checkpoint_prefix|dump_data_order"
+)
 
 
-def find(s, prefix="step"):
-    """-> the newest whole checkpoint in s.out_dir if s.resume, else None. SystemExit where there is
-    one that a new run would overwrite."""
-    last = None if s.dry_run else latest_checkpoint(s.out_dir, prefix)
+def find(s):
+    """-> the newest whole checkpoint in s.out_dir if s.resume, else None. SystemExit where another
+    process writes there, where there is a checkpoint that a new run would overwrite, and where the
+    run began with other keys or data than are given now (force_resume goes on with these)."""
+    if s.dry_run or s.show_batch:
+        return None
+    taken = ""
+    if get_rank() == 0:
+        s.lock, taken = _lock(s.out_dir)
+    if taken := _shared(taken):
+        raise SystemExit(taken)
+    last = latest_checkpoint(s.out_dir, getattr(s, "checkpoint_prefix", "step"))
     if last and not s.resume:
         raise SystemExit(f"{last} exists: --resume=True goes on, or choose another out_dir")
+    paths = [s.data] if isinstance(s.data, str) else s.data
+    s.files = _shared(get_rank() == 0 and [_fingerprint(path) for path in paths])
+    if last:
+        _compare(last, s)
+    s.saved = last
     return last
+
+
+def _compare(last, s):
+    """Prints what has changed since the checkpoint. SystemExit where that may not change."""
+    saved = _read_state(last)
+    then = saved.get("config", {})  # none in those of earlier versions
+    changed = [k for k in then if k in s.config and then[k] != s.config[k] and "resume" not in k]
+    texts = {key: f"{key}={then[key]!r} -> {s.config[key]!r}" for key in changed}
+    if saved.get("files", s.files) != s.files:
+        texts["the data"] = f"data: {', '.join(saved['files'])} -> {', '.join(s.files)}"
+    held = [text for key, text in texts.items() if not MAY_CHANGE.fullmatch(key)]
+    if held and not s.force_resume:
+        raise SystemExit(
+            f"{last} began otherwise, {'; '.join(held)}: choose another out_dir, or go on with "
+            "--force_resume=True"
+        )
+    if texts:
+        print0(f"changed since {last}: {'; '.join(texts.values())}")
+
+
+def _fingerprint(path):
+    """Of a data file, or a folder of tokens: its size, and the hash of 1,024 MiB of it or all."""
+    path = os.path.join(path, "train.bin") if os.path.isdir(path) else path
+    size, digest = os.path.getsize(path), hashlib.sha256()
+    with open(path, "rb") as f:
+        for start in range(0, size, max(2**20, size // 1024)):
+            f.seek(start)
+            digest.update(f.read(2**20))
+    return f"{size:,} bytes with sha256 {digest.hexdigest()[:16]}"
+
+
+def _lock(out_dir):
+    """-> (the lock file, held as long as it is open, and "" or why it is not held). The system lets
+    go of it when the process ends, killed or not, so that what is left of one holds nobody up."""
+    os.makedirs(out_dir, exist_ok=True)
+    lock = open(os.path.join(out_dir, ".lock"), "a+", encoding="utf-8")
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        return None, f"{out_dir} is in use by {lock.read()}: wait, or choose another out_dir"
+    except (ImportError, OSError) as e:
+        print0(f"{out_dir} is not locked: {e}")  # a file system without locks
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock, ""
+
+
+def _read_state(last):  # mmap: the ranks of a host share the pages
+    path = os.path.join(last, "training_state.pt")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def load_state(last, optimizers):
@@ -41,8 +119,7 @@ def load_state(last, optimizers):
     the lowest evaluation loss so far, and the checkpoint that has it."""
     if not last:
         return 0, {"loss": math.inf, "folder": ""}
-    path = os.path.join(last, "training_state.pt")  # mmap: the ranks of a host share the pages
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    state = _read_state(last)
     load_optimizer_state(optimizers, state["optimizers"])
     print0(f"resumed {last}, after step {state['step']}")
     return state["step"], state["best"]
@@ -59,18 +136,35 @@ def is_patience_over(s, step, best):
 
 
 @contextmanager
-def saving(s, step, best, optimizers, prefix="step", keep_models=False):
+def saving(s, step, best, optimizers):
     """Around the code that writes the model of a checkpoint: gives its folder on rank 0, None on
-    the others; adds the optimizers' state, publishes the folder and removes old ones."""
+    the others; adds the optimizers' state, publishes the folder and removes old ones. After a step
+    that was skipped there is no folder and nothing is removed: the run may have diverged."""
+    prefix, keep_models = getattr(s, "checkpoint_prefix", "step"), getattr(s, "keep_models", False)
+    if step - 1 in s.skipped or s.saved == os.path.join(s.out_dir, f"{prefix}{step}"):
+        if step == s.stop_step:
+            good = f"--resume=True --stop_step={last_good(s, step - 1)}"
+            raise SystemExit(f"the last step was skipped, so it is not saved; {good} ends before")
+        print0(f"nothing new to save after step {step}")
+        yield None
+        return
+    prune = s.out_dir, prefix, s.keep_last, keep_models, best["folder"] if s.keep_best else ""
+    # A good step has followed those that are there, and may yet fail to follow this one. So older
+    # ones go before it is written: one more than keep_last is there until the run ends.
+    prune_checkpoints(*prune, s.saved or "")
     states = optimizer_state(optimizers)
     tmp = begin_checkpoint(s.out_dir, f"{prefix}{step}")
-    yield tmp if s.rank == 0 else None
-    if s.rank == 0:
-        state = {"step": step, "best": best, "optimizers": states}
-        torch.save(state, os.path.join(tmp, "training_state.pt"))
-    print0(f"saved {commit_checkpoint(tmp)}")
-    kept = best["folder"] if s.keep_best else ""
-    prune_checkpoints(s.out_dir, prefix, s.keep_last, keep_models, kept)
+    try:
+        yield tmp if s.rank == 0 else None
+        if s.rank == 0:
+            state = {"step": step, "best": best, "config": s.config, "files": s.files}
+            torch.save(state | {"optimizers": states}, os.path.join(tmp, "training_state.pt"))
+    except (OSError, RuntimeError, SafetensorError) as e:  # a full disk has all of these names
+        raise OSError(f"{tmp} could not be written, earlier checkpoints are whole: {e}") from e
+    s.saved = commit_checkpoint(tmp)
+    print0(f"saved {s.saved}")
+    if step == s.stop_step:
+        prune_checkpoints(*prune, s.saved)
 
 
 # ---- folders ----
@@ -81,25 +175,41 @@ def _barrier():
         dist.barrier()
 
 
-def _inspect(folder):
-    """({file: bytes} by complete.json, why the folder is not whole or "")."""
+def _shared(value):
+    """Rank 0's value, on all ranks."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _inspect(folder, check_hashes=False):
+    """({file: [bytes, sha256]} by complete.json, why the folder is not whole or "")."""
     try:
         with open(os.path.join(folder, "complete.json"), encoding="utf-8") as f:
-            sizes = json.load(f)
-    except (OSError, ValueError) as e:
+            files = dict(json.load(f))
+    except (OSError, ValueError, TypeError) as e:
         return {}, f"complete.json is missing or broken ({type(e).__name__})"
-    for name, size in sizes.items():
+    for name, facts in files.items():
+        size, digest = facts if isinstance(facts, list) else (facts, None)  # of earlier versions
         path = os.path.join(folder, name)
         found = os.path.getsize(path) if os.path.isfile(path) else "no file"
         if found != size:
             return {}, f"{name} should have {size} bytes, found {found}"
-    return sizes, ""
+        if check_hashes and digest and _hash(path) != digest:
+            return {}, f"{name} is not what was saved, by its sha256"
+    return files, ""
 
 
-def _write_sizes(folder, sizes):
+def _hash(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _write_complete(folder, files):
     path = os.path.join(folder, "complete.json")
     with open(path + ".new", "w", encoding="utf-8") as f:
-        json.dump(sizes, f, indent=1)
+        json.dump(files, f, indent=1)
         f.flush()
         os.fsync(f.fileno())
     os.replace(path + ".new", path)
@@ -145,12 +255,12 @@ def commit_checkpoint(tmp):
     name. -> its path"""
     _barrier()  # every rank has written what it had to
     if get_rank() == 0:
-        sizes = {}
+        files = {}
         for path in (path for path in Path(tmp).rglob("*") if path.is_file()):
             with path.open("rb+") as f:
                 os.fsync(f.fileno())
-            sizes[path.relative_to(tmp).as_posix()] = path.stat().st_size
-        _write_sizes(tmp, sizes)
+            files[path.relative_to(tmp).as_posix()] = path.stat().st_size, _hash(path)
+        _write_complete(tmp, files)
     final = _publish(tmp)
     _barrier()
     return final
@@ -159,40 +269,38 @@ def commit_checkpoint(tmp):
 def latest_checkpoint(out_dir, prefix):
     """-> the newest whole out_dir/<prefix><number> that holds a training_state.pt, or None. Prints
     why it skips one. Rank 0 looks; all ranks get its answer."""
-    found = [None]
+    found = None
     if get_rank() == 0:
         for tmp in _numbered(out_dir, f".tmp-{prefix}"):
             if not _inspect(tmp)[1]:
                 _publish(tmp)
         for path in _numbered(out_dir, prefix):
-            sizes, fault = _inspect(path)
-            if "training_state.pt" in sizes:
-                found = [path]
+            files, fault = _inspect(path, check_hashes=True)
+            if "training_state.pt" in files:
+                found = path
                 break
             print0(f"checkpoint {path} skipped: {fault or 'a model only, no training_state.pt'}")
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
+    return _shared(found)
 
 
-def prune_checkpoints(out_dir, prefix, keep_last, keep_models, best=""):
-    """Keeps the newest `keep_last` checkpoints (0: all), and `best` (a path or name); of the others
+def prune_checkpoints(out_dir, prefix, keep_last, keep_models, *best):
+    """Keeps the newest `keep_last` checkpoints (0: all), and `best` (paths or names); of the others
     nothing, or with keep_models the model without training_state.pt. Also removes what a killed
-    save left, so call it after a commit."""
+    save left, so not to be called within one."""
     if get_rank() == 0:
         for path in _numbered(out_dir, f".tmp-{prefix}"):
             shutil.rmtree(path)
-        kept = 0
+        kept, best = 0, [os.path.basename(path) for path in best]
         for path in _numbered(out_dir, prefix) if keep_last else []:
-            sizes, _ = _inspect(path)
+            files, _ = _inspect(path)
             if kept < keep_last:
-                kept += "training_state.pt" in sizes
-            elif os.path.basename(path) == os.path.basename(best):
+                kept += "training_state.pt" in files
+            elif os.path.basename(path) in best:
                 pass
             elif not keep_models:
                 shutil.rmtree(path)
-            elif sizes.pop("training_state.pt", None) is not None:
-                _write_sizes(path, sizes)  # first: killed before the next line, the model is whole
+            elif files.pop("training_state.pt", None) is not None:
+                _write_complete(path, files)  # first: killed now, the model is whole
                 os.remove(os.path.join(path, "training_state.pt"))
     _barrier()
 

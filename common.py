@@ -6,6 +6,8 @@ for training, and the log. Checkpoints are in checkpoint.py, optimizers and sche
 import ast
 import csv
 import difflib
+import math
+import operator
 import os
 import re
 import shlex
@@ -16,6 +18,7 @@ import time
 import traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -27,7 +30,16 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from formats import read_json
 
 # ---- config: the script's defaults, then config files, then --key=value ----
+# What a key accepts stands in the script's defaults: its type, and the comment's first clause.
+#
+#     mask_prob = 0.3  # > 0 and <= 1: of the tokens that are not special
+#     schedule = "linear"  # one of linear, cosine, constant; after the warmup
+#     prefix = "step"  # like [a-z]+; a regular expression
+#     ratios: tuple[int, ...] = (16, 8)  # >= 1; holds for each of them
 
+COMPARE = {
+    ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "!=": operator.ne
+}  # fmt: skip
 KINDS = {k.__name__: k for k in (int, float, bool, str, tuple)} | {"None": type(None)}
 RENAMED = {  # keys of earlier versions, where the script has the new one and not the old
     "data_dir": "data", "batch_size": "batch_tokens", "device_batch_size": "device_batch_tokens",
@@ -50,18 +62,37 @@ class _Namespace(dict):
             super().__setitem__(name, value)
 
 
-def _accept(key, value, kinds):
+def _fits(value, rule):
+    """Is the value, or each of a tuple, what the rule says? Every float must be finite."""
+    if type(value) is tuple:
+        return all(_fits(x, rule) for x in value)
+    if value is None or type(value) is float and not math.isfinite(value):
+        return value is None
+    if rule.startswith("one of "):
+        return value in rule.removeprefix("one of ").replace('"', "").split(", ")
+    if rule.startswith("like "):
+        return bool(re.fullmatch(rule.removeprefix("like "), value))
+    limits = [limit.split() for limit in rule.split(" and ")] if rule else []
+    is_number = type(value) in (int, float)
+    return all(is_number and COMPARE[sign](value, float(limit)) for sign, limit in limits)
+
+
+def _accept(key, value, kinds, item, rule):
     """The value in a type the key takes. Converted are an int to float, a list to a tuple, and one
-    string to a tuple of strings."""
-    if type(value) in kinds:  # exact: True is no int here
-        return value
-    if type(value) is str and "tuple[str]" in kinds:
-        return (value,)
+    string to a tuple of strings. kinds, item: types of the value, and of a tuple's items."""
+    if type(value) is str is item:
+        value = (value,)
     for kind, wanted in ((int, float), (list, tuple)):
-        if type(value) is kind and wanted in kinds:
-            return wanted(value)
-    names = " or ".join(name for name, kind in KINDS.items() if kind in kinds)
-    raise ValueError(f"{key} takes {names}, not {value!r}")
+        if type(value) is kind and kind not in kinds and wanted in kinds:
+            value = wanted(value)
+    items = value if type(value) is tuple and item else ()
+    if type(value) not in kinds or any(type(x) is not item for x in items):  # True is no int here
+        names = " or ".join(name for name, kind in KINDS.items() if kind in kinds)
+        names += f" of {item.__name__}" if item else ""
+        raise ValueError(f"{key} takes {names}, not {value!r}")
+    if not _fits(value, rule):
+        raise ValueError(f"{key} takes {rule or 'a finite number'}, not {value!r}")
+    return value
 
 
 def _unknown(key, keys):
@@ -73,7 +104,7 @@ def _unknown(key, keys):
     return f"unknown key {key!r}, " + (f"did you mean {near[0]!r}?" if near else "see --help")
 
 
-def _run_config(path, space, kinds, parents=()):
+def _run_config(path, space, keys, parents=()):
     """Run a config file in `space`, its `base` first. Errors name the file and the line."""
     try:
         with open(path, encoding="utf-8") as f:
@@ -82,6 +113,8 @@ def _run_config(path, space, kinds, parents=()):
         raise SystemExit(f"{' -> '.join((*parents, path))}: {e.strerror}") from e
     except SyntaxError as e:
         raise SystemExit(f"{path}:{e.lineno}: {e.msg}") from e
+    except ValueError as e:  # no UTF-8
+        raise SystemExit(f"{path}: {e}") from e
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "base":
             base = getattr(node.value, "value", None)
@@ -90,7 +123,7 @@ def _run_config(path, space, kinds, parents=()):
             base = os.path.normpath(os.path.join(os.path.dirname(path), base))
             if base in (*parents, path):
                 raise SystemExit(f"{path}:{node.lineno}: base {base} leads back to itself")
-            _run_config(base, space, kinds, (*parents, path))
+            _run_config(base, space, keys, (*parents, path))
     try:
         exec(compile(tree, path, "exec"), space)
     except Exception as e:
@@ -100,10 +133,10 @@ def _run_config(path, space, kinds, parents=()):
     for name, line in {n.id: n.lineno for n in sorted(names, key=lambda n: n.lineno)}.items():
         if name.startswith("_") or name == "base" or name not in space:
             continue  # a helper, or local to a function
-        if name not in kinds:
-            raise SystemExit(f"{path}:{line}: {_unknown(name, kinds)} Helper names start with _.")
+        if name not in keys:
+            raise SystemExit(f"{path}:{line}: {_unknown(name, keys)} Helper names start with _.")
         try:
-            dict.__setitem__(space, name, _accept(name, space[name], kinds[name]))
+            dict.__setitem__(space, name, _accept(name, space[name], *keys[name]))
         except ValueError as e:
             raise SystemExit(f"{path}:{line}: {e}") from e
 
@@ -113,29 +146,36 @@ def configure(script_globals):
 
     Keys are the names that the script's top level assigns an int, float, bool, str, tuple or None,
     but for a leading _. A key takes its default's type, or what its annotation says
-    (`x: float | None = None`). Command-line values hold while the files run, so what a file derives
-    from them follows. Returns the resolved {key: value}. SystemExit on an unknown key or a wrong
-    value. --help prints the docstring and the commented defaults."""
+    (`x: float | None = None`), and of that what the comment says. Command-line values hold while
+    the files run, so what a file derives from them follows. Returns the resolved {key: value}.
+    SystemExit on an unknown key or a wrong value. --help prints the docstring and the commented
+    defaults; --traceback=True shows where an error was raised, which is one line otherwise."""
     with open(script_globals["__file__"], encoding="utf-8") as f:
         source = f.read()
-    kinds = {}
+    keys, lines = {}, source.encode().splitlines()  # ast counts bytes
     for node in ast.parse(source).body:  # not dir(): a constant that was imported is no key
         hint = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else None
         targets = getattr(node, "targets", [node.target] if hint else [])
+        comment = lines[node.end_lineno - 1][node.end_col_offset :].decode()
+        rule = re.match(r" *# ((?:one of|like|[<>!]=?) .*?)(?:[;:] |$)", comment)
         for name in [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]:
             kind = type(script_globals.get(name, ...))
             if name.startswith("_") or kind not in KINDS.values():
                 continue
             if kind is type(None) and not hint:
                 raise TypeError(f"{name} = None needs a type: `{name}: float | None = None`")
-            # "tuple[int, int] | None" -> {tuple, NoneType}
+            # "tuple[int, ...] | None" -> {tuple, NoneType}, int
             hints = hint.split("|") if hint else [kind.__name__]
-            kinds[name] = {KINDS[h.split("[")[0].strip()] for h in hints}
-            kinds[name] |= {"tuple[str]"} if "tuple[str, ...]" in (hint or "") else set()
-    defaults = {k: _accept(k, script_globals[k], kinds[k]) for k in kinds}
+            kinds = {KINDS[h.split("[")[0].strip()] for h in hints}
+            item = re.search(r"tuple\[(\w+), \.\.\.\]", hint or "")
+            keys[name] = kinds, item and KINDS[item[1]], rule[1] if rule else ""
+    defaults = {k: _accept(k, script_globals[k], *keys[k]) for k in keys}
 
-    pinned, files = {}, []
+    pinned, files, sys.excepthook = {}, [], one_line
     for arg in sys.argv[1:]:
+        if arg == "--traceback=True":
+            sys.excepthook = sys.__excepthook__
+            continue
         if arg in ("-h", "--help"):
             text = re.split(r"(?m)^# ---.*\bdefaults\b.*$", source, maxsplit=1)[-1]
             text = re.split(r"(?m)^(?:# ---|def |class |@|if )", text)[0]
@@ -145,29 +185,44 @@ def configure(script_globals):
             files.append(os.path.normpath(arg))
             continue
         key, equals, text = arg.removeprefix("--").partition("=")
-        if key not in kinds:
-            raise SystemExit(f"{arg}: {_unknown(key, kinds)}")
+        if key not in keys:
+            raise SystemExit(f"{arg}: {_unknown(key, keys)}")
         if not equals:
             raise SystemExit(f"{arg}: options are written --key=value")
+        kinds, item, _ = keys[key]
+        value = text  # of strings as it is: a text may be long, and have quotes
+        if str not in kinds and not (item is str and text[:1] not in "(["):
+            with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                value = ast.literal_eval(text)
+        elif text == "None":
+            value = None
         try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError):
-            value = text
-        try:
-            pinned[key] = _accept(key, value, kinds[key])
+            pinned[key] = _accept(key, value, *keys[key])
         except ValueError as e:
-            if str not in kinds[key] or value is None:
-                raise SystemExit(f"{arg}: {e}") from e
-            pinned[key] = text  # --out_dir=123
+            raise SystemExit(f"{arg}: {e}") from e
     space = _Namespace(defaults, pinned)
     for path in files:
-        _run_config(path, space, kinds)
-    config = {k: space[k] for k in kinds}
+        _run_config(path, space, keys)
+    config = {k: space[k] for k in keys}
     script_globals.update(config)
     items = [f"{'*' if v != defaults[k] else ''}{k}={v!r}" for k, v in config.items()]
     print0(f"config: {' '.join(sys.argv[1:])} (* = not the default)")
     print0(textwrap.fill("  ".join(items), 100, break_long_words=False, break_on_hyphens=False))
     return config
+
+
+def one_line(kind, error, tb):
+    """sys.excepthook: what our own code raises, what a file or a missing package is to blame for,
+    and what follows when another rank ends is one line; of a bug all is shown."""
+    last = traceback.extract_tb(tb)[-1:]
+    is_ours = [f for f in last if f.filename.startswith(os.path.dirname(os.path.abspath(__file__)))
+               and "site-packages" not in f.filename and f.line.startswith("raise ")]  # fmt: skip
+    text = " ".join(str(error).splitlines())
+    if dist.is_initialized() and re.search("gloo|NCCL|TCPStore", text):
+        text = f"this rank ends, for another one has ended ({text[:80]})"
+    elif not is_ours and not isinstance(error, (OSError, ModuleNotFoundError)):
+        return sys.__excepthook__(kind, error, tb)
+    print(f"{kind.__name__}: {text}", file=sys.stderr, flush=True)
 
 
 def save_config(config, path):
@@ -220,9 +275,7 @@ def start(config):
     """-> the settings of a run as one namespace: the config's keys, and what they lead to: rank,
     world_size, local_rank, device, compute_dtype, autocast() and config itself. Joins the process
     group and seeds torch. SystemExit for keys, the same in all stages, that do not go together."""
-    s = SimpleNamespace(**config, config=config)
-    schedules = ("linear", "cosine", "constant") + ("wsd",) * ("decay_shape" in config)
-    one_of(s, fsdp=("", "full"), schedule=schedules)
+    s = SimpleNamespace(**config, config=config, lock=None, saved=None, skipped=[])
     if (s.fsdp or config.get("zero1")) and "RANK" not in os.environ:
         raise SystemExit("fsdp and zero1 share work between ranks: start with torchrun")
     if s.init_from == "resume":
@@ -242,14 +295,6 @@ def start(config):
     half = s.compute_dtype != torch.float32
     s.autocast = lambda: torch.autocast(s.device.type, s.compute_dtype, enabled=half)
     return s
-
-
-def one_of(s, **choices):
-    """SystemExit where a key is none of the values it may have: one_of(s, task=("a", "b"))."""
-    for key, values in choices.items():
-        if getattr(s, key) not in values:
-            shown = ", ".join(map(repr, values))
-            raise SystemExit(f"{key}={getattr(s, key)!r}: expected one of {shown}")
 
 
 def count_micro_batches(s, unit):
@@ -336,6 +381,8 @@ def finish(s, step, batches):
         print(f"to use it:\n{loading_code(s.out_dir)}", flush=True)
     if step < s.stop_step and not s.dry_run:
         print0(f"stopped after step {step}; this goes on:", resume_command())
+    if s.lock:
+        s.lock.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -405,13 +452,20 @@ def settle_buckets(wrapped, trial, n):
         trial(n)
 
 
-def bad_step(count, step, loss, gnorm, batch):
-    """Says which batch gave a loss or gradient that is no number, -> how many of these there were
-    in the run. A good run has none; SystemExit at the fourth."""
+def bad_step(s, step, loss, gnorm, batch):
+    """Says which batch gave a loss or gradient that is no number, and notes the step in s.skipped:
+    checkpoint.saving does not save after such a one. A good run has none; SystemExit at the fourth.
+    """
     print0(f"step {step + 1}: loss {loss}, gradient norm {gnorm}: skipped. {batch}")
-    if count == 3:
-        raise SystemExit("stopped at the 4th such step; the last checkpoint is good")
-    return count + 1
+    s.skipped.append(step)
+    if len(s.skipped) == 4:
+        good = last_good(s, step)
+        raise SystemExit(f"stopped at the 4th such step; checkpoints before step{good} are good")
+
+
+def last_good(s, step):
+    """The step, counted from 1, after which all up to `step` were skipped."""
+    return last_good(s, step - 1) if step in s.skipped else step + 1
 
 
 def shown(items, n=8):
@@ -498,7 +552,6 @@ def open_log(s, columns, start_step=0):
     A key that is absent or None is empty in the csv. A line with "loss" gets an eta.
     start_step: the checkpoint's step on resume; later rows are dropped, so curves never overlap.
     """
-    one_of(s, tracker=("", "wandb", "tensorboard"))
     if s.rank != 0 or s.dry_run:
         return lambda step, values: None
     out_dir, tracker, max_steps = s.out_dir, s.tracker, s.stop_step
@@ -512,8 +565,11 @@ def open_log(s, columns, start_step=0):
     if start_step and os.path.exists(path):
         with open(path, encoding="utf-8") as f:  # a killed run may end in half a line
             old = csv.DictReader([line for line in f if line.endswith("\n")])
+        names = old.fieldnames or ["step"]  # empty: the disk was full
+        if "step" not in names:
+            raise ValueError(f"{path} has no column 'step': it is no log of a run, move it away")
         rows = [row for row in old if int(row["step"]) <= start_step]
-        columns += [c for c in old.fieldnames if c not in columns]
+        columns += [c for c in names if c not in columns]
     with open(path + ".new", "w", encoding="utf-8") as f:
         writer = csv.DictWriter(f, columns, lineterminator="\n")
         writer.writeheader()

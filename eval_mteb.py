@@ -69,19 +69,19 @@ from formats.llm2vec import TASKS
 from tokenizer import Template, load_tokenizer, tokenize_passage
 
 # ---- defaults ----
-out_dir = "out/eval"
+out_dir = "out/eval"  # like .+
 # models: folders or hub ids, separated by commas; st:name is any dense sentence-transformers model
 model = ""
 # columns beside them. bm25 does retrieval and reranking only; bm25:stem:k1=0.9:b=0.4:cut=128 splits
 # identifiers, takes stems, has another k1 and b (1.2, 0.75), cuts texts at 128 of a model's tokens
 baselines = "bm25,random"
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into the model, in order
-attention: str | None = None  # causal or bidirectional; None: the model's own
-pooling: str | None = None  # None: the model's own
-max_length: int | None = None  # tokens of a text, template included; None: the model's own
+attention: str | None = None  # one of causal, bidirectional; None: the model's own
+pooling: str | None = None  # one of mean, weighted_mean, last, cls, splade, tokens; None: its own
+max_length: int | None = None  # >= 1; tokens of a text, template included; None: the model's own
 pool_instruction: bool | None = None  # are its tokens pooled, too? None: the model's own
 merge = True  # False: the last adapter is computed beside the weights, as in LLM2Vec
-similarity: str | None = None  # cosine or dot; None: cosine where the model normalizes, else dot
+similarity: str | None = None  # one of cosine, dot; None: cosine if the model normalizes, else dot
 # tasks: one of these three
 tasks = ""  # names of mteb, separated by commas
 benchmark = ""  # a name of mteb, such as "MTEB(eng, v2)"
@@ -98,8 +98,8 @@ suffix: str | None = None  # None: the model's own
 # around an instruction that is not the model's own, whose separator follows it; \n: new line
 query_template = "{instruction}"
 # device
-device_batch_tokens: int | None = None  # of one forward; None: 2,048 on the CPU, 16,384 on a GPU
-dtype = "auto"  # bf16, fp32, or what the device is good at
+device_batch_tokens: int | None = None  # >= 1; of one forward; None: CPU 2,048, GPU 16,384
+dtype = "auto"  # one of auto, bf16, fp32; auto: what the device is good at
 
 
 # ---- tasks ----

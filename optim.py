@@ -45,6 +45,8 @@ def set_lengths(s, per_epoch, per_step):
         return default
 
     s.warmup = in_steps("warmup", 0)
+    if s.warmup > s.max_steps:
+        raise SystemExit(f"warmup ends after {s.warmup:,} steps, the run after {s.max_steps:,}")
     wsd = s.schedule == "wsd"
     s.decay = in_steps("decay", round(0.1 * s.max_steps) if wsd else s.max_steps - s.warmup)
 

@@ -22,7 +22,7 @@ def open_files(s):
     for key in ("query_instruction", "passage_instruction"):
         if len(getattr(s, key)) not in (1, len(files)):
             raise SystemExit(f"{key}: {len(getattr(s, key))} texts for {len(files)} data files")
-    if s.consecutive < 1 or s.batch_size % s.consecutive:
+    if s.batch_size % s.consecutive:
         raise SystemExit(f"consecutive={s.consecutive}: batch_size={s.batch_size} is no multiple")
     n_lines = sum(len(file) for file in files)
     optim.set_lengths(s, n_lines, s.batch_size)

@@ -32,75 +32,76 @@ from tokenizer import check_tokenizer
 from tokens import open_tokens, tokenizer_of
 
 # ---- defaults ----
-out_dir = "out/mlm"
+out_dir = "out/mlm"  # like .+
 # model
 init_from = "scratch"  # or a model folder, an out_dir or a hub id owner/name[@revision]
 model_size = "modernbert-tiny"  # from scratch: a name in model.SIZES
-vocab_size: int | None = None  # from scratch: None is the size's own, rows of the embedding
-max_seq_len = 512  # tokens of a row, and the positions the model is trained for
-rope_theta: float | None = None  # None: the model's own; for training at a longer context
-local_rope_theta: float | None = None  # of local layers; None: they have rope_theta, too
-attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
-attn_dropout: float | None = None  # of attention probabilities; None: the model's own
-out_dropout: float | None = None  # of the attention block's output; None: the model's own
+vocab_size: int | None = None  # >= 1; from scratch: None is the size's own, rows of the embedding
+max_seq_len = 512  # >= 1; tokens of a row, and the positions the model is trained for
+rope_theta: float | None = None  # > 0; None: the model's own; for training at a longer context
+local_rope_theta: float | None = None  # > 0; of local layers; None: they have rope_theta, too
+attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
+attn_dropout: float | None = None  # >= 0 and < 1; of attention probabilities; None: the model's own
+out_dropout: float | None = None  # >= 0 and < 1; of the attention block's output; None: model's own
 # LoRA, for continued pretraining; rank 0 trains every weight
-lora_rank = 0
-lora_alpha = 32.0
-lora_dropout = 0.0
+lora_rank = 0  # >= 0
+lora_alpha = 32.0  # > 0
+lora_dropout = 0.0  # >= 0 and < 1
 lora_targets = "all"  # or names: "q_proj,v_proj"
 train_also = ""  # trained whole beside LoRA: any of "embed,norm,head"
 # data and objective
 data = "data/pydocs"  # a folder of train.bin, val.bin, meta.json, tokenizer/: see data/*/prepare.py
-objective = "mlm"  # mlm: bidirectional, masked tokens; clm: causal, the next token
-mask_prob = 0.3  # of the tokens that are not special
+objective = "mlm"  # one of mlm, clm; masked tokens and both sides, or the next token (causal)
+mask_prob = 0.3  # > 0 and <= 1; of the tokens that are not special
 mask_all = False  # all become the mask; else 80 % do, 10 % a random token, 10 % stay
 # batch, in tokens
-batch_tokens = 32768  # of one step, over all devices and micro-batches
-device_batch_tokens = 8192  # of one forward on one device
+batch_tokens = 32768  # >= 1; of one step, over all devices and micro-batches
+device_batch_tokens = 8192  # >= 1; of one forward on one device
 # length: one of these three is the horizon of the schedule
-max_steps: int | None = None
-max_tokens: int | None = None
-num_epochs: float | None = None
-stop_step: int | None = None  # ends the run before its horizon
+max_steps: int | None = None  # >= 1
+max_tokens: int | None = None  # >= 1
+num_epochs: float | None = None  # > 0
+stop_step: int | None = None  # >= 1; ends the run before its horizon
 # optimizer
-optimizer = "adamw"  # adamw, stable_adamw, or muon (matrices of the blocks; AdamW for the rest)
-learning_rate = 1e-3
-min_lr = 0.0
-weight_decay = 0.01
+optimizer = "adamw"  # one of adamw, stable_adamw, muon; muon: AdamW for all but matrices
+learning_rate = 1e-3  # >= 0
+min_lr = 0.0  # >= 0
+weight_decay = 0.01  # >= 0; of tensors with two dimensions or more
 decay_all = False  # decays norms and biases, too; else tensors with two dimensions or more
-beta1 = 0.9
-beta2 = 0.98
-adam_eps = 1e-6
-grad_clip = 1.0  # largest norm of the gradient; 0: none
-schedule = "cosine"  # cosine, linear, constant, wsd (constant, then a decay)
-decay_shape = "sqrt"  # of wsd: 1 - sqrt(t), or linear
-warmup_steps: int | None = None  # warmup: in steps, tokens or as a share of the run; None: none
-warmup_tokens: int | None = None
-warmup_ratio: float | None = None
-decay_steps: int | None = None  # the decay: the end of a wsd run; cosine and linear begin with it
-decay_tokens: int | None = None
-decay_ratio: float | None = None  # None: wsd 10 % of the run, the others all after the warmup
+beta1 = 0.9  # >= 0 and < 1
+beta2 = 0.98  # >= 0 and < 1
+adam_eps = 1e-6  # > 0
+grad_clip = 1.0  # >= 0; largest norm of the gradient; 0: none
+schedule = "cosine"  # one of cosine, linear, constant, wsd; wsd: constant, then a decay
+decay_shape = "sqrt"  # one of sqrt, linear; of wsd's decay; sqrt: 1 - sqrt(t)
+warmup_steps: int | None = None  # >= 0; warmup in steps, tokens or as a share of the run
+warmup_tokens: int | None = None  # >= 0
+warmup_ratio: float | None = None  # >= 0 and <= 1
+decay_steps: int | None = None  # >= 0; the end of a wsd run; cosine and linear begin with it
+decay_tokens: int | None = None  # >= 0
+decay_ratio: float | None = None  # >= 0 and <= 1; None: wsd 10 %, others all after the warmup
 # evaluation and checkpoints
-eval_interval = 250  # steps; 0: never
-eval_tokens = 262144  # of val.bin, from its start, with the same masks every time
-eval_mask_prob: float | None = None  # None: mask_prob; a phase with another one compares by this
-log_interval = 10
-save_interval = 1000  # steps; the last step is always saved
-checkpoint_prefix = "step"  # folders out_dir/step1000; Ettin's later phases use ext, decay
-keep_last = 2  # checkpoints that can be resumed; 0: all
+eval_interval = 250  # >= 0; steps; 0: never
+eval_tokens = 262144  # >= 1; of val.bin, from its start, with the same masks every time
+eval_mask_prob: float | None = None  # > 0 and <= 1; of evaluation; None: mask_prob
+log_interval = 10  # >= 1
+save_interval = 1000  # >= 1; steps; the last step is always saved
+checkpoint_prefix = "step"  # like [A-Za-z0-9_-]+; out_dir/step1000. Ettin's phases: ext, decay
+keep_last = 2  # >= 0; checkpoints that can be resumed; 0: all
 keep_models = False  # True: of older ones the model stays, without the optimizer's state
 keep_best = False  # True: the one with the lowest eval loss stays too
 patience = 0  # >= 0; evaluations without a lower loss that end the run; 0: any number
 resume = False
-tracker = ""  # wandb or tensorboard
+force_resume = False  # with other data, batch, LoRA, .. than the run began with
+tracker = ""  # one of "", wandb, tensorboard
 # device
-dtype = "auto"  # bf16 (autocast, weights in fp32), fp32, or bf16 where the device is good at it
+dtype = "auto"  # one of auto, bf16, fp32; bf16 by autocast, weights in fp32; auto: if it is fast
 compile = False  # torch.compile of each block
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, 1/3 slower
-fsdp = ""  # full: weights, gradients and optimizer state are sharded over the ranks
+fsdp = ""  # one of "", full; full shards weights, gradients and optimizer state
 zero1 = False  # shard the optimizer state only
 deterministic = False  # bit-equal runs on CUDA too, slower
-seed = 1337
+seed = 1337  # >= 0
 # look, and do not train
 dry_run = False  # two steps: memory, speed, time of the whole run, largest device_batch_tokens
 show_batch = False  # print the first row as a reader wants it
@@ -154,8 +155,6 @@ def fresh_model(s):
 if __name__ == "__main__":
     # ---- configure, ranks and seed ----
     s = common.start(common.configure(globals()))
-    common.one_of(s, objective=("mlm", "clm"), decay_shape=("sqrt", "linear"),
-                  optimizer=("adamw", "stable_adamw", "muon"))  # fmt: skip
     if s.lora_rank and s.init_from == "scratch":
         raise SystemExit("LoRA needs a base in init_from, not 'scratch'")
     if s.zero1 and (s.fsdp or s.optimizer == "muon"):
@@ -185,7 +184,7 @@ if __name__ == "__main__":
         raise SystemExit
 
     # ---- model (+ LoRA) ----
-    last = checkpoint.find(s, s.checkpoint_prefix)
+    last = checkpoint.find(s)
     attention = "causal" if s.objective == "clm" else "encoder"
     if s.init_from == "scratch" and not last:
         model = fresh_model(s)
@@ -210,8 +209,7 @@ if __name__ == "__main__":
 
     def save():
         weights = checkpoint.full_state_dict(model)
-        prefix, keep_models = s.checkpoint_prefix, s.keep_models
-        with checkpoint.saving(s, step, best, optimizers, prefix, keep_models) as folder:
+        with checkpoint.saving(s, step, best, optimizers) as folder:
             if folder and s.lora_rank:
                 lora.save_adapter(model, folder, base, weights, adapters)
             elif folder:
@@ -228,7 +226,7 @@ if __name__ == "__main__":
     # ---- loop ----
     columns = ["loss", "acc", "gnorm", "lr", "tok_s", "mfu", "eval_loss", "eval_ppl", "eval_acc"]
     log, rates = common.open_log(s, columns, step), common.Rates()
-    peak, bad_steps = common.peak_flops(s.device), 0
+    peak = common.peak_flops(s.device)
     flops_per_token = model.flops_per_token(len(train.tokens) / (len(train.starts) - 1))
     stop_requested = common.catch_stop(s)
     batches = prefetch(token_rows.train_batches(train, step, corrupt, s))
@@ -261,7 +259,7 @@ if __name__ == "__main__":
         else:
             rows = rows_of_step(step, s.rows_per_step, s.n_rows, s.seed)[1]
             message = f"Rows of {s.data}/train.bin: {common.shown(rows.tolist())}"
-            bad_steps = common.bad_step(bad_steps, step, loss, gnorm, message)
+            common.bad_step(s, step, loss, gnorm, message)
         model.zero_grad(set_to_none=True)
         step += 1
 

@@ -39,37 +39,37 @@ model = ""  # a folder, an out_dir or a hub id owner/name[@revision]
 # fill masks: give one of these two
 text: str | None = None  # with one [MASK] or more; "-" reads it from stdin
 file: str | None = None  # texts, one a line; blank lines are passed over. Also for rank
-num_fills = 5  # candidates shown for each mask
+num_fills = 5  # >= 1; candidates shown for each mask
 # generate, causal models
 prompt: str | None = None  # "-" reads it from stdin
-num_samples = 1
-max_new_tokens = 100  # a sample also ends at its EOS, and at the model's max_seq_len
-temperature = 0.8  # 0: always the most probable token (greedy)
-top_k = 0  # draw from the k most probable tokens; 0: from all
-top_p = 1.0  # draw from the fewest tokens that together have this probability; 1: from all
+num_samples = 1  # >= 1
+max_new_tokens = 100  # >= 1; a sample also ends at its EOS, and at the model's max_seq_len
+temperature = 0.8  # >= 0; 0: always the most probable token (greedy)
+top_k = 0  # >= 0; draw from the k most probable tokens; 0: from all
+top_p = 1.0  # > 0 and <= 1; draw from the fewest tokens that have this probability; 1: all
 # rank: an embedder's five nearest texts to a question, out of file or of the pairs of rank_pairs
 rank: str | None = None
 rank_pairs: tuple[str, ...] = (
     "data/pydocs/train.jsonl", "data/pydocs/val.jsonl", "data/pydocs/test.jsonl",
 )  # fmt: skip
-num_ranked = 5
+num_ranked = 5  # >= 1
 # reconstruct: what a model of train_reconstruct.py writes from a text's embedding alone, greedily
 reconstruct: str | None = None  # "-" reads it from stdin
-reconstruct_side = "query"  # what the text is: a query, then a document is written, or a document
+reconstruct_side = "query"  # one of query, document; what the text is: the other is written
 # compress: the part of the passage in file that matters most for a question, in its order
 compress: str | None = None  # the question; "" takes the line's, where file is a .jsonl
-line = 1  # of a .jsonl file {"query", "passage", "spans"}; a .txt is one passage
-ratio = 8.0  # 1 token of 8 is kept
-unit = "words"  # or tokens. What is written without spaces, as Chinese, wants tokens
-neighbours = 0  # units on each side that are kept with each of the best
-window = 0  # tokens encoded at a time, for passages longer than memory; 0: the whole
-overlap = 0  # tokens that windows share
+line = 1  # >= 1; of a .jsonl file {"query", "passage", "spans"}; a .txt is one passage
+ratio = 8.0  # >= 1; 1 token of 8 is kept
+unit = "words"  # one of words, tokens; what is written without spaces, as Chinese, wants tokens
+neighbours = 0  # >= 0; units on each side that are kept with each of the best
+window = 0  # >= 0; tokens encoded at a time, for passages longer than memory; 0: the whole
+overlap = 0  # >= 0; tokens that windows share
 html: str | None = None  # writes a page there: the passage as a heat map
 spans: tuple = ()  # gold ((start, end), ..) characters, underlined in the page; or a .jsonl's own
-seed = 1337  # sample i is drawn with seed + i, whatever num_samples is
+seed = 1337  # >= 0; sample i is drawn with seed + i, whatever num_samples is
 # device
-attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
-dtype = "fp32"  # bf16 halves the memory; its logits have 3 digits. auto: bf16 where that is fast
+attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
+dtype = "fp32"  # one of auto, bf16, fp32; bf16 halves the memory, logits have 3 digits
 
 
 # ---- the model ----

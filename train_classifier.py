@@ -40,76 +40,77 @@ from pooling import Pool, pack, pool
 from tokenizer import Template, check_tokenizer, load_tokenizer, tokenize, tokenize_words
 
 # ---- defaults ----
-out_dir = "out/classifier"
-task = "words"  # words: a label for each word; texts: one for a text or a pair of texts
+out_dir = "out/classifier"  # like .+
+task = "words"  # one of words, texts; a label for each word, or one for a text or a pair
 # model
 init_from = ""  # a model folder, an adapter's, an out_dir, or a hub id owner/name[@revision]
 tokenizer = ""  # a folder or hub id; "": the model's own. Its largest id must fit the model
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into it first (LLM2Vec's MNTP)
-attention: str | None = None  # causal or bidirectional; None: the model's own
-n_layer: int | None = None  # only the first n layers of the model (arXiv 2410.14578); None: all
-attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
-attn_dropout: float | None = None  # of attention probabilities; None: the model's own
+attention: str | None = None  # one of causal, bidirectional; None: the model's own
+n_layer: int | None = None  # >= 1; the model's first n layers alone (arXiv 2410.14578)
+attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
+attn_dropout: float | None = None  # >= 0 and < 1; of attention probabilities; None: the model's own
 freeze_backbone = True  # the last layers alone train; with LoRA, the adapter too
 # LoRA; rank 0: none
-lora_rank = 0
-lora_alpha = 32.0
-lora_dropout = 0.05
+lora_rank = 0  # >= 0
+lora_alpha = 32.0  # > 0
+lora_dropout = 0.05  # >= 0 and < 1
 lora_targets = "all"  # or names: "q_proj,v_proj"
 train_also = ""  # trained whole beside LoRA: any of "embed,norm"
 # classifier
-dropout = 0.1  # in front of the last linear layer
+dropout = 0.1  # >= 0 and < 1; in front of the last linear layer
 prediction_head = False  # ModernBERT's dense, gelu, norm in front of it, as transformers has it
-label_position = "same_token"  # next_token: a word is read one position before (MNTP models)
+label_position = "same_token"  # one of same_token, next_token; next: read one before (MNTP)
 merge_subwords = True  # words: the mean of a word's tokens; False: its first token
-pooling = "mean"  # texts: mean, weighted_mean, last, cls
-loss_kind = "softmax"  # texts: softmax (classes), bce (yes or no: rerankers), mse (a number)
-pos_weight = 1.0  # bce: weight of the examples whose label is 1, e.g. negatives / positives
+pooling = "mean"  # one of mean, weighted_mean, last, cls; of texts
+loss_kind = "softmax"  # one of softmax, bce, mse; classes; texts: yes or no (rerankers), a number
+pos_weight = 1.0  # > 0; bce: weight of the examples whose label is 1, e.g. negatives / positives
 label_names: tuple[str, ...] = ()  # softmax: in the order of the outputs; (): those of data, sorted
 # data: see read_words and read_texts in data.py
 data = "data/ud/train.jsonl"  # words: JSONL, or columns as CoNLL has them; texts: JSONL
 eval_data = "data/ud/val.jsonl"  # "": none
-eval_lines = 0  # of eval_data, from its start; 0: all
+eval_lines = 0  # >= 0; of eval_data, from its start; 0: all
 label_field = "labels"  # words: the field of JSONL lines that holds the labels
-label_column = -1  # words: the column of a CoNLL file that holds the label, -1 is the last
+label_column = -1  # != 0; words: the column of a CoNLL file that holds the label, -1 is the last
 prefix = ""  # texts: prefix + text (+ separator + text_pair) + suffix, saved with the model
 suffix = ""
 separator: str | None = None  # None: the tokenizer's SEP, or a line break where it has none
-max_length = 512  # tokens of a text; what is longer loses its last words
+max_length = 512  # >= 1; tokens of a text; what is longer loses its last words
 # batch, in texts
-batch_size = 8  # of one step, over all devices and micro-batches
-device_batch_size = 8  # of one forward on one device
+batch_size = 8  # >= 1; of one step, over all devices and micro-batches
+device_batch_size = 8  # >= 1; of one forward on one device
 # length: one of these two is the horizon of the schedule
-max_steps: int | None = None
-num_epochs: float | None = None
-stop_step: int | None = None  # ends the run before its horizon
+max_steps: int | None = None  # >= 1
+num_epochs: float | None = None  # > 0
+stop_step: int | None = None  # >= 1; ends the run before its horizon
 # optimizer
-learning_rate = 5e-4
-min_lr = 0.0
-weight_decay = 0.0  # of matrices, not of biases and norms
-beta1 = 0.9
-beta2 = 0.999
-adam_eps = 1e-8
-grad_clip = 1.0  # the gradient's largest norm; 0: any
-schedule = "linear"  # linear, cosine or constant, after the warmup
-warmup_steps: int | None = None  # in steps or as a share of the run; None: no warmup
-warmup_ratio: float | None = None
+learning_rate = 5e-4  # >= 0
+min_lr = 0.0  # >= 0
+weight_decay = 0.0  # >= 0; of matrices, not of biases and norms
+beta1 = 0.9  # >= 0 and < 1
+beta2 = 0.999  # >= 0 and < 1
+adam_eps = 1e-8  # > 0
+grad_clip = 1.0  # >= 0; the gradient's largest norm; 0: any
+schedule = "linear"  # one of linear, cosine, constant; after the warmup
+warmup_steps: int | None = None  # >= 0; in steps or as a share of the run
+warmup_ratio: float | None = None  # >= 0 and <= 1
 # evaluation and checkpoints
-eval_interval = 500  # steps; 0: never
-log_interval = 10
-save_interval = 1000  # steps; the last step is always saved
-keep_last = 1  # checkpoints that can be resumed; 0: all
+eval_interval = 500  # >= 0; steps; 0: never
+log_interval = 10  # >= 1
+save_interval = 1000  # >= 1; steps; the last step is always saved
+keep_last = 1  # >= 0; checkpoints that can be resumed; 0: all
 keep_best = False  # True: the one with the lowest eval loss, too
 patience = 0  # >= 0; evaluations without a lower loss that end the run; 0: any number
 resume = False
-tracker = ""  # wandb or tensorboard
+force_resume = False  # with other data, batch, LoRA, .. than the run began with
+tracker = ""  # one of "", wandb, tensorboard
 # device
-dtype = "auto"  # bf16 (autocast, trained weights in fp32), fp32, or what the device is good at
+dtype = "auto"  # one of auto, bf16, fp32; bf16 by autocast, what trains in fp32; auto: if fast
 compile = False  # each block, by torch.compile
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, 1/3 slower
-fsdp = ""  # full: weights, gradients and optimizer state are sharded over the ranks
+fsdp = ""  # one of "", full; full shards weights, gradients and optimizer state
 deterministic = False  # bit-equal runs on CUDA too, slower
-seed = 1337
+seed = 1337  # >= 0
 # look, and do not train
 dry_run = False  # two steps: memory, speed, time of the whole run, largest device_batch_size
 show_batch = False  # print the first texts, and what is read for each label
@@ -295,9 +296,8 @@ def evaluate(classifier, examples, tokenizer, s):
 if __name__ == "__main__":
     # ---- configure, ranks and seed ----
     s = common.start(common.configure(globals()))
-    common.one_of(s, task=("words", "texts"), label_position=("same_token", "next_token"),
-                  loss_kind=("softmax",) + ("bce", "mse") * (s.task == "texts"),
-                  pooling=("mean", "weighted_mean", "last", "cls"))  # fmt: skip
+    if s.task == "words" and s.loss_kind != "softmax":
+        raise SystemExit(f"loss_kind={s.loss_kind!r} is for texts; words have softmax")
     if s.lora_rank and not s.freeze_backbone:
         raise SystemExit("LoRA freezes the backbone, freeze_backbone=False does not")
 
@@ -367,7 +367,7 @@ if __name__ == "__main__":
     metrics = "loss acc f1 precision recall mcc ndcg pearson spearman".split()
     columns = ["loss", "acc", "gnorm", "lr", "ex_s", "tok_s", *(f"eval_{m}" for m in metrics)]
     log, rates = common.open_log(s, columns, step), common.Rates()
-    stop_requested, bad_steps = common.catch_stop(s), 0
+    stop_requested = common.catch_stop(s)
     batches = prefetch(train_batches(examples, step, tokenizer, s))
     common.settle_buckets(wrapped, trial, 1)
 
@@ -399,7 +399,7 @@ if __name__ == "__main__":
         else:
             lines = [e["lines"][0] for e in examples_of(step, examples, s)]
             message = f"Lines of {s.data}: {common.shown(lines)}"
-            bad_steps = common.bad_step(bad_steps, step, loss, gnorm, message)
+            common.bad_step(s, step, loss, gnorm, message)
         classifier.zero_grad(set_to_none=True)
         step += 1
 

@@ -46,33 +46,32 @@ from pooling import pack
 from tokenizer import Template, load_tokenizer
 
 # ---- defaults ----
-out_dir = "out/contrastive"
+out_dir = "out/contrastive"  # like .+
 # model
 init_from = ""  # a model folder, an out_dir, or a hub id owner/name[@revision]
 tokenizer = ""  # a folder or hub id; "": the model's own. Its largest id must fit the model
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into it first (LLM2Vec's MNTP)
-attention: str | None = None  # causal or bidirectional; None: the model's own
-n_layer: int | None = None  # only the first n layers of the model (arXiv 2410.14578); None: all
-attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
-max_seq_len: int | None = None  # positions the model is trained for; None: its own
-# dropout of attention probabilities in this run (SimCSE: 0.3); None: the model's own
-attn_dropout: float | None = None
-lora_rank = 0  # 0: every weight trains
-lora_alpha = 32.0
-lora_dropout = 0.05
+attention: str | None = None  # one of causal, bidirectional; None: the model's own
+n_layer: int | None = None  # >= 1; the model's first n layers alone (arXiv 2410.14578)
+attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
+max_seq_len: int | None = None  # >= 1; positions the model is trained for; None: its own
+attn_dropout: float | None = None  # >= 0 and < 1; of attention (SimCSE: 0.3); None: the model's own
+lora_rank = 0  # >= 0; 0: every weight trains
+lora_alpha = 32.0  # > 0
+lora_dropout = 0.05  # >= 0 and < 1
 lora_targets = "all"
 train_also = ""  # trained whole beside LoRA: any of "embed,norm"
 # embedding
-pooling = "mean"  # mean, weighted_mean, last, cls; splade (sparse), tokens (multi-vector)
-projection_dim = 128  # of multi-vector's token embeddings
+pooling = "mean"  # one of mean, weighted_mean, last, cls, splade, tokens; sparse, multi-vector
+projection_dim = 128  # >= 0; of multi-vector's token embeddings
 prefix = ""  # the template: prefix + instruction + text + suffix, saved with the model
 suffix = ""
 separator = ""  # what every instruction ends in; one that does not gets it
 pool_instruction = True  # False: the pool is the text's own tokens, without the instruction
 pool_bos = True  # False: where nothing but a BOS stands before the text, that is left out, too
 normalize = True  # embeddings of length 1; False: plain dot products
-query_max_length = 512
-passage_max_length = 512
+query_max_length = 512  # >= 1
+passage_max_length = 512  # >= 1
 # data: JSONL files, see data.py; a batch takes all of its lines from one file
 data: tuple[str, ...] = ("data/pydocs/train.jsonl",)
 eval_data = "data/pydocs/val.jsonl"  # "": none
@@ -82,60 +81,61 @@ passage_instruction: tuple[str, ...] = ("",)  # symmetric tasks have the same on
 ignore_prompts = False  # True: queries have query_instruction alone, whatever their lines say
 # JSON {task: instruction} for evaluation, saved with the model beside the data files' own
 task_instructions = ""
-sampling_alpha = 1.0  # a file is drawn with probability ~ (its lines) ** alpha
-group_size = 2  # passages a query: one positive, the others its negatives, fewer where it has fewer
-consecutive = 1  # neighbours in the file that a batch takes together: hard where it goes by topic
+sampling_alpha = 1.0  # >= 0; a file is drawn with probability ~ (its lines) ** alpha
+group_size = 2  # >= 1; passages a query: a positive, and its negatives as far as there are any
+consecutive = 1  # >= 1; neighbours in the file that a batch takes together: hard if by topic
 # of a {"text"} line: two runs of this share of its words, drawn anywhere, are the pair
 # (arXiv 2508.03453); 0: the text twice, which only dropout tells apart (SimCSE)
-crop = 0.0
+crop = 0.0  # >= 0 and <= 1
 no_duplicates = False  # a pair whose text the batch has already gives way to a random one
 # loss
-contrast_weight = 1.0  # of InfoNCE; 0: distillation alone
-temperature = 0.05  # scores are divided by it; sentence-transformers' scale is 1 / temperature
+contrast_weight = 1.0  # >= 0; of InfoNCE; 0: distillation alone
+temperature = 0.05  # > 0; scores are divided by it; sentence-transformers' scale is 1 / temperature
 both_directions = False  # passages choose among queries, too
 false_negative_margin: float | None = None  # drop passages above the positive's score + margin
-distill_weight = 0.0  # of KL to the teacher's pos_scores, neg_scores, over each query's group
-distill_temperature = 1.0  # of the teacher
-matryoshka_dims: tuple = ()  # e.g. (768, 256, 64): the mean of the losses at these widths
-query_flops = 5e-5  # splade: weight of the FLOPS regulariser, which makes embeddings sparse
-passage_flops = 3e-5
-flops_warmup_ratio = 1 / 3  # of the run: both grow from 0, with the square of the step
+distill_weight = 0.0  # >= 0; of KL to the teacher's pos_scores, neg_scores, over each query's group
+distill_temperature = 1.0  # > 0; of the teacher
+matryoshka_dims: tuple[int, ...] = ()  # >= 1; the mean of the losses at these widths
+query_flops = 5e-5  # >= 0; splade: weight of the FLOPS regulariser, which makes embeddings sparse
+passage_flops = 3e-5  # >= 0
+flops_warmup_ratio = 1 / 3  # >= 0 and <= 1; of the run: both grow with the square of the step
 negatives_cross_device = True  # candidates of all ranks
 # batch
-batch_size = 64  # queries of one step, over all ranks; each with up to group_size passages
-device_batch_tokens = 16384  # of one forward on one device: a chunk; the loss is the same for any
+batch_size = 64  # >= 2; queries of one step, over all ranks; each with up to group_size passages
+device_batch_tokens = 16384  # >= 1; of one forward on one device, a chunk; the loss is the same
 # length: set max_steps or num_epochs, the horizon of the schedule
-max_steps: int | None = None
-num_epochs: float | None = None
-stop_step: int | None = None  # ends the run before its horizon
+max_steps: int | None = None  # >= 1
+num_epochs: float | None = None  # > 0
+stop_step: int | None = None  # >= 1; ends the run before its horizon
 # optimizer
-learning_rate = 2e-5
-min_lr = 0.0
-weight_decay = 0.01
-beta1 = 0.9
-beta2 = 0.999
-adam_eps = 1e-8
-grad_clip = 1.0
-schedule = "linear"  # linear, cosine or constant, after the warmup
-warmup_steps: int | None = None  # in steps or as a share of the run; None: no warmup
-warmup_ratio: float | None = None
+learning_rate = 2e-5  # >= 0
+min_lr = 0.0  # >= 0
+weight_decay = 0.01  # >= 0
+beta1 = 0.9  # >= 0 and < 1
+beta2 = 0.999  # >= 0 and < 1
+adam_eps = 1e-8  # > 0
+grad_clip = 1.0  # >= 0
+schedule = "linear"  # one of linear, cosine, constant; after the warmup
+warmup_steps: int | None = None  # >= 0; in steps or as a share of the run
+warmup_ratio: float | None = None  # >= 0 and <= 1
 # evaluation and checkpoints
-eval_interval = 200  # steps; 0: never
-eval_lines = 1000  # of eval_data, from its start; 0: all
-log_interval = 10
-save_interval = 1000  # steps; the last step is always saved
-keep_last = 1
+eval_interval = 200  # >= 0; steps; 0: never
+eval_lines = 1000  # >= 0; of eval_data, from its start; 0: all
+log_interval = 10  # >= 1
+save_interval = 1000  # >= 1; steps; the last step is always saved
+keep_last = 1  # >= 0
 keep_best = False
 patience = 0  # >= 0; evaluations without a lower loss that end the run; 0: any number
 resume = False
-tracker = ""
+force_resume = False  # with other data, batch, LoRA, .. than the run began with
+tracker = ""  # one of "", wandb, tensorboard
 # device
-dtype = "auto"  # bf16 (autocast, trained weights in fp32), fp32, or what the device is good at
+dtype = "auto"  # one of auto, bf16, fp32; bf16 by autocast, what trains in fp32; auto: if fast
 compile = False
 gradient_checkpointing = False
-fsdp = ""  # full: weights, gradients and optimizer state are sharded over the ranks
+fsdp = ""  # one of "", full; full shards weights, gradients and optimizer state
 deterministic = False
-seed = 1337
+seed = 1337  # >= 0
 # look, and do not train
 dry_run = False
 show_batch = False
@@ -401,10 +401,6 @@ def evaluate(embedder, pairs, s):
 if __name__ == "__main__":
     # ---- configure, ranks and seed ----
     s = common.start(common.configure(globals()))
-    if s.group_size < 1:
-        raise SystemExit(f"group_size={s.group_size}: expected 1 or more, the positive is one")
-    if not 0 <= s.crop <= 1:
-        raise SystemExit(f"crop={s.crop}: expected a share of a text's words, from 0 to 1")
     if s.pooling == "tokens" and s.projection_dim and (s.lora_rank or s.fsdp):
         raise SystemExit("the projection of pooling='tokens' trains without LoRA and without FSDP")
     s.template = Template(s.prefix, s.suffix, s.separator)
@@ -475,7 +471,7 @@ if __name__ == "__main__":
     # ---- loop ----
     columns = ["loss", "acc", "gnorm", "lr", "ex_s", "tok_s"]
     columns += ["eval_loss", "eval_acc", "eval_mrr", "eval_ndcg"]
-    log, rates, bad_steps = common.open_log(s, columns, step), common.Rates(), 0
+    log, rates = common.open_log(s, columns, step), common.Rates()
     stop_requested = common.catch_stop(s)
     batches = prefetch(train_batches(files, step, choices, tokenizer, s))
     common.settle_buckets(wrapped, trial, 1)
@@ -502,7 +498,7 @@ if __name__ == "__main__":
             optim.update(optimizers, lr)
         else:
             path = files[choices[step]].path
-            bad_steps = common.bad_step(bad_steps, step, loss, gnorm, f"Lines of {path}")
+            common.bad_step(s, step, loss, gnorm, f"Lines of {path}")
         embedder.zero_grad(set_to_none=True)
         step += 1
 

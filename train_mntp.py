@@ -36,17 +36,17 @@ from tokenizer import check_tokenizer, load_tokenizer, vocab_size_of
 from tokens import open_tokens, tokenizer_of
 
 # ---- defaults ----
-out_dir = "out/mntp"
+out_dir = "out/mntp"  # like .+
 # model: attention is bidirectional, whatever the folder says
 init_from = ""  # a model folder, an out_dir, or a hub id owner/name[@revision]
-max_seq_len = 512  # tokens of a row, and the positions the model is trained for
+max_seq_len = 512  # >= 1; tokens of a row, and the positions the model is trained for
 tokenizer = ""  # a folder or hub id, of the same ids as the data's; "": the model's own
-n_layer: int | None = None  # only the first n layers of the model (arXiv 2410.14578); None: all
-attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
+n_layer: int | None = None  # >= 1; the model's first n layers alone (arXiv 2410.14578)
+attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
 # LoRA; rank 0 trains every weight
-lora_rank = 16
-lora_alpha = 32.0
-lora_dropout = 0.05
+lora_rank = 16  # >= 0
+lora_alpha = 32.0  # > 0
+lora_dropout = 0.05  # >= 0 and < 1
 lora_targets = "all"  # the blocks' linear layers; or names: "q_proj,v_proj"
 train_also = ""  # trained whole beside LoRA: any of "embed,norm,head"; a tied head goes with embed
 out_dropout: float | None = None  # of the attention block's output; None: the model's own
@@ -55,50 +55,51 @@ save_merged = True  # under LoRA: at the end the merged model in out_dir/merged
 data = "data/pydocs"  # a folder of train.bin, val.bin, meta.json, tokenizer/: see data/*/prepare.py
 chunks = False  # True: a row is one text, documents run on; False: no document sees another
 mask_token = "_"  # a token of the vocabulary; or eos, own (the tokenizer's) or new (adds <mask>)
-mask_prob = 0.2  # of the tokens that are not special
+mask_prob = 0.2  # > 0 and <= 1; of the tokens that are not special
 mask_all = False  # all become the mask; else 80 % do, 10 % a random token, 10 % stay
 # batch, in tokens
-batch_tokens = 32 * 512  # of one step, over all devices and micro-batches
-device_batch_tokens = 8 * 512  # of one forward on one device
+batch_tokens = 32 * 512  # >= 1; of one step, over all devices and micro-batches
+device_batch_tokens = 8 * 512  # >= 1; of one forward on one device
 # length: one of these three is the horizon of the schedule
-max_steps: int | None = None
-max_tokens: int | None = None
-num_epochs: float | None = None
-stop_step: int | None = None  # ends the run before its horizon
+max_steps: int | None = None  # >= 1
+max_tokens: int | None = None  # >= 1
+num_epochs: float | None = None  # > 0
+stop_step: int | None = None  # >= 1; ends the run before its horizon
 # optimizer
-optimizer = "adamw"  # or stable_adamw
-learning_rate = 5e-5
-min_lr = 0.0
-weight_decay = 0.0  # of tensors with two dimensions or more
-beta1 = 0.9
-beta2 = 0.999
-adam_eps = 1e-8
-grad_clip = 1.0  # largest norm of the gradient; 0: none
-schedule = "linear"  # cosine, linear, constant, wsd (constant, then a decay)
-decay_shape = "sqrt"  # of wsd: 1 - sqrt(t), or linear
-warmup_steps: int | None = None  # warmup: in steps, tokens or as a share of the run; None: none
-warmup_tokens: int | None = None
-warmup_ratio: float | None = None
-decay_steps: int | None = None  # the decay: the end of a wsd run; cosine and linear begin with it
-decay_tokens: int | None = None
-decay_ratio: float | None = None  # None: wsd 10 % of the run, the others all after the warmup
+optimizer = "adamw"  # one of adamw, stable_adamw
+learning_rate = 5e-5  # >= 0
+min_lr = 0.0  # >= 0
+weight_decay = 0.0  # >= 0; of tensors with two dimensions or more
+beta1 = 0.9  # >= 0 and < 1
+beta2 = 0.999  # >= 0 and < 1
+adam_eps = 1e-8  # > 0
+grad_clip = 1.0  # >= 0; largest norm of the gradient; 0: none
+schedule = "linear"  # one of cosine, linear, constant, wsd; wsd: constant, then a decay
+decay_shape = "sqrt"  # one of sqrt, linear; of wsd's decay; sqrt: 1 - sqrt(t)
+warmup_steps: int | None = None  # >= 0; warmup in steps, tokens or as a share of the run
+warmup_tokens: int | None = None  # >= 0
+warmup_ratio: float | None = None  # >= 0 and <= 1
+decay_steps: int | None = None  # >= 0; the end of a wsd run; cosine and linear begin with it
+decay_tokens: int | None = None  # >= 0
+decay_ratio: float | None = None  # >= 0 and <= 1; None: wsd 10 %, others all after the warmup
 # evaluation and checkpoints
-eval_interval = 100  # steps; 0: never
-eval_tokens = 262144  # of val.bin, from its start, with the same masks every time
-log_interval = 10
-save_interval = 200  # steps; the last step is always saved
-keep_last = 1  # checkpoints that can be resumed; 0: all
+eval_interval = 100  # >= 0; steps; 0: never
+eval_tokens = 262144  # >= 1; of val.bin, from its start, with the same masks every time
+log_interval = 10  # >= 1
+save_interval = 200  # >= 1; steps; the last step is always saved
+keep_last = 1  # >= 0; checkpoints that can be resumed; 0: all
 keep_best = False  # True: the one with the lowest eval loss stays too
 patience = 0  # >= 0; evaluations without a lower loss that end the run; 0: any number
 resume = False
-tracker = ""  # wandb or tensorboard
+force_resume = False  # with other data, batch, LoRA, .. than the run began with
+tracker = ""  # one of "", wandb, tensorboard
 # device
-dtype = "auto"  # bf16 (autocast, trained weights in fp32), fp32, or what the device is good at
+dtype = "auto"  # one of auto, bf16, fp32; bf16 by autocast, what trains in fp32; auto: if fast
 compile = False  # torch.compile of each block
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, 1/3 slower
-fsdp = ""  # full: weights, gradients and optimizer state are sharded over the ranks
+fsdp = ""  # one of "", full; full shards weights, gradients and optimizer state
 deterministic = False  # bit-equal runs on CUDA too, slower
-seed = 1337
+seed = 1337  # >= 0
 # look, and do not train
 dry_run = False  # two steps: memory, speed, time of the whole run, largest device_batch_tokens
 show_batch = False  # print the first row as a reader wants it
@@ -161,9 +162,6 @@ def rows_as_texts(file, s):
 if __name__ == "__main__":
     # ---- configure, ranks and seed ----
     s = common.start(common.configure(globals()))
-    common.one_of(s, decay_shape=("sqrt", "linear"), optimizer=("adamw", "stable_adamw"))
-    if not 0 < s.mask_prob <= 1:
-        raise SystemExit(f"mask_prob={s.mask_prob}: expected a share, above 0 and up to 1")
     if s.mask_token == "new" and s.lora_rank and "embed" not in s.train_also.split(","):
         raise SystemExit("mask_token='new': its row must train, too: train_also='embed'")
 
@@ -235,7 +233,7 @@ if __name__ == "__main__":
     # ---- loop ----
     columns = ["loss", "acc", "gnorm", "lr", "tok_s", "eval_loss", "eval_acc"]
     log, rates = common.open_log(s, columns, step), common.Rates()
-    bad_steps, stop_requested = 0, common.catch_stop(s)
+    stop_requested = common.catch_stop(s)
     batches = prefetch(token_rows.train_batches(train, step, mask_next, s))
     common.settle_buckets(wrapped, trial, s.rows_per_batch)
 
@@ -266,7 +264,7 @@ if __name__ == "__main__":
         else:
             rows = rows_of_step(step, s.rows_per_step, s.n_rows, s.seed)[1]
             message = f"Rows of {s.data}/train.bin: {common.shown(rows.tolist())}"
-            bad_steps = common.bad_step(bad_steps, step, loss, gnorm, message)
+            common.bad_step(s, step, loss, gnorm, message)
         model.zero_grad(set_to_none=True)
         step += 1
 

@@ -40,23 +40,23 @@ from pooling import pack
 from tokenizer import Template, load_tokenizer
 
 # ---- defaults ----
-out_dir = "out/reconstruct"
+out_dir = "out/reconstruct"  # like .+
 # model
 init_from = ""  # a causal model: a folder, an out_dir, or a hub id owner/name[@revision]
 tokenizer = ""  # a folder or hub id; "": the model's own. Its largest id must fit the model
-n_layer: int | None = None  # only the first n layers of the model (arXiv 2410.14578); None: all
-attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
-max_seq_len: int | None = None  # positions the model is trained for; None: its own
-lora_rank = 0  # 0: every weight trains
-lora_alpha = 32.0
-lora_dropout = 0.05
+n_layer: int | None = None  # >= 1; the model's first n layers alone (arXiv 2410.14578)
+attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
+max_seq_len: int | None = None  # >= 1; positions the model is trained for; None: its own
+lora_rank = 0  # >= 0; 0: every weight trains
+lora_alpha = 32.0  # > 0
+lora_dropout = 0.05  # >= 0 and < 1
 lora_targets = "all"
 train_also = ""  # trained whole beside LoRA: any of "embed,norm,head"
 # texts
 prefix = ""  # the template: prefix + instruction + text + suffix, saved with the model
 suffix = ""  # with the EOS where the tokenizer adds none: its hidden state is the embedding
-query_max_length = 512
-passage_max_length = 512
+query_max_length = 512  # >= 1
+passage_max_length = 512  # >= 1
 write_template = False  # prefix, instruction and BOS are targets too; they are always context
 # data: JSONL files of pairs, see data.py; negatives are not used; one file a batch
 data: tuple[str, ...] = ("data/pydocs/train.jsonl",)
@@ -64,45 +64,46 @@ eval_data = "data/pydocs/val.jsonl"  # "": none
 # one for all files, or one for each; a line's "prompt" goes first
 query_instruction: tuple[str, ...] = ("",)
 passage_instruction: tuple[str, ...] = ("",)
-sampling_alpha = 1.0  # a file is drawn with probability ~ (its lines) ** alpha
+sampling_alpha = 1.0  # >= 0; a file is drawn with probability ~ (its lines) ** alpha
 # loss
-w_d2q = 0.8  # weight of queries written from their documents' embeddings (EBD2Q)
-w_q2d = 0.2  # of documents from their queries' (EBQ2D)
+w_d2q = 0.8  # >= 0; weight of queries written from their documents' embeddings (EBD2Q)
+w_q2d = 0.2  # >= 0; of documents from their queries' (EBQ2D)
 # batch, in pairs
-batch_size = 64  # of one step, over all ranks and micro-batches
-device_batch_size = 16  # of one forward on one device; it decides what dropout draws, no more
+batch_size = 64  # >= 1; of one step, over all ranks and micro-batches
+device_batch_size = 16  # >= 1; of one forward on one device; decides what dropout draws, no more
 # length: one of the first two is the horizon of the schedule
-max_steps: int | None = None
-num_epochs: float | None = None
-stop_step: int | None = None  # ends the run before its horizon
+max_steps: int | None = None  # >= 1
+num_epochs: float | None = None  # > 0
+stop_step: int | None = None  # >= 1; ends the run before its horizon
 # optimizer
-learning_rate = 4e-5
-min_lr = 0.0
-weight_decay = 0.0
-beta1 = 0.9
-beta2 = 0.999
-adam_eps = 1e-8
-grad_clip = 1.0  # largest norm of the gradient
-schedule = "linear"  # linear, cosine or constant, after the warmup
-warmup_steps: int | None = None  # in steps or as a share of the run; None: no warmup
-warmup_ratio: float | None = None
+learning_rate = 4e-5  # >= 0
+min_lr = 0.0  # >= 0
+weight_decay = 0.0  # >= 0
+beta1 = 0.9  # >= 0 and < 1
+beta2 = 0.999  # >= 0 and < 1
+adam_eps = 1e-8  # > 0
+grad_clip = 1.0  # >= 0; largest norm of the gradient
+schedule = "linear"  # one of linear, cosine, constant; after the warmup
+warmup_steps: int | None = None  # >= 0; in steps or as a share of the run
+warmup_ratio: float | None = None  # >= 0 and <= 1
 # evaluation and checkpoints
-eval_interval = 200  # steps between evaluations; 0: none
-eval_lines = 1000  # of eval_data, from its start; 0: all
-log_interval = 10
-save_interval = 1000  # steps; the last step is always saved
-keep_last = 1
+eval_interval = 200  # >= 0; steps between evaluations; 0: none
+eval_lines = 1000  # >= 0; of eval_data, from its start; 0: all
+log_interval = 10  # >= 1
+save_interval = 1000  # >= 1; steps; the last step is always saved
+keep_last = 1  # >= 0
 keep_best = False  # True: the one with the lowest eval loss stays, too
 patience = 0  # >= 0; evaluations without a lower loss that end the run; 0: any number
 resume = False
-tracker = ""
+force_resume = False  # with other data, batch, LoRA, .. than the run began with
+tracker = ""  # one of "", wandb, tensorboard
 # device
-dtype = "auto"  # bf16 (autocast, trained weights in fp32), fp32, or what the device is good at
+dtype = "auto"  # one of auto, bf16, fp32; bf16 by autocast, what trains in fp32; auto: if fast
 compile = False
 gradient_checkpointing = False  # less memory, a third slower
-fsdp = ""  # full: weights, gradients and optimizer state are sharded over the ranks
+fsdp = ""  # one of "", full; full shards weights, gradients and optimizer state
 deterministic = False
-seed = 1337
+seed = 1337  # >= 0
 # look, and do not train
 dry_run = False  # two steps: memory, speed, time of the whole run
 show_batch = False
@@ -338,7 +339,7 @@ if __name__ == "__main__":
     for name in ("eval_d2q", "eval_q2d"):
         columns += [f"{name}_{kind}" for kind in ("loss", "ppl", "shuffled_loss", "none_loss")]
     log, rates = common.open_log(s, columns, step), common.Rates()
-    bad_steps, stop_requested = 0, common.catch_stop(s)
+    stop_requested = common.catch_stop(s)
     batches = prefetch(train_batches(files, step, choices, tokenizer, s))
     common.settle_buckets(wrapped, trial, 1)
 
@@ -375,7 +376,7 @@ if __name__ == "__main__":
             optim.update(optimizers, lr)
         else:
             path = files[choices[step]].path
-            bad_steps = common.bad_step(bad_steps, step, loss, gnorm, f"Lines of {path}")
+            common.bad_step(s, step, loss, gnorm, f"Lines of {path}")
         module.zero_grad(set_to_none=True)
         step += 1
 

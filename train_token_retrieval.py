@@ -35,20 +35,20 @@ from token_scores import cosines, names_of, token_metrics, windows_of
 from tokenizer import Template, load_tokenizer
 
 # ---- defaults ----
-out_dir = "out/token_retrieval"
+out_dir = "out/token_retrieval"  # like .+
 # model
 init_from = ""  # a model folder, an out_dir (stage 1's), or a hub id owner/name[@revision]
 tokenizer = ""  # a folder or hub id; "": the model's own. Its largest id must fit the model
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into it first, in order
-attention: str | None = None  # causal or bidirectional; None: the model's own
-n_layer: int | None = None  # only the first n layers of the model (arXiv 2410.14578); None: all
-attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
-max_seq_len: int | None = None  # positions the model is trained for; None: its own
+attention: str | None = None  # one of causal, bidirectional; None: the model's own
+n_layer: int | None = None  # >= 1; the model's first n layers alone (arXiv 2410.14578)
+attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
+max_seq_len: int | None = None  # >= 1; positions the model is trained for; None: its own
 rope_scaling: tuple = ()  # ("yarn", 2.5) or ("linear", 2.5): stretches the base's own positions
 # LoRA; rank 0 trains every weight
-lora_rank = 0
-lora_alpha = 32.0
-lora_dropout = 0.05
+lora_rank = 0  # >= 0
+lora_alpha = 32.0  # > 0
+lora_dropout = 0.05  # >= 0 and < 1
 lora_targets = "all"  # or names: "q_proj,v_proj"
 train_also = ""  # trained whole beside LoRA: any of "embed,norm"
 # embedding: a query's is its last token's hidden state
@@ -56,52 +56,53 @@ prefix = ""  # the template: prefix + instruction + text + suffix, saved with th
 suffix = ""
 query_instruction = ""
 passage_instruction = ""
-query_max_length = 512  # tokens
+query_max_length = 512  # >= 1; tokens
 # passages
-passage_max_length: int | None = None  # tokens of a passage in training, the rest is cut; None: all
-passage_window = 0  # tokens encoded at a time; 0: the whole. Larger than memory: see train_step
-window_overlap = 0  # tokens that neighbouring windows share
+passage_max_length: int | None = None  # >= 1; tokens in training, the rest is cut; None: all
+passage_window = 0  # >= 0; tokens encoded at a time; 0: the whole; see train_step
+window_overlap = 0  # >= 0; tokens that neighbouring windows share
 # data: JSONL files
 data = "data/pydocs/spans_train.jsonl"
 eval_data = "data/pydocs/spans_val.jsonl"  # "": none
-queries_per_passage = 8  # most following lines with the same passage that are trained together
+queries_per_passage = 8  # >= 1; most lines in a row with one passage that are trained together
 # loss
-temperature = 0.02
+temperature = 0.02  # > 0
 # batch
-batch_size = 64  # queries of one step, over all devices and micro-batches
-device_batch_tokens = 16384  # of one forward on one device; a passage may have more: pack_passages
+batch_size = 64  # >= 1; queries of one step, over all devices and micro-batches
+device_batch_tokens = 16384  # >= 1; of one forward on one device; a passage may have more
 # length: one of these two is the horizon of the schedule
-max_steps: int | None = None
-num_epochs: float | None = None
-stop_step: int | None = None  # ends the run before its horizon
+max_steps: int | None = None  # >= 1
+num_epochs: float | None = None  # > 0
+stop_step: int | None = None  # >= 1; ends the run before its horizon
 # optimizer
-learning_rate = 2e-4
-min_lr = 0.0
-weight_decay = 0.0  # of tensors with two dimensions or more
-beta1 = 0.9
-beta2 = 0.999
-adam_eps = 1e-8
-grad_clip = 1.0  # of the norm of the gradient; 0: none
-schedule = "linear"  # linear, cosine or constant, after the warmup
-warmup_steps: int | None = None  # warmup: in steps or as a share of the run; None: none
-warmup_ratio: float | None = None
+learning_rate = 2e-4  # >= 0
+min_lr = 0.0  # >= 0
+weight_decay = 0.0  # >= 0; of tensors with two dimensions or more
+beta1 = 0.9  # >= 0 and < 1
+beta2 = 0.999  # >= 0 and < 1
+adam_eps = 1e-8  # > 0
+grad_clip = 1.0  # >= 0; of the norm of the gradient; 0: none
+schedule = "linear"  # one of linear, cosine, constant; after the warmup
+warmup_steps: int | None = None  # >= 0; warmup in steps or as a share of the run
+warmup_ratio: float | None = None  # >= 0 and <= 1
 # evaluation and checkpoints
-eval_interval = 200  # steps; 0: never
-eval_lines = 1000  # of eval_data, from its start; 0: all
-log_interval = 10
-save_interval = 1000  # steps; the last step is always saved
-keep_last = 1  # checkpoints that can be resumed; 0: all
+eval_interval = 200  # >= 0; steps; 0: never
+eval_lines = 1000  # >= 0; of eval_data, from its start; 0: all
+log_interval = 10  # >= 1
+save_interval = 1000  # >= 1; steps; the last step is always saved
+keep_last = 1  # >= 0; checkpoints that can be resumed; 0: all
 keep_best = False  # True: the one with the lowest eval loss stays too
 patience = 0  # >= 0; evaluations without a lower loss that end the run; 0: any number
 resume = False
-tracker = ""  # wandb or tensorboard
+force_resume = False  # with other data, batch, LoRA, .. than the run began with
+tracker = ""  # one of "", wandb, tensorboard
 # device
-dtype = "auto"  # bf16 (autocast, trained weights in fp32), fp32, or bf16 where the device is good
+dtype = "auto"  # one of auto, bf16, fp32; bf16 by autocast, what trains in fp32; auto: if fast
 compile = False  # torch.compile of each block
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, 1/3 slower
-fsdp = ""  # full: weights, gradients and optimizer state are sharded over the ranks
+fsdp = ""  # one of "", full; full shards weights, gradients and optimizer state
 deterministic = False  # bit-equal runs on CUDA too, slower
-seed = 1337
+seed = 1337  # >= 0
 # look, and do not train
 dry_run = False  # two steps: memory, speed, time of the whole run
 show_batch = False  # print the first passages and queries as a reader wants them
@@ -206,9 +207,9 @@ def evaluate(wrapped, file, runs, tokenizer, s):
 if __name__ == "__main__":
     # ---- configure, ranks and seed ----
     s = common.start(common.configure(globals()))
-    if s.queries_per_passage < 1:
-        raise SystemExit(f"queries_per_passage={s.queries_per_passage}: expected 1 or more")
-    if s.rope_scaling and (len(s.rope_scaling) != 2 or s.rope_scaling[0] not in ("linear", "yarn")):
+    kind, factor = s.rope_scaling if len(s.rope_scaling) == 2 else (None, None)
+    is_factor = type(factor) in (int, float) and factor > 0
+    if s.rope_scaling and not (is_factor and kind in ("linear", "yarn")):
         message = "expected ('linear', factor) or ('yarn', factor)"
         raise SystemExit(f"rope_scaling={s.rope_scaling}: {message}")
     s.template = Template(s.prefix, s.suffix)
@@ -281,7 +282,7 @@ if __name__ == "__main__":
     columns = ["loss", "acc", "gnorm", "lr", "ex_s", "tok_s", "eval_loss", "eval_acc"]
     columns += [f"eval_{name}" for name in names_of(_RATIOS)]
     log, rates = common.open_log(s, columns, step), common.Rates()
-    bad_steps, lost = 0, np.zeros(2)  # queries and spans
+    lost = np.zeros(2)  # queries and spans
     stop_requested = common.catch_stop(s)
     batches = prefetch(train_batches(file, runs, step, tokenizer, s))
     common.settle_buckets(wrapped, trial, 2)
@@ -308,7 +309,7 @@ if __name__ == "__main__":
         else:
             numbers = file.numbers[lines_of_batch(step, runs, s)].tolist()
             message = f"Lines of {s.data}: {common.shown(numbers)}"
-            bad_steps = common.bad_step(bad_steps, step, loss, gnorm, message)
+            common.bad_step(s, step, loss, gnorm, message)
         model.zero_grad(set_to_none=True)
         step += 1
         lost += lost_now

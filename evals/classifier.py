@@ -22,16 +22,16 @@ from tokenizer import load_tokenizer
 from train_classifier import Classifier, evaluate
 
 # ---- defaults ----
-out_dir = "out/classifier"
+out_dir = "out/classifier"  # like .+
 model = ""  # a folder that train_classifier.py saved, an out_dir or a hub id
 eval_data = ""  # words: JSONL, or columns as CoNLL has them; texts: JSONL
-eval_lines = 0  # of eval_data, from its start; 0: all
+eval_lines = 0  # >= 0; of eval_data, from its start; 0: all
 label_field = "labels"  # words: the field of JSONL lines that holds the labels
-label_column = -1  # words: the column of a CoNLL file that holds the label, -1 is the last
-device_batch_size = 8  # texts of one forward on one device
+label_column = -1  # != 0; words: the column of a CoNLL file that holds the label, -1 is the last
+device_batch_size = 8  # >= 1; texts of one forward on one device
 # device
-attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
-dtype = "auto"  # bf16 (autocast), fp32, or what the device is good at
+attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
+dtype = "auto"  # one of auto, bf16, fp32; bf16 by autocast; auto: if it is fast
 
 if __name__ == "__main__":
     # ---- configure ----

@@ -30,19 +30,19 @@ from token_scores import names_of, token_metrics
 from tokenizer import tokenize_passage
 
 # ---- defaults ----
-out_dir = "out/eval_token_retrieval"
+out_dir = "out/eval_token_retrieval"  # like .+
 model = ""  # a folder, an out_dir or a hub id; it says how it pools and its instructions
 eval_data = ""  # JSONL of {"query", "passage", "spans", perhaps "answer"}
-eval_lines = 1000  # of eval_data, from its start; 0: all
-queries_per_passage = 8  # most following lines with the same passage that are scored together
-passage_window = 0  # tokens encoded at a time; 0: the whole
-window_overlap = 0  # tokens that neighbouring windows share
-ratios: tuple[int, ...] = (16, 8, 4)  # 1/16, 1/8 and 1/4 of a passage's tokens are kept
-temperature = 0.02  # of the loss, which results.json has
-seed = 1337  # of the random order, and of what ties in the others
+eval_lines = 1000  # >= 0; of eval_data, from its start; 0: all
+queries_per_passage = 8  # >= 1; most lines in a row with one passage that are scored together
+passage_window = 0  # >= 0; tokens encoded at a time; 0: the whole
+window_overlap = 0  # >= 0; tokens that neighbouring windows share
+ratios: tuple[int, ...] = (16, 8, 4)  # >= 1; 1/16, 1/8 and 1/4 of a passage's tokens are kept
+temperature = 0.02  # > 0; of the loss, which results.json has
+seed = 1337  # >= 0; of the random order, and of what ties in the others
 # device
-attention_backend = "auto"  # flash_attn, varlen, sdpa, or the first of them that can run
-dtype = "auto"  # bf16, fp32, or what the device is good at
+attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
+dtype = "auto"  # one of auto, bf16, fp32; auto: what the device is good at
 
 
 ORDERS = "random", "first", "overlap", "bm25", "model"
@@ -107,9 +107,6 @@ if __name__ == "__main__":
     s = SimpleNamespace(**common.configure(globals()))
     if not s.model or not s.eval_data:
         raise SystemExit("give --model=... and --eval_data=...")
-    if any(type(r) is not int or r < 1 for r in (*s.ratios, s.queries_per_passage)):
-        given = f"ratios={s.ratios}, queries_per_passage={s.queries_per_passage}"
-        raise SystemExit(f"{given}: expected whole numbers from 1; 16 keeps 1/16 of the tokens")
     s.rank, s.world_size, _, device = common.setup_distributed()
 
     # ---- data, model ----

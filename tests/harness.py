@@ -240,12 +240,12 @@ def shown_and_dry(script, config, unbroken, folder, *more):
     with pytest.raises(SystemExit), redirect_stdout(io.StringIO()) as shown:
         run(script, config, folder, *more, "--show_batch=True")
     assert not os.listdir(folder)
-    before = sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("*"))
+    before = sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("[!.]*"))
     with redirect_stdout(io.StringIO()) as dry:
         run(script, config, unbroken, "--dry_run=True")
     with pytest.raises(SystemExit, match="--resume=True"):
         run(script, config, unbroken)
-    assert sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("*")) == before
+    assert sorted((p, p.stat().st_mtime_ns) for p in unbroken.rglob("[!.]*")) == before
     assert re.search(r"dry run: [\d.]+ s/step, .* peak memory [\d.]+ GB;", dry.getvalue())
     return shown.getvalue(), dry.getvalue()
 
@@ -375,13 +375,14 @@ def write_config(folder, **keys):
 
 
 def configured(script, name, *argv):
-    """The resolved config of configs/<name>.py, by the defaults of the script."""
+    """The resolved config of configs/<name>.py (""; none), by the defaults of the script."""
     path = os.path.join(ROOT, script)
     with open(path, encoding="utf-8") as f:
         space = {"__file__": path, "__doc__": ""}
         defaults = re.split(r"(?m)^# ---- ", f.read())[1]
         exec(compile("# " + defaults, path, "exec"), space)
-    old, sys.argv = sys.argv, [script, os.path.join(ROOT, "configs", f"{name}.py"), *argv]
+    configs = [os.path.join(ROOT, "configs", f"{name}.py")] if name else []
+    old, sys.argv = sys.argv, [script, *configs, *argv]
     try:
         return common.configure(space)
     finally:

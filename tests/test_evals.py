@@ -157,8 +157,8 @@ def test_token_retrieval_on_two_ranks(config, tmp_path):
 @pytest.mark.parametrize(("more", "message"), [
     (["--model="], "give --model=... and --eval_data=..."),
     (["--eval_data="], "give --model=... and --eval_data=..."),
-    (["--ratios=(16,0.5)"], "ratios=(16, 0.5)"),
-    (["--queries_per_passage=0"], "queries_per_passage=0"),
+    (["--ratios=(16,0.5)"], "ratios takes tuple of int, not (16, 0.5)"),
+    (["--queries_per_passage=0"], "queries_per_passage takes >= 1, not 0"),
     (["--passage_window=8", "--window_overlap=8"], "windows of 8 tokens cannot share 8"),
 ])  # fmt: skip
 def test_bad_settings_say_what_is_expected(config, tmp_path, more, message):

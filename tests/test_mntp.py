@@ -345,7 +345,7 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path):
 @pytest.mark.parametrize(("more", "message"), [
     (["--batch_tokens=700"], "batch_tokens=700 must be k x device_batch_tokens=256"),
     (["--device_batch_tokens=32"], "device_batch_tokens=32 must be a multiple of max_seq_len"),
-    (["--data=data/pydocs"], "data/pydocs"), (["--mask_prob=0"], "mask_prob=0.0: expected a share"),
+    (["--data=data/pydocs"], "data/pydocs"), (["--mask_prob=0"], "takes > 0 and <= 1, not 0.0"),
     (["--init_from=nowhere/at/all"], "no such folder"),
     (["--num_epochs=3"], "max_steps=8, num_epochs=3.0; expected one of"),
     (["--mask_token=<msk>"], "mask_token='<msk>': expected a token of the vocabulary"),

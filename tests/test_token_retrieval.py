@@ -520,7 +520,8 @@ def test_broken_lines_name_file_line_and_field(change, message, tiny, tmp_path):
     (["--chunk_tokens=10"], "'chunk_tokens' is now called 'device_batch_tokens'"),
     (["--passage_window=8", "--window_overlap=8"], "windows of 8 tokens cannot share 8"),
     (["--rope_scaling=('ntk',2.0)"], "expected ('linear', factor)"),
-    (["--queries_per_passage=0"], "queries_per_passage=0"),
+    (["--rope_scaling=('yarn',-2.0)"], "expected ('linear', factor)"),
+    (["--queries_per_passage=0"], "queries_per_passage takes >= 1, not 0"),
     (["--data=nowhere.jsonl"], "nowhere.jsonl"),
     (["--lora_rank=2", "--lora_targets=q_prj"], "q_prj"),
     (["--query_max_length=5"], "max_length 5 leaves no room")])  # fmt: skip
