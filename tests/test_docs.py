@@ -43,7 +43,8 @@ def commands(text):
             words = shlex.split(part, comments=True)
             if words and words[0] == "torchrun":
                 words = ["python", *(w for w in words[1:] if not w.startswith(("--st", "--np")))]
-            if words[:1] != ["python"] or words[1:3] == ["-m", "venv"]:
+            others = words[1:3] == ["-m", "venv"] or words[1].startswith("llama.cpp/")
+            if words[0] != "python" or others:
                 continue
             if words[1] == "-m":
                 words[1:3] = [words[2].replace(".", "/") + ".py"]
