@@ -244,6 +244,11 @@ def test_first_hour_runs_as_printed(tree):
                 assert not end.code and "--show_batch=True" in argv, argv
             if "--dry_run=True" in argv:
                 assert "peak memory" in said
+            elif tiny:  # what the end says is the code that loads what was saved
+                lines = said.partition("to use it:\n")[2].splitlines()
+                assert len(lines) == 2
+                with redirect_stdout(io.StringIO()):
+                    exec("\n".join(lines), {})
         space = {}
         with redirect_stdout(io.StringIO()):
             for code in uses:

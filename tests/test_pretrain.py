@@ -144,6 +144,18 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(tiny, tmp_path):
         assert command[0] == "python" and command[1:] == [*process.args[1:], "--resume=True"]
 
 
+def test_patience_ends_a_run_that_gets_worse(tiny, tmp_path, capsys):
+    """A learning rate that ruins the model; the end says what is saved, and code that loads it."""
+    run(tiny, tmp_path, "--learning_rate=1.0", "--eval_interval=1", "--max_steps=20",
+        "--patience=2", "--keep_best=True", "--save_interval=100")  # fmt: skip
+    evals, out = losses(tmp_path, "eval_loss"), capsys.readouterr().out
+    best = min(evals, key=evals.get)
+    assert max(evals) == best + 2 < 20 and "save_interval=100 is beyond" in out
+    assert {p.name for p in tmp_path.glob("step*")} == {f"step{best}", f"step{best + 2}"}
+    exec(out.partition("to use it:\n")[2].splitlines()[0], space := {})
+    assert type(space["model"]).__name__ == "ModernBertForMaskedLM"
+
+
 def test_a_torn_checkpoint_is_skipped(tiny, unbroken, tmp_path, capsys):
     shutil.copytree(unbroken, tmp_path, symlinks=True, dirs_exist_ok=True)
     weights = tmp_path / "step8" / "model.safetensors"
