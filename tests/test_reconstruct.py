@@ -32,10 +32,10 @@ def settings(**changes):
     """What the main block gives to the functions, for one rank on the CPU."""
     plain = dict(
         batch_size=6, device_batch_size=3, stop_step=30, seed=7, rank=0, world_size=1, group_size=1,
-        no_duplicates=False, crop=0.0, template=Template("tan ", " mos"), write_template=False,
-        pool_instruction=False, pool_bos=True, query_max_length=9, passage_max_length=24,
-        query_instruction=("ris: ",), passage_instruction=("",), w_d2q=0.8, w_q2d=0.2,
-        eval_lines=1000, autocast=nullcontext, device="cpu")  # fmt: skip
+        consecutive=1, no_duplicates=False, crop=0.0, template=Template("tan ", " mos"),
+        write_template=False, pool_instruction=False, pool_bos=True, query_max_length=9,
+        passage_max_length=24, query_instruction=("ris: ",), passage_instruction=("",), w_d2q=0.8,
+        w_q2d=0.2, eval_lines=1000, autocast=nullcontext, device="cpu")  # fmt: skip
     return SimpleNamespace(**(plain | changes))
 
 
