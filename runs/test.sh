@@ -7,4 +7,5 @@ cd "$(dirname "$0")/.."
 .venv/bin/pip install -q --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
 .venv/bin/pip install -q --disable-pip-version-check -r requirements-dev.txt
 .venv/bin/ruff check .
-.venv/bin/python -m pytest -q "$@"
+# two processes: most tests keep one core busy. A file stays in one, for its fixtures
+.venv/bin/python -m pytest -q -n 2 --dist loadfile "$@"
