@@ -24,6 +24,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from formats import read_json
+
 # ---- config: the script's defaults, then config files, then --key=value ----
 
 KINDS = {k.__name__: k for k in (int, float, bool, str, tuple)} | {"None": type(None)}
@@ -327,13 +329,33 @@ def catch_stop(s):
 
 
 def finish(s, step, batches):
-    """The end of a run: stops reading ahead, says how a run that was stopped goes on, and leaves
-    the process group."""
+    """The end of a run: stops reading ahead, says how to load what was saved, or how a run that was
+    stopped goes on, and leaves the process group."""
     batches.close()
+    if step == s.stop_step and s.rank == 0 and not s.dry_run:
+        print(f"to use it:\n{loading_code(s.out_dir)}", flush=True)
     if step < s.stop_step and not s.dry_run:
         print0(f"stopped after step {step}; this goes on:", resume_command())
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def loading_code(out_dir):
+    """What loads the folder that a run saved last: Python, or for a classifier that is ours alone a
+    command."""
+    folder = f"{out_dir}/merged" if os.path.isdir(f"{out_dir}/merged") else f"{out_dir}/final"
+    config = read_json(folder, "config.json")
+    other = read_json(folder, "config_sentence_transformers.json").get("model_type")
+    if other or not config or os.path.exists(f"{folder}/nanoembed.json"):
+        code = f"from embedder import Embedder; model = Embedder.load({out_dir!r})"
+        theirs = f"from sentence_transformers import {other}; model = {other}({folder!r})"
+        return f"{code}\n{theirs}" if other else code
+    if read_json(folder, "nanoembed_classifier.json").get("problem"):
+        return f"python -m evals.classifier --model={out_dir} --eval_data=..."
+    [name], remote = config["architectures"], ""
+    if "auto_map" in config:  # not in transformers: its code lies in the folder
+        name, remote = "AutoModelForMaskedLM", ", trust_remote_code=True"
+    return f"from transformers import {name}; model = {name}.from_pretrained({folder!r}{remote})"
 
 
 def resume_command():
@@ -480,6 +502,10 @@ def open_log(s, columns, start_step=0):
     if s.rank != 0 or s.dry_run:
         return lambda step, values: None
     out_dir, tracker, max_steps = s.out_dir, s.tracker, s.stop_step
+    if (s.keep_best or s.patience) and not (s.eval_interval and s.config.get("eval_data", True)):
+        print0("keep_best and patience do nothing: there is no evaluation in this run")
+    if s.save_interval > max_steps:
+        print0(f"save_interval={s.save_interval} is beyond this run: its end alone is saved")
     path, rows, columns = os.path.join(out_dir, "log.csv"), [], ["step", *columns, "eta"]
     os.makedirs(out_dir, exist_ok=True)
     save_config(s.config, os.path.join(out_dir, "config.py"))

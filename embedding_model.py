@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import print0
 from formats import sentence_transformers as st
 from formats.huggingface import save_pretrained
 from lora import lora_layers, merged_state, save_adapter
@@ -55,6 +56,10 @@ class EmbeddingModel(nn.Module):
         if projection and (pooling != "tokens" or projection.bias is not None):
             raise ValueError("a projection goes with pooling 'tokens', and has no bias")
         check_tokenizer(tokenizer, model.config.vocab_size)
+        if pooling == "last" and not template.suffix:
+            end = tokenizer("a")["input_ids"][-1]
+            if end not in tokenizer.all_special_ids:
+                print0("pooling='last' reads a text's last word: no end token, see the key suffix")
         self.model, self.tokenizer, self.projection = model, tokenizer, projection
         self.pooling, self.template = pooling, template
         self.prompts = prompts or {"query": "", "document": ""}

@@ -99,6 +99,7 @@ log_interval = 10
 save_interval = 1000  # steps; the last step is always saved
 keep_last = 1  # checkpoints that can be resumed; 0: all
 keep_best = False  # True: the one with the lowest eval loss, too
+patience = 0  # >= 0; evaluations without a lower loss that end the run; 0: any number
 resume = False
 tracker = ""  # wandb or tensorboard
 # device
@@ -417,6 +418,8 @@ if __name__ == "__main__":
             log(step, {f"eval_{m}": found.get(m) for m in metrics})
             if improved := found["loss"] < best["loss"]:
                 best = {"loss": found["loss"], "folder": f"step{step}"}
+            elif checkpoint.is_patience_over(s, step, best):
+                s.stop_step, last_step = step, True
         if step % s.save_interval == 0 or last_step or (improved and s.keep_best):
             save()
 

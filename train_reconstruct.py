@@ -92,6 +92,7 @@ log_interval = 10
 save_interval = 1000  # steps; the last step is always saved
 keep_last = 1
 keep_best = False  # True: the one with the lowest eval loss stays, too
+patience = 0  # >= 0; evaluations without a lower loss that end the run; 0: any number
 resume = False
 tracker = ""
 # device
@@ -399,6 +400,8 @@ if __name__ == "__main__":
                        f"shuffled one, {none:.3f} over none")  # fmt: skip
             if improved := found["loss"] < best["loss"]:
                 best = {"loss": found["loss"], "folder": f"step{step}"}
+            elif checkpoint.is_patience_over(s, step, best):
+                s.stop_step, last_step = step, True
         if step % s.save_interval == 0 or last_step or (improved and s.keep_best):
             save()
 

@@ -8,6 +8,7 @@ A model without a head is Hugging Face's inner class (LlamaModel), whose names h
 
 import os
 import re
+from pathlib import Path
 
 from safetensors.torch import save_file
 
@@ -15,6 +16,7 @@ from common import print0
 from data import require
 from formats import llm2vec, read_json, write_json
 from formats.huggingface import (
+    ARCHITECTURES,
     finite,
     hf_module,
     interleave_qkv,
@@ -22,9 +24,29 @@ from formats.huggingface import (
     our_module,
     pinned,
     resolve_folder,
-)  # fmt: skip
+)
 
 PREFIX = "base_model.model."
+CARD = """\
+# A LoRA adapter of nanoembed
+
+It belongs to the class `{name}` with {mask} attention, of `{base}`.
+peft notes neither, and gives other outputs on another class or mask.
+Adapters that are merged into the base before it, in this order: {merged}.
+"""
+CODE = """
+```python
+from peft import PeftModel
+from transformers import AutoConfig, {name}
+
+config = AutoConfig.from_pretrained({base!r}, revision={revision!r})
+config.is_causal = {causal}
+base = {name}.from_pretrained({base!r}, config=config, revision={revision!r})
+if base.config.vocab_size < {vocab_size}:
+    base.resize_token_embeddings({vocab_size}, mean_resizing=False)
+model = PeftModel.from_pretrained(base, ".")  # this folder
+```
+"""
 
 # What adapter_config.json may say: what we read, then what makes no difference to the numbers.
 KNOWN = (
@@ -132,6 +154,13 @@ def write_adapter(folder, c, layers, state, along, base_name, merged):
     write_json(config, folder, "adapter_config.json")
     write_json(ours, folder, "nanoembed_adapter.json")
     save_file(tensors, f"{folder}/adapter_model.safetensors", {"format": "pt"})
+    # there NeoBERT is code of its own, and Gemma 3 has another key for another window
+    card = CARD + CODE * (not merged and (c.causal or c.family not in ("neobert", "gemma3_text")))
+    Path(folder, "README.md").write_text(card.format(
+        base=base, revision=revision or None, name=ARCHITECTURES[c.family][c.head == "none"],
+        causal=c.causal, mask="causal" if c.causal else "bidirectional", vocab_size=c.vocab_size,
+        merged=", ".join(merged) or "none",
+    ), "utf-8")  # fmt: skip
 
 
 def read_adapter(folder, c, parameters, linear):

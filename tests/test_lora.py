@@ -228,6 +228,19 @@ def test_targets(base, tmp_path):
     close(hf_logits(in_peft(in_transformers(cls, folder), str(tmp_path))), ours_logits(model))
 
 
+def test_card_has_the_class_and_the_mask(base, tmp_path, monkeypatch):
+    """A base that is causal, an adapter that is not: the card's code gives our outputs."""
+    _, folder = base("llama")
+    model = from_pretrained(folder, "bidirectional")
+    lora.inject(model, rank=4, alpha=12, dropout=0.1, targets="all")
+    shake(model, lora.trained_names(model))
+    lora.save_adapter(model, str(tmp_path), folder)
+    code = (tmp_path / "README.md").read_text().split("```")[1].removeprefix("python")
+    monkeypatch.chdir(tmp_path)
+    exec(code, space := {})
+    close(hf_logits(space["model"]), ours_logits(model))
+
+
 ALSO = [("llama", "embed,norm,head"), ("llama", "head"), ("llama-tied", "embed,norm"),
         ("qwen3", "norm"), ("qwen3", "embed"), ("modernbert", "embed,norm,head"),
         ("modernbert", "embed"), ("modernbert", "head"), ("modernbert-untied", "embed,norm,head"),

@@ -627,14 +627,16 @@ def main():
     args = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"  # in the processes to come
     packages = "torch", "transformers", "peft", "sentence-transformers"
+    real = args.name == "real"
+    step = f"training by {CONFIG}" if real else f"training: AdamW (fused, lr {LEARNING_RATE})"
     setting = {
-        "bench": args.name, "step": f"training: AdamW (fused, lr {LEARNING_RATE}); no dropout",
-        "precision": f"{args.dtype}; bf16 is autocast over fp32 weights", "threads": args.threads,
+        "bench": args.name, "step": f"{step}; no dropout", "threads": args.threads, "precision":
+        f"{args.dtype}; bf16 is autocast over {'bf16 frozen' if real else 'fp32'} weights",
         "device": device_name(args.device), **{name: version(name) for name in packages},
     }  # fmt: skip
     given = {k: v for k, v in vars(args).items() if v and k in ("size", "n", "rounds")}
     run_cases = {"memory": memory_growth, "real": compare_real}
-    config = runpy.run_path(CONFIG) if args.name == "real" else {}
+    config = runpy.run_path(CONFIG) if real else {}
     config = {key: value for key, value in config.items() if hasattr(train_contrastive, key)}
     cases, rows, sides = [], [], {}
     for case in BENCHES[args.name]:
