@@ -24,7 +24,7 @@ from formats.huggingface import (
     our_module,
     pinned,
     resolve_folder,
-)  # fmt: skip
+)
 
 PREFIX = "base_model.model."
 CARD = """\
