@@ -46,6 +46,10 @@ class BM25:
         tf.data *= idf[tf.col] / (tf.data + k[tf.row])
         self.weights = tf.T.tocsr()  # [words, N]: only the rows of a query's words are read
 
+    def rows(self, queries):
+        """How often each has the words of the index -> sparse [Q, words]"""
+        return self.vectorizer.transform(Counter(self.words(query)) for query in queries)
+
     def scores(self, query):
         """-> float64 [N]"""
-        return (self.vectorizer.transform(Counter(self.words(query))) @ self.weights).toarray()[0]
+        return (self.rows([query]) @ self.weights).toarray()[0]

@@ -125,6 +125,16 @@ def load_state(last, optimizers):
     return state["step"], state["best"]
 
 
+def is_patience_over(s, step, best):
+    """Is the lowest evaluation loss s.patience evaluations old? Says so before the run ends."""
+    if not s.patience or not best["folder"]:
+        return False
+    age = (step - int(re.search(r"\d+$", best["folder"])[0])) / s.eval_interval
+    if age >= s.patience:
+        print0(f"no lower evaluation loss since {best['folder']}, {best['loss']:.4f}: the run ends")
+    return age >= s.patience
+
+
 @contextmanager
 def saving(s, step, best, optimizers):
     """Around the code that writes the model of a checkpoint: gives its folder on rank 0, None on

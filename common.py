@@ -27,6 +27,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from formats import read_json
+
 # ---- config: the script's defaults, then config files, then --key=value ----
 # What a key accepts stands in the script's defaults: its type, and the comment's first clause.
 #
@@ -217,10 +219,14 @@ def one_line(kind, error, tb):
                and "site-packages" not in f.filename and f.line.startswith("raise ")]  # fmt: skip
     text = " ".join(str(error).splitlines())
     if dist.is_initialized() and re.search("gloo|NCCL|TCPStore", text):
-        text = f"this rank ends, for another one has ended ({text[:80]})"
+        text = f"rank {get_rank()} ends, for another one has ended ({text[:80]})"
     elif not is_ours and not isinstance(error, (OSError, ModuleNotFoundError)):
         return sys.__excepthook__(kind, error, tb)
-    print(f"{kind.__name__}: {text}", file=sys.stderr, flush=True)
+    # past torch, which takes stderr from a hook, and past its clean-up, which may wait for others
+    print(f"{kind.__name__}: {text}", file=sys.__stderr__, flush=True)
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(1)
 
 
 def save_config(config, path):
@@ -372,15 +378,35 @@ def catch_stop(s):
 
 
 def finish(s, step, batches):
-    """The end of a run: stops reading ahead, says how a run that was stopped goes on, and leaves
-    the process group."""
+    """The end of a run: stops reading ahead, says how to load what was saved, or how a run that was
+    stopped goes on, and leaves the process group."""
     batches.close()
+    if step == s.stop_step and s.rank == 0 and not s.dry_run:
+        print(f"to use it:\n{loading_code(s.out_dir)}", flush=True)
     if step < s.stop_step and not s.dry_run:
         print0(f"stopped after step {step}; this goes on:", resume_command())
     if s.lock:
         s.lock.close()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def loading_code(out_dir):
+    """What loads the folder that a run saved last: Python, or for a classifier that is ours alone a
+    command."""
+    folder = f"{out_dir}/merged" if os.path.isdir(f"{out_dir}/merged") else f"{out_dir}/final"
+    config = read_json(folder, "config.json")
+    other = read_json(folder, "config_sentence_transformers.json").get("model_type")
+    if other or not config or os.path.exists(f"{folder}/nanoembed.json"):
+        code = f"from embedder import Embedder; model = Embedder.load({out_dir!r})"
+        theirs = f"from sentence_transformers import {other}; model = {other}({folder!r})"
+        return f"{code}\n{theirs}" if other else code
+    if read_json(folder, "nanoembed_classifier.json").get("problem"):
+        return f"python -m evals.classifier --model={out_dir} --eval_data=..."
+    [name], remote = config["architectures"], ""
+    if "auto_map" in config:  # not in transformers: its code lies in the folder
+        name, remote = "AutoModelForMaskedLM", ", trust_remote_code=True"
+    return f"from transformers import {name}; model = {name}.from_pretrained({folder!r}{remote})"
 
 
 def resume_command():
@@ -533,6 +559,10 @@ def open_log(s, columns, start_step=0):
     if s.rank != 0 or s.dry_run:
         return lambda step, values: None
     out_dir, tracker, max_steps = s.out_dir, s.tracker, s.stop_step
+    if (s.keep_best or s.patience) and not (s.eval_interval and s.config.get("eval_data", True)):
+        print0("keep_best and patience do nothing: there is no evaluation in this run")
+    if s.save_interval > max_steps:
+        print0(f"save_interval={s.save_interval} is beyond this run: its end alone is saved")
     path, rows, columns = os.path.join(out_dir, "log.csv"), [], ["step", *columns, "eta"]
     os.makedirs(out_dir, exist_ok=True)
     save_config(s.config, os.path.join(out_dir, "config.py"))
@@ -585,6 +615,18 @@ def open_log(s, columns, start_step=0):
             board.flush()
 
     return log
+
+
+def logged(out_dir, step):
+    """{column: number} of the lines of log.csv at this step; without the file, or such a line, {}.
+    """
+    path, found = os.path.join(out_dir, "log.csv"), {}
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            for row in csv.DictReader(f):
+                if int(row["step"]) == step:
+                    found |= {key: float(x) for key, x in row.items() if x}
+    return found
 
 
 # ---- memory ----

@@ -6,7 +6,9 @@ Texts to embeddings, with the ids, the template and the pooling of training.
     scores, spans = score_tokens(embedder, queries, passage)      # how much each token matters
 """
 
+import math
 import os
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,14 +17,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from attention import make_seqs
-from common import dtype_of, prefetch, print0
+from common import dtype_of, logged, prefetch, print0
 from embedding_model import EmbeddingModel, chunks_of
+from formats import llm2vec, read_json
 from formats.huggingface import resolve_folder
-from formats.peft import adapter_chain, attention_of
+from formats.peft import attention_of_chain, pinned_chain
 from formats.sentence_transformers import read_settings
-from lora import load_merged
+from lora import load_adapter, load_merged
+from quantize import quantize
 from token_scores import cosines, windows_of
-from tokenizer import load_tokenizer, tokenize_passage
+from tokenizer import check_text, load_tokenizer, tokenize_passage
 
 PART = 2**26  # numbers that a rank's share of `encode` holds at a time: 256 MB
 
@@ -30,18 +34,37 @@ PART = 2**26  # numbers that a rank's share of `encode` holds at a time: 256 MB
 class Embedder(EmbeddingModel):
     """An EmbeddingModel for use: encode and load."""
 
-    def encode(self, texts, instruction="", device_batch_tokens=None, progress=False, out=None):
+    def encode(
+        self, texts, instruction="", device_batch_tokens=None, progress=False, out=None, dim=None,
+        precision=None, ranges=None,
+    ):  # fmt: skip
         """A sequence of texts -> float32 array [N, dim]; for "tokens" a list of N arrays.
 
-        device_batch_tokens: the most tokens of one forward call (None: 16,384, and 2,048 on a CPU,
-        whose caches are small). out: path of a .npy to write part by part and give back mapped.
+        instruction: one for all texts, or one for each. [instruction, text] pairs, as LLM2Vec takes
+        them, stand for both.
+        dim: only the first of the numbers (Matryoshka), again of length 1 where the model
+        normalizes. precision: "int8" [N, dim], by `ranges` or by those of these texts, or "binary"
+        [N, dim / 8]: see quantize.py, which has their scores. device_batch_tokens: the most tokens
+        of one forward call (None: 16,384, and 2,048 on a CPU, whose caches are small). out: path of
+        a .npy to write part by part and give back mapped.
         Under torchrun all ranks call it together: each embeds its share, all get the whole.
         """
         many, device = self.pooling == "tokens", self.device
-        if isinstance(texts, str):
-            raise TypeError("encode takes a list of texts, not one string")
+        if isinstance(texts, str) or instruction is None:
+            raise TypeError("encode takes a list of texts, not one string; no instruction is ''")
         if many and out is not None:
             raise ValueError("out= holds one vector a text, pooling 'tokens' gives several")
+        if not isinstance(instruction, str) and len(instruction) != len(texts):
+            raise ValueError(f"{len(instruction)} instructions for {len(texts)} texts")
+        if dim and (self.pooling == "splade" or not 1 <= dim <= self.dim):
+            raise ValueError(f"dim={dim} of {self.dim} numbers, by pooling {self.pooling!r}")
+        if precision and self.pooling in ("splade", "tokens"):
+            raise ValueError(f"precision={precision!r} is not for pooling {self.pooling!r}")
+        calibrate = precision == "int8" and ranges is None  # when all texts are there
+        if calibrate and out is not None:
+            raise ValueError("precision='int8' with out= needs ranges= (quantize.ranges_of)")
+        finish = partial(quantize, precision=None if calibrate else precision, ranges=ranges)
+        usual = finish(np.empty((0, dim or self.dim), np.float32))
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         limit = device_batch_tokens or (2048 if device.type == "cpu" else 16384)
         numbers = self.dim * (self.max_length if many else 1)  # of a text, at most
@@ -50,14 +73,25 @@ class Embedder(EmbeddingModel):
         if many:
             result = [None] * n
         elif out is None:
-            result = np.empty((n, self.dim), np.float32)
+            result = np.empty((n, usual.shape[1]), usual.dtype)
         elif rank == 0:
-            result = np.lib.format.open_memmap(out, "w+", np.float32, (n, self.dim))
+            result = np.lib.format.open_memmap(out, "w+", usual.dtype, (n, usual.shape[1]))
 
         def parts():  # the next one is tokenized while the model runs
             for begin in range(0, n, size):
-                share = [texts[i] for i in range(begin + rank, min(begin + size, n), world)]
-                yield begin, self.tokenize(share, instruction)
+                rows = range(begin + rank, min(begin + size, n), world)
+                share, given = [texts[i] for i in rows], instruction
+                if not isinstance(given, str):
+                    given = [check_text(given[i], f"instruction {i}") for i in rows]
+                if share and isinstance(share[0], (list, tuple)):
+                    if given:
+                        raise ValueError("instruction= and [instruction, text] pairs: give one")
+                    for i, pair in zip(rows, share):
+                        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                            raise TypeError(f"text {i} is {pair!r:.60}, expected a pair of two str")
+                    given, share = zip(*share)
+                share = [check_text(text, f"text {i}") for i, text in zip(rows, share)]
+                yield begin, self.tokenize(share, given)
 
         bar = tqdm(total=n, desc="encode", unit=" texts", disable=not progress or rank > 0)
         with self.evaluating(), bar:
@@ -69,13 +103,17 @@ class Embedder(EmbeddingModel):
                     vectors.append(x[0] if many else x)
                     counts += x[1] if many else []
                     bar.update(len(chunk) * world)
-                vectors = torch.cat(vectors).cpu()  # once a part: the device need not wait
+                vectors = torch.cat(vectors)[:, :dim].cpu()  # once a part: the device need not wait
+                if not vectors.isfinite().all():
+                    raise ValueError(f"encode: NaN or infinity in a vector of texts {begin}..")
+                if dim and self.normalize:
+                    vectors = F.normalize(vectors, dim=-1)
                 places = np.argsort([i for chunk in chunks for i in chunk])  # of the texts' vectors
                 if many:
                     vectors = vectors.split(counts)
                     share = [vectors[i].numpy() for i in places]
                 else:
-                    share = vectors.numpy()[places]
+                    share = finish(vectors.numpy()[places])
                 shares = [share] * world
                 if world > 1:
                     dist.all_gather_object(shares, share)
@@ -83,7 +121,7 @@ class Embedder(EmbeddingModel):
                     for r, share in enumerate(shares):
                         result[begin + r : begin + size : world] = share
         if out is None:
-            return result
+            return quantize(result, precision, ranges) if calibrate else result
         if rank == 0:
             result.flush()
         if world > 1:
@@ -94,35 +132,46 @@ class Embedder(EmbeddingModel):
     def load(
         cls, name, adapters=(), device=None, dtype="auto", attention=None,
         attention_backend="auto", pooling=None, template=None, prompts=None, normalize=None,
-        max_length=None, pool_instruction=None,
+        max_length=None, pool_instruction=None, merge=True,
     ):  # fmt: skip
         """An Embedder, ready to encode, from a folder or a hub id `owner/name[@revision]`.
 
         name: a folder of `save`, a sentence-transformers folder, a plain Hugging Face model, or a
-        PEFT adapter, whose base is loaded first; of an out_dir, its newest checkpoint. adapters:
+        PEFT adapter, whose base is loaded first; of an out_dir, its newest checkpoint. Of LLM2Vec's
+        published adapters (formats/llm2vec.py) all that belongs to the model is loaded. adapters:
         more of them, merged in this order (LLM2Vec: base, MNTP, then SimCSE or supervised).
-        attention: "causal" or "bidirectional" where config.json does not say. dtype: "auto",
+        merge=False leaves the last one beside the weights, which is slower and not rounded with
+        them. attention: "causal" or "bidirectional" where the files do not say. dtype: "auto",
         "bf16" or "fp32". The other arguments replace what the folder says. Where nobody says it:
         mean over all tokens, normalised, up to 512 of them.
-        Raises ValueError for a sentence-transformers folder with a part that is not supported.
+        Raises ValueError for a sentence-transformers folder with a part that is not supported, for
+        an adapter whose attention nothing says, and for one of LLM2Vec's that needs others before.
         """
         device = torch.device(device or torch.accelerator.current_accelerator(True) or "cpu")
         dtype = dtype_of(dtype, device)
-        folders = [*adapter_chain(name), *map(resolve_folder, adapters)]
-        settings = {}
-        for folder in folders:  # a later adapter replaces what an earlier one says
-            settings |= read_settings(folder)
+        names = [*pinned_chain(name), *adapters]
+        folders = [resolve_folder(x) for x in names]
+        family, settings = read_json(folders[0], "config.json").get("model_type"), {}
+        for known_as, folder in zip(names, folders):  # the last one's word counts
+            settings |= read_settings(folder) or llm2vec.read_settings(known_as, folder, family)
         given = dict(pooling=pooling, template=template, prompts=prompts, normalize=normalize,
                      max_length=max_length, pool_instruction=pool_instruction)  # fmt: skip
         settings |= {key: value for key, value in given.items() if value is not None}
-        path, usual = settings.pop("path", None), settings.pop("attention", None)
+        path = settings.pop("path", None)
 
         base = f"{folders[0]}/{path or ''}"
-        if attention is None and not any(map(attention_of, folders[1:])):
-            attention = usual
-        model = load_merged(base, folders[1:], attention, dtype=dtype).eval()
-        model.set_backend(attention_backend, device, dtype)
-        sources = [f for f in folders if os.path.exists(f"{f}/tokenizer.json")]
+        attention = attention or attention_of_chain(base, names[1:])
+        merged = names[1:] if merge else names[1:-1]
+        model = load_merged(base, merged, attention, dtype=dtype)
+        for adapter in names[1 + len(merged) :]:
+            load_adapter(model, adapter)
+        model.eval().set_backend(attention_backend, device, dtype)
+        # LLM2Vec takes the tokenizer of the model that its second adapter is put on
+        sources = [
+            folder for known_as, folder in zip(names, folders)
+            if os.path.exists(f"{folder}/tokenizer.json")
+            and not llm2vec.is_second(known_as, folder)
+        ]  # fmt: skip
         tokenizer = load_tokenizer([base, *sources][-1])
         if "pooling" not in settings:
             print0(f"{name} does not say how it pools: mean over all tokens")
@@ -131,9 +180,29 @@ class Embedder(EmbeddingModel):
         foreign = path is not None and not embedder.pool_instruction
         if foreign and (problem := embedder.st_problem()):
             print0(f"{name}: not in all as sentence-transformers has it: {problem}")
+        if len(names) > 1:
+            print0(f"{name} is {' + '.join(names)}, in this order")
         print0(f"{name}: {model.describe()}, {dtype} on {device}; {embedder.pooling} -> "
                f"{embedder.dim} numbers, up to {embedder.max_length} tokens")  # fmt: skip
         return embedder
+
+
+def compare_saved(s, step, trained, evaluate):
+    """Ends a run: prints the scores before training, of step 0 in log.csv, and those of the folder
+    saved last, loaded as a user loads it. evaluate: a function of an Embedder -> {name: score}, on
+    all ranks. trained: what was trained, which leaves the device and makes room."""
+    if s.dry_run or step < s.stop_step:
+        return
+    if s.fsdp:
+        print0("not loaded again: under FSDP the whole model may not fit on one device")
+        return
+    trained.cpu()
+    name, given = f"{s.out_dir}/step{step}", dict(device=s.device, dtype=s.dtype)
+    after = evaluate(Embedder.load(name, attention_backend=s.attention_backend, **given))
+    before = logged(s.out_dir, 0)
+    changes = (f"{key} {before.get(f'eval_{key}', math.nan):.4g} -> {x:.4g}"
+               for key, x in after.items())  # fmt: skip
+    print0(f"{name} loaded again, before -> after training: {', '.join(changes)}")
 
 
 def score_tokens(embedder, queries, passage, window=0, overlap=0, progress=False):
@@ -148,6 +217,10 @@ def score_tokens(embedder, queries, passage, window=0, overlap=0, progress=False
     model, device, prompts = embedder.model, embedder.device, embedder.prompts
     if embedder.pooling in ("splade", "tokens"):
         raise ValueError(f"score_tokens compares with one vector, not with {embedder.pooling!r}")
+    if isinstance(queries, str):
+        raise TypeError("score_tokens takes a list of queries, not one string")
+    queries = [check_text(query, f"query {i}") for i, query in enumerate(queries)]
+    check_text(passage, "passage")
     instruction = prompts.get("document", "")
     ids, rows, spans = tokenize_passage(embedder.tokenizer, passage, instruction, embedder.template)
     scores = []
@@ -161,4 +234,7 @@ def score_tokens(embedder, queries, passage, window=0, overlap=0, progress=False
             hidden = model(tokens, make_seqs([stop - start], device))  # [window, C]
             inside = torch.from_numpy(rows[(rows >= first) & (rows < last)] - start).to(device)
             scores.append(cosines(vectors, hidden[inside]).cpu())
-    return torch.cat(scores, dim=1).numpy(), spans
+    scores = torch.cat(scores, dim=1)
+    if not scores.isfinite().all():
+        raise ValueError("score_tokens: scores have NaN or infinity")
+    return scores.numpy(), spans

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import print0
 from formats import sentence_transformers as st
 from formats.huggingface import save_pretrained
 from lora import lora_layers, merged_state, save_adapter
 from pooling import groups, pack, pool, splade
-from tokenizer import TEMPLATES, check_tokenizer, tokenize
+from tokenizer import TEMPLATES, check_tokenizer, tokenize, tokenize_llm2vec
 
 POOLINGS = ("mean", "weighted_mean", "last", "cls", "splade", "tokens")
 
@@ -35,8 +36,9 @@ class EmbeddingModel(nn.Module):
     `projection`, an nn.Linear without bias or None.
     prompts: {"query": instruction, "document": instruction, ...}, for evaluations and for
     sentence-transformers; `encode` takes the instruction itself. normalize: to length 1, except
-    with splade. dtype: what evaluation and use compute in (autocast), fp32 or
-    bf16.
+    with splade. dtype: what evaluation and use compute in (autocast), fp32 or bf16.
+    instructions: {data set or task of MTEB: instruction}, for eval_mteb.py. doc_max_length: ids are
+    made by tokenize_llm2vec.
 
     All that has parameters runs in one forward call: DDP(embedder)(*packed).
     """
@@ -44,7 +46,7 @@ class EmbeddingModel(nn.Module):
     def __init__(
         self, model, tokenizer, pooling="mean", template=TEMPLATES["none"], prompts=None,
         normalize=True, max_length=512, pool_instruction=True, projection=None,
-        dtype=torch.float32,
+        dtype=torch.float32, pool_bos=True, doc_max_length=None, instructions=None,
     ):  # fmt: skip
         super().__init__()
         if pooling not in POOLINGS:
@@ -54,12 +56,18 @@ class EmbeddingModel(nn.Module):
         if projection and (pooling != "tokens" or projection.bias is not None):
             raise ValueError("a projection goes with pooling 'tokens', and has no bias")
         check_tokenizer(tokenizer, model.config.vocab_size)
+        if pooling == "last" and not template.suffix:
+            end = tokenizer("a")["input_ids"][-1]
+            if end not in tokenizer.all_special_ids:
+                print0("pooling='last' reads a text's last word: no end token, see the key suffix")
         self.model, self.tokenizer, self.projection = model, tokenizer, projection
         self.pooling, self.template = pooling, template
         self.prompts = prompts or {"query": "", "document": ""}
         self.normalize = normalize and pooling != "splade"
         self.max_length, self.dtype = max_length, dtype
         self.pool_instruction = pool_instruction or pooling == "last"  # the same vector there
+        self.pool_bos, self.doc_max_length = pool_bos, doc_max_length
+        self.instructions = instructions or {}
 
     @property
     def dim(self):
@@ -75,7 +83,11 @@ class EmbeddingModel(nn.Module):
     def tokenize(self, texts, instruction=""):
         """`tokenize` with this embedder's template, length and pooled range."""
         settings = self.template, self.max_length, self.pool_instruction
-        return tokenize(self.tokenizer, texts, instruction, *settings)
+        if self.doc_max_length:
+            return tokenize_llm2vec(
+                self.tokenizer, texts, instruction, *settings, self.doc_max_length
+            )
+        return tokenize(self.tokenizer, texts, instruction, *settings, self.pool_bos)
 
     def forward(self, tokens, seqs, pooled):
         """What `pack` returned -> fp32 [B, dim], with gradients; for "tokens" (vectors [P, dim],
@@ -101,8 +113,10 @@ class EmbeddingModel(nn.Module):
         self.eval()
         # not inference_mode: masks that the model keeps must serve training, too
         with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=half):
-            yield
-        self.train(was_training)
+            try:
+                yield
+            finally:
+                self.train(was_training)
 
     # ---- folders ----
 
@@ -137,3 +151,4 @@ class EmbeddingModel(nn.Module):
         if lora_layers(self.model):
             save_adapter(self.model, f"{folder}/adapter", base, weights, adapters)
             st.write_settings(self, f"{folder}/adapter")  # load asks an adapter how it embeds
+            self.tokenizer.save_pretrained(f"{folder}/adapter")  # it may not be the base's

@@ -4,10 +4,11 @@ Evaluate embedders: MTEB tasks by name, or tasks from your own files. One table,
     python eval_mteb.py --model=out/x --tasks=STSBenchmark,SciFact
     torchrun --standalone --nproc_per_node=8 eval_mteb.py --model=out/x --benchmark="MTEB(eng, v2)"
     python eval_mteb.py --model=out/a,out/b,st:owner/name --local=my_tasks     # needs no network
+    python eval_mteb.py --model=McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-supervised \
+        --benchmark="MTEB(eng, v2)"                           # wrap and instructions are known
     python eval_mteb.py --model=owner/base --adapters="('owner/mntp', 'owner/supervised')" \
-        --attention=bidirectional --benchmark="MTEB(eng, v1)" \
-        --prefix="[INST] " --suffix=" [/INST]" --instructions=task_to_instructions.json \
-        --query_template="{instruction}: "
+        --attention=bidirectional --benchmark="MTEB(eng, v1)" --prefix="[INST] " \
+        --suffix=" [/INST]" --instructions=llm2vec --query_template="{instruction} "
 
 With torchrun, --local needs `--` before eval_mteb.py: torchrun has options of similar names.
 The mteb package scores (Muennighoff et al. 2022, arXiv 2210.07316; Enevoldsen et al. 2025, arXiv
@@ -34,7 +35,6 @@ where weights, template, prompts, data revision and mteb are the very same.
 """
 
 import copy
-import csv
 import hashlib
 import json
 import re
@@ -61,10 +61,11 @@ from mteb.types import PromptType
 
 import common
 from bm25 import BM25, K1, B, stems_of, words_of
-from data import open_pairs, read_jsonl, read_line, read_pair, require
+from data import open_pairs, read_jsonl, read_line, read_pair, require, text_lines
 from embedder import Embedder
-from formats import write_json
+from formats import parse_json, write_json
 from formats.huggingface import resolve_folder
+from formats.llm2vec import TASKS
 from tokenizer import Template, load_tokenizer, tokenize_passage
 
 # ---- defaults ----
@@ -78,6 +79,8 @@ adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into the model,
 attention: str | None = None  # one of causal, bidirectional; None: the model's own
 pooling: str | None = None  # one of mean, weighted_mean, last, cls, splade, tokens; None: its own
 max_length: int | None = None  # >= 1; tokens of a text, template included; None: the model's own
+pool_instruction: bool | None = None  # are its tokens pooled, too? None: the model's own
+merge = True  # False: the last adapter is computed beside the weights, as in LLM2Vec
 similarity: str | None = None  # one of cosine, dot; None: cosine if the model normalizes, else dot
 # tasks: one of these three
 tasks = ""  # names of mteb, separated by commas
@@ -86,12 +89,14 @@ local = ""  # a task's folder, a folder of such, or a .jsonl file of training pa
 languages = ""  # with tasks: only subsets in these, such as "eng,deu"; "": all
 corpus: tuple[str, ...] = ()  # with a local file of pairs: others whose passages are ranked, too
 split = "test"  # with local: which qrels/<split>.tsv, which <split>.jsonl of a classification
-# prompts: "model" for those saved with it, "mteb" for the instructions that mteb's tasks have, or a
-# JSON file {task: instruction}, or {task: {"query": instruction, "document": instruction}}
+# prompts: "model" for those saved with it, "mteb" for the instructions that mteb's tasks have,
+# "llm2vec" for LLM2Vec's, or a JSON file {task: instruction}, or {task: {"query": instruction,
+# "document": instruction}}
 instructions = "model"
 prefix: str | None = None  # the template around every text, such as a chat wrap; \n: new line
-suffix: str | None = None  # None: the model's own. LLM2Vec's folders do not say theirs
-query_template = "{instruction}"  # around an instruction that is not the model's own; \n: new line
+suffix: str | None = None  # None: the model's own
+# around an instruction that is not the model's own, whose separator follows it; \n: new line
+query_template = "{instruction}"
 # device
 device_batch_tokens: int | None = None  # >= 1; of one forward; None: CPU 2,048, GPU 16,384
 dtype = "auto"  # one of auto, bf16, fp32; auto: what the device is good at
@@ -183,32 +188,52 @@ def file_of(folder, stem):
 
 
 def read_rows(path, fields):
-    """The rows of a .jsonl, or of a .tsv with a header, each with these fields {name: kind}.
-    ValueError names file, line and field."""
-    if path.suffix == ".tsv":
-        with open(path, encoding="utf-8", newline="") as f:
-            rows = list(enumerate(csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE), 2))
-    else:
-        rows = list(read_jsonl(str(path)))
-    for line, row in rows:
-        for name, kind in fields.items():
-            if path.suffix == ".tsv" or (name == "label" and type(row.get(name)) is int):
-                with suppress(ValueError, TypeError, KeyError):  # require will say it
-                    row[name] = kind(row[name])
-            require(row, name, kind, str(path), line)
+    """The rows of a .jsonl, or of a .tsv with a header, each with these fields {name: kind}, not
+    empty but for the text of a corpus. ValueError names file, line and field, and an id, or a pair
+    of them, that comes twice."""
+    tsv = path.suffix == ".tsv"
+    rows = list((read_tsv if tsv else read_jsonl)(str(path)))[tsv:]  # without the header
     if not rows:
         raise ValueError(f"{path} has no rows")
+    seen = {}  # ids: their line
+    for line, row in rows:
+        for name, kind in fields.items():
+            if tsv or (name == "label" and type(row.get(name)) is int):
+                with suppress(ValueError, TypeError, KeyError):  # require will say it
+                    row[name] = kind(row[name])
+            filled = path.stem != "corpus" or name != "text"
+            require(row, name, kind, str(path), line, filled)
+        ids = tuple(row[name] for name in fields if name.endswith("id"))
+        if ids and seen.setdefault(ids, line) != line:
+            raise ValueError(f"{path} line {line}: {' '.join(ids)} stands in line {seen[ids]}, too")
     return [row for _, row in rows]
+
+
+def read_tsv(path):
+    """Yield (line number, {column: text}) of a .tsv, the header among them."""
+    header = None
+    for line, text in text_lines(path):
+        cells = text.split("\t")
+        header = header or cells
+        if len(cells) != len(header):
+            problem = f"{len(cells)} columns, the header has {len(header)}"
+            raise ValueError(f"{path} line {line}: {problem}")
+        yield line, dict(zip(header, cells))
 
 
 def read_columns(kind, path, split, fields):
     """The columns of each split; labels as numbers."""
     files = {"train": "train", split: split} if kind == "train" else {split: kind}
     rows = {key: read_rows(file_of(path, stem), fields) for key, stem in files.items()}
-    if "label" in fields:
-        labels = sorted({row["label"] for part in rows.values() for row in part})
-        if kind == "pairs" and labels != [0, 1]:
-            raise ValueError(f"{file_of(path, kind)}: labels are 0 and 1, and both must occur")
+    gold = list(fields)[-1]  # label or score
+    labels = sorted({row[gold] for row in next(iter(rows.values()))})
+    if kind == "pairs" and labels != [0, 1]:
+        raise ValueError(f"{file_of(path, kind)}: labels are 0 and 1, and both must occur")
+    if len(labels) < 2:
+        raise ValueError(f"{file_of(path, kind)}: field '{gold}' is {labels[0]!r} in every line")
+    if gold == "label":
+        if extra := {row["label"] for row in rows[split]}.difference(labels):
+            raise ValueError(f"{file_of(path, split)}: label {min(extra)!r} is not in train")
         for row in sum(rows.values(), []):
             row["label"] = labels.index(row["label"])
     return {
@@ -260,7 +285,17 @@ def read_beir(path, split, fields):
         for field, texts in (("query-id", queries), ("corpus-id", corpus)):
             if row[field] not in texts:
                 raise ValueError(f"{qrels}: there is no text for {field} {row[field]!r}")
+        if row["score"] < 0:
+            raise ValueError(f"{qrels}: score {row['score']} of {row['query-id']!r}, expected 0..")
         relevant.setdefault(row["query-id"], {})[row["corpus-id"]] = row["score"]
+    relevant = {query: grades for query, grades in relevant.items() if any(grades.values())}
+    if not relevant:
+        raise ValueError(f"{qrels}: no query has a passage with a score above 0")
+    empty = sum(not text.strip() for text in corpus.values())
+    common.print0(
+        f"{path}: {len(relevant):,} of {len(queries):,} queries have a passage with a score above "
+        f"0, the others are left out; {empty:,} of {len(corpus):,} passages are empty"
+    )
     return corpus, queries, relevant
 
 
@@ -282,14 +317,21 @@ def number_texts(lines):
 
 def task_prompts(tasks, instructions, template, saved):
     """-> {task: {"query": prompt, "document": prompt}}. saved: the model's prompts, under "query"
-    and "document", or the name or type of a task. SystemExit where a file lacks a task."""
-    file, prompts, missing = {}, {}, []
+    and "document", or the name or type of a task; hotpot_qa is HotpotQA. Prints which tasks go
+    without an instruction though the model has some. SystemExit where a file lacks a task."""
+
+    def plain(name):
+        return re.sub(r"[\W_]", "", name).lower()
+
+    file, prompts, missing, by_name = {}, {}, [], {plain(name): x for name, x in saved.items()}
     if instructions not in ("model", "mteb"):
-        file = json.loads(Path(instructions).read_text("utf-8"))
+        path = TASKS if instructions == "llm2vec" else Path(instructions)
+        file = parse_json(path.read_bytes(), path)
     for whole, part in [(t, part) for t in tasks for part in parts(t)]:
         name, kind = part.metadata.name, part.metadata.type
         if instructions == "model":
-            given = saved.get(name, saved.get(kind, saved.get("query", "")))
+            names = (plain(x) for x in (name, whole.metadata.name, kind, "query"))
+            given = next((by_name[x] for x in names if x in by_name), "")
         elif instructions == "mteb":
             given = part.metadata.prompt or part.abstask_prompt
         elif (given := file.get(name, file.get(whole.metadata.name))) is None:
@@ -298,6 +340,12 @@ def task_prompts(tasks, instructions, template, saved):
         prompts[name] = {"query": "", "document": saved.get("document", "")} | given
         if instructions != "model" and (text := prompts[name]["query"]):
             prompts[name]["query"] = template.replace("\\n", "\n").replace("{instruction}", text)
+    bare = [name for name, given in prompts.items() if not given["query"]]
+    known = [name for name, text in saved.items() if text and name != "document"]
+    if instructions == "model" and known and bare:
+        some = ", ".join(known[:3]) + ", .." * (len(known) > 3)
+        common.print0(f"the model was trained with instructions ({some}) and has none for "
+                      f"{', '.join(bare)}: see --instructions")  # fmt: skip
     if missing:
         raise SystemExit(f'{instructions} has no line for {", ".join(missing)}; "" is for none')
     return prompts
@@ -402,7 +450,7 @@ def load_encoder(name, s, device):
         if s.max_length:
             e.max_seq_length = s.max_length
         scores, dim = s.similarity or e.similarity_fn_name, e.get_embedding_dimension()
-        settings = e, e.max_seq_length, sorted(e.tokenizer.get_vocab().items())
+        settings, saved = (e, e.max_seq_length, sorted(e.tokenizer.get_vocab().items())), e.prompts
 
         def embed(texts, prompt):
             return e.encode(texts, prompt=prompt, show_progress_bar=bar)
@@ -414,18 +462,19 @@ def load_encoder(name, s, device):
         adapters = s.adapters if name == s.model else ()
         e = Embedder.load(
             name, adapters, device, s.dtype, s.attention, pooling=s.pooling, template=template,
-            max_length=s.max_length,
+            max_length=s.max_length, pool_instruction=s.pool_instruction, merge=s.merge,
         )  # fmt: skip
-        name, dim = "+".join([name, *adapters]), e.dim
+        name, dim, saved = "+".join([name, *adapters]), e.dim, e.instructions | e.prompts
         scores = s.similarity or ("cosine" if e.normalize else "dot")
         scores = "MaxSim" if e.pooling == "tokens" else scores
         settings = (e.model.config, e.pooling, e.template, e.normalize, e.max_length, e.dtype,
-                    e.pool_instruction, e.tokenizer.backend_tokenizer.to_str())  # fmt: skip
+                    e.pool_instruction, e.pool_bos, e.doc_max_length,
+                    e.tokenizer.backend_tokenizer.to_str())  # fmt: skip
 
         def embed(texts, prompt):
             return e.encode(texts, prompt, s.device_batch_tokens, progress=bar)
 
-    return Encoder(name, embed, scores, e.prompts, dim, fingerprint(e, settings, scores))
+    return Encoder(name, embed, scores, saved, dim, fingerprint(e, settings, scores))
 
 
 # ---- evaluation ----

@@ -11,9 +11,9 @@ import math
 
 import numpy as np
 
-from data import open_pairs, read_jsonl, read_pair, require
+from data import open_pairs, read_jsonl, read_pair, require, text_lines
 from metrics import ndcg
-from tokenizer import whole_backend
+from tokenizer import whole_backend, without_middle
 
 
 def read_examples(path, s, n_lines=0):
@@ -26,8 +26,13 @@ def read_examples(path, s, n_lines=0):
     examples = [e for e in examples if e["lines"][0] <= (n_lines or math.inf)]
     if not examples:
         raise ValueError(f"{path}, {n_lines or 'all'} lines: there is no example in them")
+    found = {label for e in examples for label in labels_of(e)}
+    if len(found) < 2 and not s.labels:
+        raise ValueError(f"{path}: every label is {found.pop()!r}, expected two or more")
     if s.loss_kind == "softmax" and not s.labels:
         s.labels = label_set(examples)
+    if len(set(s.labels)) < len(s.labels) or "" in s.labels:
+        raise ValueError(f"label_names={s.labels}: expected different names, none empty")
     number = {name: i for i, name in enumerate(s.labels)}
     for example in examples:
         labels = labels_of(example)
@@ -42,15 +47,17 @@ def read_examples(path, s, n_lines=0):
 def read_columns(path):
     """Yield each sentence of a CoNLL file, a list of (line number, columns) of its words: a word a
     line, columns apart by spaces or tabs, an empty line or a -DOCSTART- after each sentence."""
-    words = []
-    with open(path, encoding="utf-8") as f:
-        for line, text in enumerate([*f, ""], 1):
-            columns = text.rstrip("\r\n").split("\t") if "\t" in text else text.split()
-            if columns and columns[0] != "-DOCSTART-":
-                words.append((line, columns))
-            elif words:
-                yield words
-                words = []
+    words, before = [], 0
+    for line, text in text_lines(path):
+        columns = text.split("\t") if "\t" in text else text.split()
+        if words and (line > before + 1 or columns[0] == "-DOCSTART-"):
+            yield words
+            words = []
+        if columns[0] != "-DOCSTART-":
+            words.append((line, columns))
+        before = line
+    if words:
+        yield words
 
 
 def read_words(path, field, column):
@@ -61,16 +68,21 @@ def read_words(path, field, column):
     examples = []
     if path.endswith((".jsonl", ".jsonl.gz")):
         for line, record in read_jsonl(path):
-            words, labels = (require(record, key, [str], path, line) for key in ("words", field))
-            if not words or len(words) != len(labels):
+            words = require(record, "words", [str], path, line)
+            labels = require(record, field, [str], path, line, filled=True)
+            if len(words) != len(labels):
                 found = f"{len(words)} words and {len(labels)} in '{field}'"
                 raise ValueError(f"{path} line {line}: {found}, expected as many, at least one")
             examples.append({"words": words, "labels": labels, "lines": [line] * len(words)})
         return examples
+    width = 0
     for sentence in read_columns(path):
         for line, row in sentence:
-            if not -len(row) < column < len(row):
-                raise ValueError(f"{path} line {line}: {len(row)} columns, no label in {column}")
+            width = width or len(row)
+            if len(row) != width:
+                raise ValueError(f"{path} line {line}: {len(row)} columns, the first has {width}")
+            if column == 0 or not -width < column < width or not row[column].strip():
+                raise ValueError(f"{path} line {line}: {width} columns, no label in {column}")
         lines, rows = zip(*sentence)
         words, labels = ([row[i] for row in rows] for i in (0, column))
         examples.append({"words": words, "labels": labels, "lines": list(lines)})
@@ -92,16 +104,16 @@ def read_texts(path, kind):
                 for text in pair[side]:
                     examples.append({"text": query, "pair": text, "label": label, "lines": [line]})
         return examples
-    low, high = (0, 1) if kind == "bce" else (-3e38, 3e38)  # what fp32 holds
     for line, record in read_jsonl(path):
-        text, pair = require(record, "text", str, path, line), record.get("text_pair")
+        text = require(record, "text", str, path, line, filled=True)
+        pair = record.get("text_pair")
         if pair is not None:
-            require(record, "text_pair", str, path, line)
+            require(record, "text_pair", str, path, line, filled=True)
         type_ = float if kind != "softmax" else int if type(record.get("label")) is int else str
-        label = require(record, "label", type_, path, line)
+        label = require(record, "label", type_, path, line, filled=True)
         label = str(label) if kind == "softmax" else float(label)
-        if kind != "softmax" and not low <= label <= high:
-            raise ValueError(f"{path} line {line}: label {label}: expected {low} to {high}")
+        if kind == "bce" and not 0 <= label <= 1:
+            raise ValueError(f"{path} line {line}: label {label}: expected 0 to 1")
         examples.append({"text": text, "pair": pair, "label": label, "lines": [line]})
     return examples
 
@@ -112,7 +124,8 @@ def join_texts(examples, tokenizer, s):
     backend, joined = whole_backend(tokenizer), []
     room = s.max_length - len(backend.encode(s.prefix + s.separator + s.suffix))
     for example in examples:
-        text, pair = example["text"], example["pair"]
+        both = example["text"], example["pair"]
+        text, pair = (x and without_middle(backend, x, s.max_length) for x in both)
         if pair is not None:
             first, second = (backend.encode(x, add_special_tokens=False) for x in (text, pair))
             keep = max(room - len(second), room // 2)

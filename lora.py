@@ -175,7 +175,8 @@ def load_adapter(model, folder, trainable=False):
     """Puts the adapter of a PEFT folder (or hub id) on the model: ours, peft's or LLM2Vec's.
 
     trainable: what trained before trains on, in fp32; otherwise everything is frozen. An embedding
-    with more rows than the model's resizes it, a head that differs from its embedding unties it.
+    with more rows than the model's resizes it, a head that differs from its embedding unties it,
+    and where the adapter was trained on the first layers alone (n_layer) the others are dropped.
     Raises ValueError for a kind of adapter that is not supported (DoRA, trained biases, ...), and
     for missing, unexpected or misshapen tensors, by name.
     """
@@ -186,6 +187,7 @@ def load_adapter(model, folder, trainable=False):
     if wanted not in (None, present):
         problem = f"belongs to a {wanted} model, this one is {present}"
         raise ValueError(f"{folder} {problem}: load the base with attention={wanted!r}")
+    model.keep_layers(peft.n_layer_of(folder) or c.n_layer)
     # lm_head is no layer for LoRA: the model reads its matrix and never calls it
     modules = model.named_modules()
     linear = {n: m for n, m in modules if isinstance(m, nn.Linear) and n != "lm_head"}
@@ -216,15 +218,19 @@ def load_adapter(model, folder, trainable=False):
     model.trained_along = [name for name in parameters if name in along]
 
 
-def load_merged(base, adapters=(), attention=None, dtype=torch.float32, rope_theta=None):
+def load_merged(
+    base, adapters=(), attention=None, dtype=torch.float32, rope_theta=None, n_layer=None
+):
     """`from_pretrained`, with adapters merged into it in this order: added in fp32, and the result
-    rounded once to dtype. attention: None asks what stands beside the adapters, then the base."""
-    attention = attention or next(filter(None, map(peft.attention_of, adapters)), None)
+    rounded once to dtype. attention: None asks what stands beside the adapters, then the base.
+    n_layer: only the first n layers of the result."""
+    attention = attention or peft.attention_of_chain(base, adapters)
     first = torch.float32 if adapters else dtype
     model = from_pretrained(base, attention, rope_theta=rope_theta, dtype=first)
     for adapter in adapters:
         load_adapter(model, adapter)
         merge(model)
+    model.keep_layers(n_layer or model.config.n_layer)
     if adapters and dtype != torch.float32:
         model.stream_dtype = dtype
         model.to(dtype)
@@ -255,9 +261,12 @@ def load_for_training(s, last=None, attention=None, rope_theta=None):
     else:
         base, *adapters = peft.pinned_chain(s.init_from)
         adapters += map(pinned, getattr(s, "adapters", ()))
+    if attention == "encoder" and (s.lora_rank or adapters):
+        attention = "bidirectional"  # an adapter fits the folder of its base
     frozen = s.lora_rank or getattr(s, "freeze_backbone", False)
     dtype = s.compute_dtype if frozen else torch.float32  # what trains is fp32
-    model = load_merged(base, adapters, attention, dtype, rope_theta)
+    n_layer = getattr(s, "n_layer", None)
+    model = load_merged(base, adapters, attention, dtype, rope_theta, n_layer)
     positions, wanted = model.config.max_seq_len, getattr(s, "max_seq_len", None) or 0
     if wanted > positions:
         print0(f"{base} was made for {positions:,} positions, this run trains {wanted:,}")

@@ -4,8 +4,8 @@ One transformer for encoders and decoders, over packed rows.
 A batch is one flat row of tokens, all texts end to end, and `Seqs` (see attention.py), which says
 where each text begins. There is no padding and no mask tensor: `causal`, and for each layer
 `window = (left, right)`, the tokens that it sees on each side (-1: all), give the mask of each
-family. Llama, Mistral, Qwen2, Qwen3, ModernBERT, ModernBERT-decoder and NeoBERT differ in
-`ModelConfig` only.
+family. Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 3, ModernBERT, ModernBERT-decoder and NeoBERT
+differ in `ModelConfig` only.
 
 Shapes: B texts, T tokens of the packed row, C n_embd, H heads, D head_dim, V vocabulary,
 L tokens whose logits are asked for, A tokens whose embedding is replaced.
@@ -27,17 +27,19 @@ from attention import attention, choose_backend, rope_frequencies, rotate
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm in fp32; the result has the type of x."""
+    """RMSNorm or LayerNorm in fp32; the result has the type of x. "rms_plus_one" is Gemma's: it
+    multiplies by 1 + weight."""
 
     def __init__(self, n, kind, eps, bias=False):
         super().__init__()
         self.kind, self.eps = kind, eps
-        self.weight = nn.Parameter(torch.ones(n))
+        self.weight = nn.Parameter(torch.ones(n) if kind != "rms_plus_one" else torch.zeros(n))
         self.bias = nn.Parameter(torch.zeros(n)) if bias else None
 
     def forward(self, x):
-        inputs = x.float(), self.weight.shape, self.weight.float()
-        if self.kind == "rms":
+        weight = self.weight.float()
+        inputs = x.float(), weight.shape, weight + 1 if self.kind == "rms_plus_one" else weight
+        if self.kind != "layer":
             return F.rms_norm(*inputs, self.eps).to(x.dtype)
         bias = None if self.bias is None else self.bias.float()
         return F.layer_norm(*inputs, bias, self.eps).to(x.dtype)
@@ -64,8 +66,8 @@ class Attention(nn.Module):
             self.q_proj, self.k_proj, self.v_proj = linear(n_q), linear(n_kv), linear(n_kv)
         self.o_proj = nn.Linear(n_q, c.n_embd, bias=c.out_bias)
         if c.qk_norm:
-            self.q_norm = Norm(c.head_dim, "rms", c.norm_eps)
-            self.k_norm = Norm(c.head_dim, "rms", c.norm_eps)
+            self.q_norm = Norm(c.head_dim, c.norm, c.norm_eps)
+            self.k_norm = Norm(c.head_dim, c.norm, c.norm_eps)
 
     def forward(self, x, rope, seqs, backend):  # x [T, C]
         c = self.config
@@ -79,6 +81,8 @@ class Attention(nn.Module):
             )
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if c.query_pre_attn_scalar != c.head_dim:  # attention divides by the root of head_dim
+            q = q * math.sqrt(c.head_dim / c.query_pre_attn_scalar)
         cos, sin = rope[self.kind]
         q, k = rotate(q, cos, sin, c.rope_pairs), rotate(k, cos, sin, c.rope_pairs)
         dropout_p = self.attn_dropout if self.training else 0.0
@@ -87,13 +91,20 @@ class Attention(nn.Module):
         return F.dropout(y, self.out_dropout, self.training)
 
 
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
 class MLP(nn.Module):
     """down(act(gate(x)) * up(x))"""
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.act = {"silu": F.silu, "gelu": F.gelu}[c.activation]
+        self.act = ACTIVATIONS[c.activation]
         linear = partial(nn.Linear, c.n_embd, bias=c.mlp_bias)
         if c.fused_mlp:
             self.gate_up_proj = linear(2 * c.n_hidden)
@@ -110,7 +121,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))"""
+    """x + attention(norm(x)), then x + mlp(norm(x)); Gemma 3 norms what is added, too."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -119,10 +130,13 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp_norm = hidden_norm(config)
         self.mlp = MLP(config)
+        self.attn_post_norm = hidden_norm(config) if config.post_norm else nn.Identity()
+        self.mlp_post_norm = hidden_norm(config) if config.post_norm else nn.Identity()
 
     def forward(self, x, rope, seqs, backend):
-        x = x + self.attn(to_compute(self.attn_norm(x)), rope, seqs, backend)
-        return x + self.mlp(to_compute(self.mlp_norm(x)))
+        y = self.attn(to_compute(self.attn_norm(x)), rope, seqs, backend)
+        x = x + self.attn_post_norm(y)
+        return x + self.mlp_post_norm(self.mlp(to_compute(self.mlp_norm(x))))
 
 
 class Head(nn.Module):
@@ -173,6 +187,8 @@ class Transformer(nn.Module):
         vectors [A, C] replace the token embeddings at the indices `at` [A] int64; gradients flow
         into them (used by train_reconstruct.py)."""
         x = self.embed(tokens)  # [T, C]
+        if self.config.embed_scale:  # rounded to the weights' type, as Gemma was trained
+            x = x * torch.tensor(math.sqrt(x.size(-1)), dtype=x.dtype)
         if vectors is not None:
             x = x.index_copy(0, at, vectors.to(x.dtype))
         # stream_dtype keeps a frozen bf16 model in bf16 even if its embedding trains in fp32
@@ -246,6 +262,14 @@ class Transformer(nn.Module):
             self.config.head, self.head = "none", None
             del self.lm_head
 
+    def keep_layers(self, n_layer):
+        """Drops all but the first n_layer blocks; what follows them stays."""
+        c = self.config
+        if not 1 <= n_layer <= c.n_layer:
+            raise ValueError(f"n_layer={n_layer}: the model has {c.n_layer} layers")
+        self.blocks, c.n_layer = self.blocks[:n_layer], n_layer
+        c.layer_kinds = c.layer_kinds[:n_layer]
+
     @torch.no_grad()
     def resize_vocab(self, vocab_size):
         """More rows for new tokens, each the mean of the old ones; the head's too."""
@@ -298,17 +322,20 @@ class ModelConfig:
     window: int = 0  # tokens a local layer sees: on each side, or if causal, itself included
     rope: dict = None  # {"global": {"theta", "scaling"}, "local": ...}; None: theta 10,000
     rope_pairs: str = "half"  # or "adjacent"
-    norm: str = "rms"  # or "layer"
+    norm: str = "rms"  # "layer", or "rms_plus_one": times 1 + weight (Gemma)
     norm_eps: float = 1e-5
     norm_bias: bool = False
+    post_norm: bool = False  # a norm behind attention and MLP, before they are added (Gemma 3)
+    embed_scale: bool = False  # the embedding times sqrt(n_embd) (Gemma)
     embed_norm: bool = False  # a norm behind the embedding; block 0 then has none before attention
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each head's q and k
+    query_pre_attn_scalar: float = 0  # scores are q k^T / sqrt(this); 0: head_dim
     fused_qkv: bool = False  # q, k and v as one matrix
     fused_mlp: bool = False  # gate and up as one matrix
-    activation: str = "silu"  # of the gate; or "gelu"
+    activation: str = "silu"  # of the gate: a key of ACTIVATIONS
     head: str = "linear"  # "dense": dense -> gelu -> norm -> linear (ModernBERT); "none": no head
     head_bias: bool = False
     head_dense_bias: bool = False
@@ -321,10 +348,12 @@ class ModelConfig:
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.query_pre_attn_scalar = self.query_pre_attn_scalar or self.head_dim
         self.layer_kinds = self.layer_kinds or ["global"] * self.n_layer
         kinds = set(self.layer_kinds)
         # config.json of these families has no field that says which layers are local
-        no_key = self.family in ("llama", "neobert") or self.family == "mistral" and len(kinds) == 2
+        no_key = self.family in ("llama", "gemma", "neobert")
+        no_key = no_key or self.family == "mistral" and len(kinds) == 2
         if "local" in kinds and (self.window < 1 or no_key):
             raise ValueError(f"a {self.family} cannot have local layers {kinds} of {self.window}")
         if self.family == "modernbert" and self.causal:  # transformers has its decoder apart
@@ -346,6 +375,8 @@ class ModelConfig:
 
 # What a family is where config.json says nothing, as in transformers: the rest is as above.
 _LLAMA = dict(max_seq_len=8192, norm_eps=1e-6, tied=False)
+_GEMMA = _LLAMA | dict(
+    head_dim=256, norm="rms_plus_one", embed_scale=True, activation="gelu_pytorch_tanh", tied=True)
 _MODERNBERT = dict(
     max_seq_len=8192, norm="layer", embed_norm=True, fused_mlp=True, activation="gelu",
     head="dense", head_bias=True, init="megatron",
@@ -355,6 +386,9 @@ DEFAULTS = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA | dict(qkv_bias=True),
     "qwen3": _LLAMA | dict(qk_norm=True),
+    "gemma": _GEMMA,
+    "gemma3_text": _GEMMA | dict(
+        max_seq_len=131072, qk_norm=True, post_norm=True, query_pre_attn_scalar=256),
     "modernbert": _MODERNBERT | dict(causal=False, fused_qkv=True),
     "modernbert-decoder": _MODERNBERT,
     "neobert": _LLAMA | dict(
@@ -382,7 +416,8 @@ SIZES = {
     "ettin-400m": _ettin(28, 1024, 2624, 16),
     "ettin-1b": _ettin(28, 1792, 3840, 28),
     "neobert-250m": DEFAULTS["neobert"] | dict(
-        family="neobert", vocab_size=30522, n_layer=28, n_head=12, n_embd=768, n_hidden=2048),
+        family="neobert", vocab_size=30522, n_layer=28, n_head=12, n_embd=768, n_hidden=2048,
+        norm_eps=1e-5),
     # small shapes for teaching
     "modernbert-tiny": _ettin(6, 256, 384, 4) | dict(vocab_size=8192, max_seq_len=512),
     "llama-tiny": _TINY | dict(family="llama", n_hidden=688),
@@ -402,13 +437,14 @@ def from_scratch(size, **changes):
     model = Transformer(c)
     for name, p in model.named_parameters():
         if p.dim() == 1:
-            p.fill_(0.0 if name.endswith("bias") else 1.0)  # norms are 1
+            if name.endswith("bias"):  # the weights of norms are as Norm makes them
+                p.zero_()
         elif c.init == "uniform":
             p.uniform_(-0.02, 0.02)
         elif c.init == "normal":
             p.normal_(0.0, 0.02)
         else:
-            out = name.endswith(("o_proj.weight", "down_proj.weight", "head.dense.weight"))
+            out = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 0.02 / math.sqrt(2 * c.n_layer) if out else 0.02
             nn.init.trunc_normal_(p, 0.0, std, -2 * std, 2 * std)
     return model

@@ -73,15 +73,16 @@ def learning_rate_at(step, s):
 # ---- optimizers ----
 
 
-def make_optimizers(model, s, kind="adamw", zero1=False):
+def make_optimizers(model, s, kind="adamw", zero1=False, decay_all=False):
     """A list: AdamW or StableAdamW, or Muon for the blocks' matrices and AdamW for the rest. Weight
-    decay is of tensors with two dimensions or more. zero1: the state is shared over the ranks."""
+    decay is of tensors with two dimensions or more, or with decay_all of norms and biases, too.
+    zero1: the state is shared over the ranks."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = {n: p for n, p in named if kind == "muon" and p.ndim == 2 and "blocks." in n}
     rest = [p for n, p in named if n not in matrices]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": s.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": s.weight_decay * decay_all},
     ]
     groups = [group for group in groups if group["params"]]
     settings = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "eps": s.adam_eps}

@@ -2,6 +2,10 @@
 The pairs of a contrastive batch: which are drawn, who is whose among their texts, and their ids.
 """
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -55,16 +59,29 @@ def pairs_of_step(files, step, choices, s):
     pairs = []
     for epoch, line in lines:
         rng = np.random.default_rng((s.seed, which, epoch, line))
-        pairs.append(sample_pair(files[which], line, s.group_size, rng))
+        pairs.append(sample_pair(files[which], line, s.group_size, rng, s.crop))
     if s.no_duplicates:
         rng = np.random.default_rng((s.seed, step))
-        pairs = without_duplicates(pairs, files[which], s.group_size, rng)
+        pairs = without_duplicates(pairs, files[which], s.group_size, rng, s.crop)
     return pairs, which
 
 
-def sample_pair(file, line, group_size, rng):
-    """One line with one of its positives and up to group_size - 1 of its negatives, drawn."""
+def random_crop(text, share, rng):
+    """A run of this share of the text's words, one at least, that begins anywhere."""
+    words = [word.span() for word in re.finditer(r"\S+", text)]
+    if not words:
+        return text
+    n = max(1, round(share * len(words)))
+    first = rng.integers(len(words) - n + 1)
+    return text[words[first][0] : words[first + n - 1][1]]
+
+
+def sample_pair(file, line, group_size, rng, crop=0.0):
+    """One line with one of its positives and up to group_size - 1 of its negatives, drawn. crop: a
+    text that is its own positive gives two crops of itself."""
     pair = read_pair(file, line)
+    if crop and pair["pos"] == [pair["query"]]:
+        pair["query"], *pair["pos"] = (random_crop(pair["query"], crop, rng) for _ in range(2))
     positive = rng.integers(len(pair["pos"]))
     n_neg = min(group_size - 1, len(pair["neg"]))
     negatives = sorted(rng.choice(len(pair["neg"]), n_neg, replace=False)) if n_neg else []
@@ -76,14 +93,14 @@ def sample_pair(file, line, group_size, rng):
             "prompt": pair["prompt"]}  # fmt: skip
 
 
-def without_duplicates(pairs, file, group_size, rng):
+def without_duplicates(pairs, file, group_size, rng, crop=0.0):
     """A pair that shares a text with an earlier one gives way to a drawn one, in up to 20 tries."""
     seen, out = set(), []
     for pair in pairs:
         for _ in range(20):
             if not seen & {pair["query"], *pair["passages"]}:
                 break
-            pair = sample_pair(file, rng.integers(len(file)), group_size, rng)
+            pair = sample_pair(file, rng.integers(len(file)), group_size, rng, crop)
         seen |= {pair["query"], *pair["passages"]}
         out.append(pair)
     return out
@@ -117,18 +134,36 @@ def layout(pairs):
 
 def encode(texts, prompts, max_length, tokenizer, s):
     """`tokenize` as the settings say; prompts: the instruction of each text."""
-    return tokenize(tokenizer, texts, prompts, s.template, max_length, s.pool_instruction)
+    pooled = s.pool_instruction, s.pool_bos
+    return tokenize(tokenizer, texts, prompts, s.template, max_length, *pooled)
+
+
+def prompts_of(pairs, instruction, s):
+    """The instruction of each query: its line's own prompt, or else the one given."""
+    own = [None if s.ignore_prompts else pair["prompt"] for pair in pairs]
+    return [instruction if prompt is None else prompt for prompt in own]
 
 
 def encode_pairs(pairs, which, tokenizer, s):
     """-> what `tokenize` gives for the queries of these pairs, then for their passages. A line's
     own prompt goes before the query_instruction of its file."""
     ask, answer = (x[min(which, len(x) - 1)] for x in (s.query_instruction, s.passage_instruction))
-    prompts = [ask if pair["prompt"] is None else pair["prompt"] for pair in pairs]
+    prompts = prompts_of(pairs, ask, s)
     queries = [pair["query"] for pair in pairs]
     passages = [text for pair in pairs for text in pair["passages"]]
     return [*encode(queries, prompts, s.query_max_length, tokenizer, s),
             *encode(passages, answer, s.passage_max_length, tokenizer, s)]  # fmt: skip
+
+
+def instructions_of(files, s):
+    """{data file: its queries' instruction, by its first line; task: instruction} that evaluation
+    finds with the model."""
+    found = json.loads(Path(s.task_instructions).read_text("utf-8")) if s.task_instructions else {}
+    for i, file in enumerate(files):
+        ask = s.query_instruction[min(i, len(s.query_instruction) - 1)]
+        if text := prompts_of([read_pair(file, 0)], ask, s)[0]:
+            found[Path(file.path).stem] = text
+    return found
 
 
 def show_pairs(pairs, which, tokenizer, s):

@@ -19,7 +19,7 @@ from attention import Seqs, make_seqs
 from common import all_reduce_max
 from order import permuted
 from pooling import groups
-from spans import covered, gold_tokens, read_spans, speller
+from spans import covered, gold_tokens, join_spans, read_spans, speller
 from token_scores import windows_of
 from tokenizer import tokenize, tokenize_passage
 
@@ -188,7 +188,10 @@ def show_lines(lines, file, tokenizer, s):
         n_spans, n_gold = len(record["spans"]), len(p.gold)
         print(f"--- {record['where']}: {len(p.spans)} tokens of the passage, {n_gold} gold, "
               f"{n_spans - p.lost[1]} of {n_spans} spans")  # fmt: skip
-        gold = covered(p.spans[p.gold.numpy()], p.spans[:, 1].max())  # [characters]
+        spans = p.spans[p.gold.numpy()].tolist()
+        words = (record["passage"][a:b].strip() for a, b in join_spans(spans))
+        print("--- gold:", " | ".join(words))
+        gold = covered(spans, p.spans[:, 1].max())  # [characters]
         for is_gold, group in itertools.groupby(zip(gold, record["passage"]), lambda pair: pair[0]):
             part = "".join(character for _, character in group)
             print(f"\033[7m{part}\033[0m" if is_gold else part, end="")

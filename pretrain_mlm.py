@@ -14,7 +14,6 @@ document sees another. NeoBERT (arXiv 2502.19587), Ettin (arXiv 2507.11412), Mod
 """
 
 import math
-import os
 import time
 
 import numpy as np
@@ -29,8 +28,8 @@ from common import prefetch, print0
 from formats.huggingface import save_pretrained
 from model import from_scratch
 from order import rows_of_step
-from tokenizer import check_tokenizer, load_tokenizer
-from tokens import open_tokens
+from tokenizer import check_tokenizer
+from tokens import open_tokens, tokenizer_of
 
 # ---- defaults ----
 out_dir = "out/mlm"  # like .+
@@ -40,6 +39,7 @@ model_size = "modernbert-tiny"  # from scratch: a name in model.SIZES
 vocab_size: int | None = None  # >= 1; from scratch: None is the size's own, rows of the embedding
 max_seq_len = 512  # >= 1; tokens of a row, and the positions the model is trained for
 rope_theta: float | None = None  # > 0; None: the model's own; for training at a longer context
+local_rope_theta: float | None = None  # > 0; of local layers; None: they have rope_theta, too
 attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
 attn_dropout: float | None = None  # >= 0 and < 1; of attention probabilities; None: the model's own
 out_dropout: float | None = None  # >= 0 and < 1; of the attention block's output; None: model's own
@@ -66,7 +66,8 @@ stop_step: int | None = None  # >= 1; ends the run before its horizon
 optimizer = "adamw"  # one of adamw, stable_adamw, muon; muon: AdamW for all but matrices
 learning_rate = 1e-3  # >= 0
 min_lr = 0.0  # >= 0
-weight_decay = 0.01  # >= 0; of tensors with two dimensions or more
+weight_decay = 0.01  # >= 0
+decay_all = False  # decays norms and biases, too; else tensors with two dimensions or more
 beta1 = 0.9  # >= 0 and < 1
 beta2 = 0.98  # >= 0 and < 1
 adam_eps = 1e-6  # > 0
@@ -82,12 +83,14 @@ decay_ratio: float | None = None  # >= 0 and <= 1; None: wsd 10 %, others all af
 # evaluation and checkpoints
 eval_interval = 250  # >= 0; steps; 0: never
 eval_tokens = 262144  # >= 1; of val.bin, from its start, with the same masks every time
+eval_mask_prob: float | None = None  # > 0 and <= 1; for phases with other ones; None: mask_prob
 log_interval = 10  # >= 1
 save_interval = 1000  # >= 1; steps; the last step is always saved
 checkpoint_prefix = "step"  # like [A-Za-z0-9_-]+; out_dir/step1000. Ettin's phases: ext, decay
 keep_last = 2  # >= 0; checkpoints that can be resumed; 0: all
 keep_models = False  # True: of older ones the model stays, without the optimizer's state
 keep_best = False  # True: the one with the lowest eval loss stays too
+patience = 0  # >= 0; evaluations without a lower loss that end the run; 0: any number
 resume = False
 force_resume = False  # with other data, batch, LoRA, .. than the run began with
 tracker = ""  # one of "", wandb, tensorboard
@@ -164,7 +167,7 @@ if __name__ == "__main__":
 
     # ---- data ----
     train = open_tokens(s.data, "train")
-    tokenizer = load_tokenizer(os.path.join(s.data, "tokenizer"))
+    tokenizer = tokenizer_of(s.data)
     token_rows.set_rows(train, s)
     optim.set_lengths(s, s.n_rows * s.max_seq_len, s.batch_tokens)
     s.mask_id = train.meta["mask_id"]
@@ -182,7 +185,7 @@ if __name__ == "__main__":
 
     # ---- model (+ LoRA) ----
     last = checkpoint.find(s)
-    attention = "causal" if s.objective == "clm" else "bidirectional"
+    attention = "causal" if s.objective == "clm" else "encoder"
     if s.init_from == "scratch" and not last:
         model = fresh_model(s)
     else:
@@ -192,6 +195,8 @@ if __name__ == "__main__":
     specials = [f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep", "mask")]
     # what a base's config.json says stays: Llama 3 has several EOS
     model.config.hf = {key: getattr(tokenizer, key) for key in specials} | model.config.hf
+    if s.local_rope_theta:
+        model.config.rope["local"] = {"theta": s.local_rope_theta, "scaling": None}
     lora.add_lora(model, s, last)
     common.place(model, s)
     print0(f"{model.describe()}, {s.compute_dtype} on {s.device}")
@@ -199,7 +204,7 @@ if __name__ == "__main__":
     # ---- compile, FSDP/DDP, optimizer, resume ----
     wrapped = common.wrap(model, model.blocks, s)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizers = optim.make_optimizers(model, s, s.optimizer, s.zero1)
+    optimizers = optim.make_optimizers(model, s, s.optimizer, s.zero1, s.decay_all)
     step, best = checkpoint.load_state(last, optimizers)
 
     def save():
@@ -272,11 +277,13 @@ if __name__ == "__main__":
                 line["mfu"] = line["tok_s"] * flops_per_token / (peak * s.world_size)
             log(step, line)
         if val and (step % s.eval_interval == 0 or last_step):
-            found = token_rows.evaluate(wrapped, val, eval_rows, corrupt, s)
+            found = token_rows.evaluate(wrapped, val, eval_rows, corrupt, s, s.eval_mask_prob)
             found["ppl"] = math.exp(min(found["loss"], 100))
             log(step, {f"eval_{name}": x for name, x in found.items()})
             if improved := found["loss"] < best["loss"]:
                 best = {"loss": found["loss"], "folder": f"{s.checkpoint_prefix}{step}"}
+            elif checkpoint.is_patience_over(s, step, best):
+                s.stop_step, last_step = step, True
         if step % s.save_interval == 0 or last_step or (improved and s.keep_best):
             save()
 

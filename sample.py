@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 import common
 from attention import make_seqs
-from data import open_pairs, read_pair
+from data import open_pairs, read_pair, text_lines
 from embedder import Embedder, score_tokens
 from formats import read_json
-from formats.peft import adapter_chain
+from formats.huggingface import resolve_folder
+from formats.peft import pinned_chain
 from lora import load_merged
 from tokenizer import check_tokenizer, load_tokenizer
 from tools.compress import keep, page, read_passage, share_of, text_of
@@ -79,8 +80,8 @@ def load(name, dtype="fp32", attention_backend="auto"):
     merged. SystemExit where the model has no language modelling head."""
     device = common.setup_distributed()[3]
     dtype = common.dtype_of(dtype, device)
-    base, *adapters = adapter_chain(name)
-    folder = [base, *adapters][-1]
+    base, *adapters = pinned_chain(name)
+    folder = resolve_folder([base, *adapters][-1])
     net = load_merged(base, adapters, dtype=dtype).eval()
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, net.config.vocab_size)
@@ -101,8 +102,7 @@ def read_text(text):
 
 
 def read_lines(path):
-    with open(path, encoding="utf-8") as f:
-        return [line.strip() for line in f if line.strip()]
+    return [text.strip() for _, text in text_lines(path)]
 
 
 # ---- fill masks ----
@@ -300,7 +300,7 @@ def write_back(embedder, text, side, max_new_tokens):
     plain = tokenizer.backend_tokenizer.encode("a")
     given = plain.ids[: plain.special_tokens_mask.index(0)]  # BOS
     # a space at the end is a part of the first word, which the model writes
-    head = (embedder.template.prefix + prompts.get(other, "")).rstrip(" ")
+    head = embedder.template.head(prompts.get(other, "")).rstrip(" ")
     given += tokenizer.backend_tokenizer.encode(head, add_special_tokens=False).ids
     [(with_end, _)] = embedder.tokenize(["a"])
     eos_ids = with_end[-1:]

@@ -24,12 +24,11 @@ def read_spans(file, i):
     line and field."""
     record, line = read_line(file, i)
     where = f"{file.path} line {line}"
-    query, passage = (require(record, key, str, file.path, line) for key in ("query", "passage"))
-    spans, answer = require(record, "spans", [list], file.path, line), record.get("answer")
-    if not query.strip():
-        raise ValueError(f"{where}: field 'query' is empty")
-    if not spans:
-        raise ValueError(f"{where}: field 'spans' is empty, expected a [start, end] or more")
+    query, passage, spans = (
+        require(record, key, kind, file.path, line, filled=True)
+        for key, kind in (("query", str), ("passage", str), ("spans", [list]))
+    )
+    answer = record.get("answer")
     for field, span in [("spans", span) for span in spans] + [("answer", answer)] * bool(answer):
         pair = isinstance(span, list) and [type(x) for x in span] == [int, int]
         if not pair or not 0 <= span[0] < span[1] <= len(passage):

@@ -9,6 +9,7 @@ They differ in the objective, which each script holds and gives to the functions
 import os
 from dataclasses import dataclass
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -95,9 +96,10 @@ def train_batches(file, first_step, corrupt, s):
 
 
 @torch.no_grad()
-def evaluate(model, file, n_rows, corrupt, s):
+def evaluate(model, file, n_rows, corrupt, s, mask_prob=None):
     """-> {"loss", "acc"} over the first n_rows rows of a file, with the same masks every time and
-    for runs of all seeds; each rank takes its share."""
+    for runs of all seeds; each rank takes its share. mask_prob: another than that of training."""
+    s = SimpleNamespace(**vars(s) | {"mask_prob": mask_prob or s.mask_prob})
     total = np.zeros(3)  # loss, hits, labels
     model.eval()
     share, n = range(s.rank, n_rows, s.world_size), s.rows_per_batch

@@ -11,10 +11,13 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from tokenizer import vocab_size_of
+from data import require
+from formats import read_json
+from tokenizer import load_tokenizer, vocab_size_of
 
 
 @dataclass
@@ -61,22 +64,33 @@ def write_meta(folder: str, tokenizer, name: str, splits: dict):
     `name` says where the tokenizer is from; `splits` is {split: what write_tokens returned}.
     """
     tokenizer.save_pretrained(os.path.join(folder, "tokenizer"))
-    with open(os.path.join(folder, "tokenizer", "tokenizer.json"), "rb") as f:
-        digest = hashlib.sha256(f.read()).hexdigest()
-    vocab_size = vocab_size_of(tokenizer)
-    meta = {
-        "dtype": token_dtype(vocab_size),
-        "vocab_size": vocab_size,
-        "tokenizer": name,
-        "tokenizer_sha256": digest,
-        "special_ids": sorted(tokenizer.all_special_ids),
-        "mask_id": tokenizer.mask_token_id,
-        "splits": splits,
-    }
+    meta = _facts(tokenizer, folder) | {"tokenizer": name, "splits": splits}
     path = os.path.join(folder, "meta.json")
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         json.dump(meta, f, indent=1)
     os.replace(path + ".tmp", path)
+
+
+def _facts(tokenizer, folder):
+    """What meta.json says of the tokenizer that is saved in folder/tokenizer."""
+    saved = Path(folder, "tokenizer", "tokenizer.json").read_bytes()
+    return dict(
+        dtype=token_dtype(vocab_size_of(tokenizer)), vocab_size=vocab_size_of(tokenizer),
+        tokenizer_sha256=hashlib.sha256(saved).hexdigest(),
+        special_ids=sorted(tokenizer.all_special_ids), mask_id=tokenizer.mask_token_id,
+    )  # fmt: skip
+
+
+def tokenizer_of(folder: str):
+    """The tokenizer of a folder of token files. ValueError where meta.json is of another."""
+    path, meta = os.path.join(folder, "tokenizer"), read_json(folder, "meta.json")
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f"{path}: no such folder, expected the data's tokenizer")
+    tokenizer = load_tokenizer(path)
+    for key, value in _facts(tokenizer, folder).items():
+        if meta[key] not in (value, ""):  # "": unknown
+            raise ValueError(f"{meta.where}: {key} is {meta[key]}, that of {path} is {value}")
+    return tokenizer
 
 
 def open_tokens(folder: str, split: str) -> TokenFile:
@@ -86,13 +100,15 @@ def open_tokens(folder: str, split: str) -> TokenFile:
         script = os.path.join(folder, "prepare.py")
         advice = f"run: python {script}" if os.path.exists(script) else "see data/*/prepare.py"
         raise FileNotFoundError(f"{meta_path} is missing, so there are no tokens to read; {advice}")
-    with open(meta_path, encoding="utf-8") as f:
-        meta = json.load(f)
+    meta = read_json(meta_path)
+    for key, kind in {"dtype": str, "vocab_size": int, "splits": dict}.items():
+        require(meta, key, kind, meta_path, 0)
     if meta["dtype"] not in ("uint16", "uint32"):
         raise ValueError(f"{meta_path}: dtype {meta['dtype']!r}, expected 'uint16' or 'uint32'")
     if split not in meta["splits"]:
         raise ValueError(f"{meta_path}: no split {split!r}, it has {', '.join(meta['splits'])}")
-    docs, total = meta["splits"][split]["docs"], meta["splits"][split]["tokens"]
+    counts = require(meta["splits"], split, dict, meta_path, 0)
+    docs, total = (require(counts, key, int, meta_path, 0) for key in ("docs", "tokens"))
 
     def mapped(path, dtype, n):
         dtype = np.dtype(dtype).newbyteorder("<")

@@ -44,8 +44,10 @@ out_dir = "out/classifier"  # like .+
 task = "words"  # one of words, texts; a label for each word, or one for a text or a pair
 # model
 init_from = ""  # a model folder, an adapter's, an out_dir, or a hub id owner/name[@revision]
+tokenizer = ""  # a folder or hub id; "": the model's own. Its largest id must fit the model
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into it first (LLM2Vec's MNTP)
 attention: str | None = None  # one of causal, bidirectional; None: the model's own
+n_layer: int | None = None  # >= 1; the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
 attn_dropout: float | None = None  # >= 0 and < 1; of attention probabilities; None: the model's own
 freeze_backbone = True  # the last layers alone train; with LoRA, the adapter too
@@ -98,6 +100,7 @@ log_interval = 10  # >= 1
 save_interval = 1000  # >= 1; steps; the last step is always saved
 keep_last = 1  # >= 0; checkpoints that can be resumed; 0: all
 keep_best = False  # True: the one with the lowest eval loss, too
+patience = 0  # >= 0; evaluations without a lower loss that end the run; 0: any number
 resume = False
 force_resume = False  # with other data, batch, LoRA, .. than the run began with
 tracker = ""  # one of "", wandb, tensorboard
@@ -317,7 +320,8 @@ if __name__ == "__main__":
     model, base, adapters = lora.load_for_training(s, last, s.attention)
     parts = [resolve_folder(name) for name in (base, *adapters)]
     sources = [part for part in parts if os.path.exists(f"{part}/tokenizer.json")]
-    tokenizer = load_tokenizer((sources or parts[:1])[-1])  # an adapter may have added a token
+    # an adapter may have added a token
+    tokenizer = load_tokenizer(s.tokenizer or (sources or parts[:1])[-1])
     check_tokenizer(tokenizer, model.config.vocab_size)
     if s.task == "texts" and s.separator is None:
         s.separator = tokenizer.sep_token or "\n"
@@ -416,6 +420,8 @@ if __name__ == "__main__":
             log(step, {f"eval_{m}": found.get(m) for m in metrics})
             if improved := found["loss"] < best["loss"]:
                 best = {"loss": found["loss"], "folder": f"step{step}"}
+            elif checkpoint.is_patience_over(s, step, best):
+                s.stop_step, last_step = step, True
         if step % s.save_interval == 0 or last_step or (improved and s.keep_best):
             save()
 

@@ -26,12 +26,22 @@ import lora
 import optim
 from common import prefetch, print0
 from data import open_pairs, read_pair
+from embedder import compare_saved
 from embedding_model import EmbeddingModel, chunks_of
 from formats.huggingface import resolve_folder
 from formats.sentence_transformers import read_settings
 from grad_cache import embed_all, gather_rows, pad_chunks, padded
 from metrics import ranked
-from pairs import encode, encode_pairs, layout, open_files, pairs_of_step, show_pairs
+from pairs import (
+    encode,
+    encode_pairs,
+    instructions_of,
+    layout,
+    open_files,
+    pairs_of_step,
+    prompts_of,
+    show_pairs,
+)
 from pooling import pack
 from tokenizer import Template, load_tokenizer
 
@@ -39,8 +49,10 @@ from tokenizer import Template, load_tokenizer
 out_dir = "out/contrastive"  # like .+
 # model
 init_from = ""  # a model folder, an out_dir, or a hub id owner/name[@revision]
+tokenizer = ""  # a folder or hub id; "": the model's own. Its largest id must fit the model
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into it first (LLM2Vec's MNTP)
 attention: str | None = None  # one of causal, bidirectional; None: the model's own
+n_layer: int | None = None  # >= 1; the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
 max_seq_len: int | None = None  # >= 1; positions the model is trained for; None: its own
 attn_dropout: float | None = None  # >= 0 and < 1; of attention (SimCSE: 0.3); None: the model's own
@@ -54,7 +66,9 @@ pooling = "mean"  # one of mean, weighted_mean, last, cls, splade, tokens; spars
 projection_dim = 128  # >= 0; of multi-vector's token embeddings
 prefix = ""  # the template: prefix + instruction + text + suffix, saved with the model
 suffix = ""
+separator = ""  # what every instruction ends in; one that does not gets it
 pool_instruction = True  # False: the pool is the text's own tokens, without the instruction
+pool_bos = True  # False: where nothing but a BOS stands before the text, that is left out, too
 normalize = True  # embeddings of length 1; False: plain dot products
 query_max_length = 512  # >= 1
 passage_max_length = 512  # >= 1
@@ -64,11 +78,18 @@ eval_data = "data/pydocs/val.jsonl"  # "": none
 # one instruction for all files, or one for each; the "prompt" of a line goes before it
 query_instruction: tuple[str, ...] = ("",)
 passage_instruction: tuple[str, ...] = ("",)  # symmetric tasks have the same on both sides
+ignore_prompts = False  # True: queries have query_instruction alone, whatever their lines say
+# JSON {task: instruction} for evaluation, saved with the model beside the data files' own
+task_instructions = ""
 sampling_alpha = 1.0  # >= 0; a file is drawn with probability ~ (its lines) ** alpha
 group_size = 2  # >= 1; passages a query: a positive, and its negatives as far as there are any
 consecutive = 1  # >= 1; neighbours in the file that a batch takes together: hard if by topic
+# of a {"text"} line: two runs of this share of its words, drawn anywhere, are the pair
+# (arXiv 2508.03453); 0: the text twice, which only dropout tells apart (SimCSE)
+crop = 0.0  # >= 0 and <= 1
 no_duplicates = False  # a pair whose text the batch has already gives way to a random one
 # loss
+contrast_weight = 1.0  # >= 0; of InfoNCE; 0: distillation alone
 temperature = 0.05  # > 0; scores are divided by it; sentence-transformers' scale is 1 / temperature
 both_directions = False  # passages choose among queries, too
 false_negative_margin: float | None = None  # drop passages above the positive's score + margin
@@ -77,6 +98,7 @@ distill_temperature = 1.0  # > 0; of the teacher
 matryoshka_dims: tuple[int, ...] = ()  # >= 1; the mean of the losses at these widths
 query_flops = 5e-5  # >= 0; splade: weight of the FLOPS regulariser, which makes embeddings sparse
 passage_flops = 3e-5  # >= 0
+flops_warmup_ratio = 1 / 3  # >= 0 and <= 1; of the run: both grow with the square of the step
 negatives_cross_device = True  # candidates of all ranks
 # batch
 batch_size = 64  # >= 2; queries of one step, over all ranks; each with up to group_size passages
@@ -103,6 +125,7 @@ log_interval = 10  # >= 1
 save_interval = 1000  # >= 1; steps; the last step is always saved
 keep_last = 1  # >= 0
 keep_best = False
+patience = 0  # >= 0; evaluations without a lower loss that end the run; 0: any number
 resume = False
 force_resume = False  # with other data, batch, LoRA, .. than the run began with
 tracker = ""  # one of "", wandb, tensorboard
@@ -250,6 +273,7 @@ def block_loss(queries, passages, rows, batch, s):
             back = may_be_negative(batch.known.flip(1), positive, ranges[0], len(queries))
             back = mask_negatives(similarity(d[positive], q), rows, back, None)  # [b, B]
             part = (part + contrast(back, rows, s)) / 2
+        part = s.contrast_weight * part
         if s.distill_weight:
             kl = distillation(scores, batch.group[rows], batch.teacher[rows], s)
             part = part + s.distill_weight * kl
@@ -259,7 +283,14 @@ def block_loss(queries, passages, rows, batch, s):
     return loss, hits
 
 
-def loss_and_grad(vectors, batch, s):
+def flops_share(step, s):
+    """Which part of query_flops and passage_flops acts in this step: (step / ramp)^2, then 1, for
+    embeddings that are made sparse too early stay empty (Formal et al. 2021, arXiv 2107.05720)."""
+    ramp = s.flops_warmup_ratio * s.max_steps
+    return 1.0 if step >= ramp else (step / ramp) ** 2
+
+
+def loss_and_grad(vectors, batch, step, s):
     """The loss of this rank's queries among the passages of all ranks -> (loss, hits, d_vectors).
 
     d_vectors: world_size times the gradient of the batch's loss by this rank's vectors [n, C] or
@@ -284,7 +315,8 @@ def loss_and_grad(vectors, batch, s):
         total, hits = total + loss.item(), hits + int(block_hits)
     if s.pooling == "splade":
         penalty = s.query_flops * flops(queries) + s.passage_flops * flops(passages)
-        penalty = penalty / s.world_size  # each rank computes all of it, and ranks are summed
+        # each rank computes all of it, and ranks are summed
+        penalty = flops_share(step, s) * penalty / s.world_size
         penalty.backward()
         total += penalty.item()
     # a rank's vectors occur in the losses of all ranks: this sums their gradients
@@ -315,7 +347,7 @@ def cached_step(wrapped, batch, step, s):
     single = len(batch.chunks) == 1  # it fits in memory: its graph is kept, one pass is enough
     with nullcontext() if single else torch.no_grad():
         vectors = embed_all(embed, batch.chunks)
-    loss, hits, d_vectors = loss_and_grad(vectors, batch, s)
+    loss, hits, d_vectors = loss_and_grad(vectors, batch, step, s)
     if single:
         vectors.backward(d_vectors)
         return loss, hits
@@ -334,7 +366,7 @@ def evaluate(embedder, pairs, s):
     "acc" (accuracy@1), "mrr" (@10), "ndcg" (@10)}."""
     passages = list(dict.fromkeys(text for p in pairs for text in p["pos"] + p["neg"]))
     number = {text: i for i, text in enumerate(passages)}
-    prompts = [s.query_instruction[0] if p["prompt"] is None else p["prompt"] for p in pairs]
+    prompts = prompts_of(pairs, s.query_instruction[0], s)
 
     def embed(texts, prompts, max_length):
         shares = np.array_split(np.arange(len(texts)), s.world_size)
@@ -371,7 +403,7 @@ if __name__ == "__main__":
     s = common.start(common.configure(globals()))
     if s.pooling == "tokens" and s.projection_dim and (s.lora_rank or s.fsdp):
         raise SystemExit("the projection of pooling='tokens' trains without LoRA and without FSDP")
-    s.template = Template(s.prefix, s.suffix)
+    s.template = Template(s.prefix, s.suffix, s.separator)
 
     # ---- data ----
     files, choices = open_files(s)
@@ -388,7 +420,7 @@ if __name__ == "__main__":
     # ---- model (+ LoRA) ----
     last = checkpoint.find(s)  # what to resume, or None
     model, base, adapters = lora.load_for_training(s, last, s.attention)
-    tokenizer = load_tokenizer(resolve_folder(base))
+    tokenizer = load_tokenizer(s.tokenizer or resolve_folder(base))
     if s.pooling != "splade":
         model.drop_head()
     lora.add_lora(model, s, last)
@@ -400,17 +432,16 @@ if __name__ == "__main__":
         if (dim := projection.out_features) != s.projection_dim:
             raise SystemExit(f"projection_dim={s.projection_dim}: {base} projects to {dim}")
     prompts = {"query": s.query_instruction[0], "document": s.passage_instruction[0]}
+    instructions = instructions_of(files, s)
     embedder = EmbeddingModel(
         model, tokenizer, s.pooling, s.template, prompts, s.normalize, s.passage_max_length,
-        s.pool_instruction, projection, s.compute_dtype,
+        s.pool_instruction, projection, s.compute_dtype, s.pool_bos, instructions=instructions,
     ).to(s.device).train()  # fmt: skip
     if max(s.matryoshka_dims, default=0) > (dim := embedder.dim):
         raise SystemExit(f"matryoshka_dims={s.matryoshka_dims}: embeddings have {dim} numbers")
     if s.query_max_length != s.passage_max_length:
         print0(f"queries are cut at {s.query_max_length} tokens in training, later like passages")
-    if max(len(set(s.query_instruction)), len(set(s.passage_instruction))) > 1 or any(
-        read_pair(file, 0)["prompt"] is not None for file in files
-    ):
+    if len({*instructions.values(), prompts["query"]} - {""}) > 1:
         print0(f"several instructions: {prompts} is saved, encode takes any other")
     if problem := embedder.st_problem():
         print0(f"saved for nanoembed alone; sentence-transformers would differ: {problem}")
@@ -445,6 +476,9 @@ if __name__ == "__main__":
     batches = prefetch(train_batches(files, step, choices, tokenizer, s))
     common.settle_buckets(wrapped, trial, 1)
 
+    if eval_pairs and step == 0 and not s.dry_run:  # what training starts from
+        found = evaluate(embedder, eval_pairs, s)
+        log(step, {f"eval_{name}": x for name, x in found.items()})
     while step < s.stop_step:
         start = time.perf_counter()
         batch = next(batches)
@@ -484,8 +518,12 @@ if __name__ == "__main__":
             log(step, {f"eval_{name}": x for name, x in found.items()})
             if improved := found["loss"] < best["loss"]:
                 best = {"loss": found["loss"], "folder": f"step{step}"}
+            elif checkpoint.is_patience_over(s, step, best):
+                s.stop_step, last_step = step, True
         if step % s.save_interval == 0 or last_step or (improved and s.keep_best):
             save()
 
     # ---- clean-up ----
+    if eval_pairs:
+        compare_saved(s, step, embedder, lambda saved: evaluate(saved, eval_pairs, s))
     common.finish(s, step, batches)

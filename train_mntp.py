@@ -33,13 +33,15 @@ from common import prefetch, print0
 from formats.huggingface import resolve_folder, save_pretrained
 from order import rows_of_step
 from tokenizer import check_tokenizer, load_tokenizer, vocab_size_of
-from tokens import open_tokens
+from tokens import open_tokens, tokenizer_of
 
 # ---- defaults ----
 out_dir = "out/mntp"  # like .+
 # model: attention is bidirectional, whatever the folder says
 init_from = ""  # a model folder, an out_dir, or a hub id owner/name[@revision]
 max_seq_len = 512  # >= 1; tokens of a row, and the positions the model is trained for
+tokenizer = ""  # a folder or hub id, of the same ids as the data's; "": the model's own
+n_layer: int | None = None  # >= 1; the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
 # LoRA; rank 0 trains every weight
 lora_rank = 16  # >= 0
@@ -47,6 +49,7 @@ lora_alpha = 32.0  # > 0
 lora_dropout = 0.05  # >= 0 and < 1
 lora_targets = "all"  # the blocks' linear layers; or names: "q_proj,v_proj"
 train_also = ""  # trained whole beside LoRA: any of "embed,norm,head"; a tied head goes with embed
+out_dropout: float | None = None  # of the attention block's output; None: the model's own
 save_merged = True  # under LoRA: at the end the merged model in out_dir/merged
 # data and objective
 data = "data/pydocs"  # a folder of train.bin, val.bin, meta.json, tokenizer/: see data/*/prepare.py
@@ -63,6 +66,7 @@ max_tokens: int | None = None  # >= 1
 num_epochs: float | None = None  # > 0
 stop_step: int | None = None  # >= 1; ends the run before its horizon
 # optimizer
+optimizer = "adamw"  # one of adamw, stable_adamw
 learning_rate = 5e-5  # >= 0
 min_lr = 0.0  # >= 0
 weight_decay = 0.0  # >= 0; of tensors with two dimensions or more
@@ -85,6 +89,7 @@ log_interval = 10  # >= 1
 save_interval = 200  # >= 1; steps; the last step is always saved
 keep_last = 1  # >= 0; checkpoints that can be resumed; 0: all
 keep_best = False  # True: the one with the lowest eval loss stays too
+patience = 0  # >= 0; evaluations without a lower loss that end the run; 0: any number
 resume = False
 force_resume = False  # with other data, batch, LoRA, .. than the run began with
 tracker = ""  # one of "", wandb, tensorboard
@@ -162,8 +167,8 @@ if __name__ == "__main__":
 
     # ---- data ----
     train = open_tokens(s.data, "train")
-    tokenizer = load_tokenizer(resolve_folder(s.init_from))
-    data_vocab = load_tokenizer(os.path.join(s.data, "tokenizer")).get_vocab()
+    tokenizer = load_tokenizer(s.tokenizer or resolve_folder(s.init_from))
+    data_vocab = tokenizer_of(s.data).get_vocab()
     if not data_vocab.items() <= tokenizer.get_vocab().items():
         raise SystemExit(f"{s.data} has another tokenizer than {s.init_from}: prepare it with that")
     s.mask_id = choose_mask(tokenizer, s.mask_token)
@@ -192,6 +197,7 @@ if __name__ == "__main__":
     if s.mask_token == "new" and vocab_size_of(tokenizer) > model.config.vocab_size:
         model.resize_vocab(vocab_size_of(tokenizer))
     check_tokenizer(tokenizer, model.config.vocab_size)
+    model.set_dropout(out=s.out_dropout)
     lora.add_lora(model, s, last)
     common.place(model, s)
     print0(f"{model.describe()}, {s.compute_dtype} on {s.device}")
@@ -199,7 +205,7 @@ if __name__ == "__main__":
     # ---- compile, FSDP/DDP, optimizer, resume ----
     wrapped = common.wrap(model, model.blocks, s)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizers = optim.make_optimizers(model, s)
+    optimizers = optim.make_optimizers(model, s, s.optimizer)
     step, best = checkpoint.load_state(last, optimizers)
 
     def save_notes(folder):
@@ -277,6 +283,8 @@ if __name__ == "__main__":
             log(step, {f"eval_{name}": x for name, x in found.items()})
             if improved := found["loss"] < best["loss"]:
                 best = {"loss": found["loss"], "folder": f"step{step}"}
+            elif checkpoint.is_patience_over(s, step, best):
+                s.stop_step, last_step = step, True
         if step % s.save_interval == 0 or last_step or (improved and s.keep_best):
             save()
 

@@ -32,6 +32,7 @@ import optim
 from attention import Seqs
 from common import prefetch, print0
 from data import open_pairs, read_pair
+from embedder import compare_saved
 from embedding_model import EmbeddingModel
 from formats.huggingface import resolve_folder
 from pairs import encode_pairs, open_files, pairs_of_step
@@ -42,6 +43,8 @@ from tokenizer import Template, load_tokenizer
 out_dir = "out/reconstruct"  # like .+
 # model
 init_from = ""  # a causal model: a folder, an out_dir, or a hub id owner/name[@revision]
+tokenizer = ""  # a folder or hub id; "": the model's own. Its largest id must fit the model
+n_layer: int | None = None  # >= 1; the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
 max_seq_len: int | None = None  # >= 1; positions the model is trained for; None: its own
 lora_rank = 0  # >= 0; 0: every weight trains
@@ -90,6 +93,7 @@ log_interval = 10  # >= 1
 save_interval = 1000  # >= 1; steps; the last step is always saved
 keep_last = 1  # >= 0
 keep_best = False  # True: the one with the lowest eval loss stays, too
+patience = 0  # >= 0; evaluations without a lower loss that end the run; 0: any number
 resume = False
 force_resume = False  # with other data, batch, LoRA, .. than the run began with
 tracker = ""  # one of "", wandb, tensorboard
@@ -263,8 +267,8 @@ if __name__ == "__main__":
     s = common.start(common.configure(globals()))
     s.template = Template(s.prefix, s.suffix)
     # as pairs.py has it: a positive for each query, no negatives; and what is written of a text
-    s.group_size, s.consecutive, s.no_duplicates = 1, 1, False
-    s.pool_instruction = s.write_template
+    s.group_size, s.consecutive, s.no_duplicates, s.crop = 1, 1, False, 0.0
+    s.pool_instruction, s.pool_bos, s.ignore_prompts = s.write_template, True, False
 
     # ---- data ----
     files, choices = open_files(s)
@@ -278,7 +282,7 @@ if __name__ == "__main__":
     # ---- model (+ LoRA) ----
     last = checkpoint.find(s)
     model, base, adapters = lora.load_for_training(s, last, "causal")
-    tokenizer, c = load_tokenizer(resolve_folder(base)), model.config
+    tokenizer, c = load_tokenizer(s.tokenizer or resolve_folder(base)), model.config
     if c.hf.get("model_type") in ("modernbert", "neobert"):  # what it was before it was read
         raise SystemExit(f"{base} is an encoder: expected a causal model, which can write")
     if c.head == "none":
@@ -339,6 +343,9 @@ if __name__ == "__main__":
     batches = prefetch(train_batches(files, step, choices, tokenizer, s))
     common.settle_buckets(wrapped, trial, 1)
 
+    if eval_file and step == 0 and not s.dry_run:  # what training starts from
+        found = evaluate(wrapped, eval_file, tokenizer, s)
+        log(step, {f"eval_{name}": x for name, x in found.items()})
     while step < s.stop_step:
         start = time.perf_counter()
         micro_batches = next(batches)
@@ -395,8 +402,13 @@ if __name__ == "__main__":
                        f"shuffled one, {none:.3f} over none")  # fmt: skip
             if improved := found["loss"] < best["loss"]:
                 best = {"loss": found["loss"], "folder": f"step{step}"}
+            elif checkpoint.is_patience_over(s, step, best):
+                s.stop_step, last_step = step, True
         if step % s.save_interval == 0 or last_step or (improved and s.keep_best):
             save()
 
     # ---- clean-up ----
+    if eval_file:
+        compare_saved(s, step, module, lambda saved: evaluate(
+            Reconstruction(saved.model), eval_file, tokenizer, s))  # fmt: skip
     common.finish(s, step, batches)

@@ -26,6 +26,7 @@ import lora
 import optim
 from common import prefetch, print0
 from data import open_pairs
+from embedder import compare_saved
 from embedding_model import EmbeddingModel
 from formats.huggingface import config_from_hf, resolve_folder
 from passages import eval_batches, lines_of_batch, pack_texts, pad_batch, show_lines, train_batches
@@ -37,8 +38,10 @@ from tokenizer import Template, load_tokenizer
 out_dir = "out/token_retrieval"  # like .+
 # model
 init_from = ""  # a model folder, an out_dir (stage 1's), or a hub id owner/name[@revision]
+tokenizer = ""  # a folder or hub id; "": the model's own. Its largest id must fit the model
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into it first, in order
 attention: str | None = None  # one of causal, bidirectional; None: the model's own
+n_layer: int | None = None  # >= 1; the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
 max_seq_len: int | None = None  # >= 1; positions the model is trained for; None: its own
 rope_scaling: tuple = ()  # ("yarn", 2.5) or ("linear", 2.5): stretches the base's own positions
@@ -89,6 +92,7 @@ log_interval = 10  # >= 1
 save_interval = 1000  # >= 1; steps; the last step is always saved
 keep_last = 1  # >= 0; checkpoints that can be resumed; 0: all
 keep_best = False  # True: the one with the lowest eval loss stays too
+patience = 0  # >= 0; evaluations without a lower loss that end the run; 0: any number
 resume = False
 force_resume = False  # with other data, batch, LoRA, .. than the run began with
 tracker = ""  # one of "", wandb, tensorboard
@@ -235,7 +239,7 @@ if __name__ == "__main__":
         }  # fmt: skip
         for rope in model.config.rope.values():
             rope["scaling"] = scaling
-    tokenizer = load_tokenizer(resolve_folder(base))
+    tokenizer = load_tokenizer(s.tokenizer or resolve_folder(base))
     model.drop_head()
     lora.add_lora(model, s, last)
     common.place(model, s)
@@ -283,6 +287,9 @@ if __name__ == "__main__":
     batches = prefetch(train_batches(file, runs, step, tokenizer, s))
     common.settle_buckets(wrapped, trial, 2)
 
+    if eval_file and step == 0 and not s.dry_run:  # what training starts from
+        found = evaluate(wrapped, eval_file, eval_runs, tokenizer, s)
+        log(step, {f"eval_{name}": x for name, x in found.items()})
     while step < s.stop_step:
         start = time.perf_counter()
         micro_batches, counts = next(batches)
@@ -321,6 +328,8 @@ if __name__ == "__main__":
             log(step, {f"eval_{name}": x for name, x in found.items()})
             if improved := found["loss"] < best["loss"]:
                 best = {"loss": found["loss"], "folder": f"step{step}"}
+            elif checkpoint.is_patience_over(s, step, best):
+                s.stop_step, last_step = step, True
         if step % s.save_interval == 0 or last_step or (improved and s.keep_best):
             save()
     print0(
@@ -329,4 +338,7 @@ if __name__ == "__main__":
     )
 
     # ---- clean-up ----
+    if eval_file:
+        compare_saved(s, step, model, lambda saved: evaluate(
+            saved.model, eval_file, eval_runs, tokenizer, s))  # fmt: skip
     common.finish(s, step, batches)

@@ -33,9 +33,11 @@ merge_subwords = True
 learning_rate = 5e-4
 schedule = "linear"
 
-# 8 sentences/step, about 116 words; 4,000 steps = 32,000 of 14,041 sentences = 2.3 epochs
+# 8 sentences/step, about 116 words; 10 epochs of 14,041 sentences = 17,552 steps, the horizon of
+# their schedule, which the run leaves at 77 % of the peak, after 2.3 epochs
 batch_size = 8
 device_batch_size = 8
-max_steps = 4000
+num_epochs = 10
+stop_step = 4000
 eval_interval = 500
-save_interval = 1000
+save_interval = 250

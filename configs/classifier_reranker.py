@@ -1,6 +1,6 @@
 # A cross-encoder that scores (query, passage), for reranking (Nogueira and Cho 2019,
 # arXiv 1901.04085): one number, 1 for a passage that answers, 0 for one that does not.
-#   python data/mine_negatives.py --help           # pairs with hard negatives: data/own/train.jsonl
+#   python data/mine_negatives.py --help     # 5 hard negatives a query: data/own/train.jsonl
 #   python train_classifier.py configs/classifier_reranker.py --data=data/own/train.jsonl \
 #       --eval_data=data/own/val.jsonl
 # Lines {"query", "pos", "neg"}, or {"text", "text_pair", "label": 0 or 1}.
@@ -11,7 +11,7 @@ init_from = "jhu-clsp/ettin-encoder-150m"
 data = "data/own/train.jsonl"
 eval_data = "data/own/val.jsonl"
 loss_kind = "bce"
-_negatives = 7  # of each query
+_negatives = 5  # of each query
 pos_weight = float(_negatives)  # negatives / positives: both sides weigh the same
 max_length = 512
 
@@ -20,12 +20,12 @@ pooling = "cls"
 prediction_head = True  # transformers' ModernBertForSequenceClassification
 dropout = 0.1
 learning_rate = 2e-5
-weight_decay = 0.01
+weight_decay = 0.0
 schedule = "linear"
 warmup_ratio = 0.1
 
-# 64 pairs/step = 8 queries with 1 positive and 7 negatives, up to 64 x 512 = 32,768 tokens
-batch_size = 8 * (1 + _negatives)
+# 64 pairs/step = those of 10 to 11 queries with 1 positive and 5 negatives, up to 32,768 tokens
+batch_size = 64
 device_batch_size = 8
 num_epochs = 1
 eval_interval = 1000

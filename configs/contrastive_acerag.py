@@ -4,6 +4,7 @@
 # Then train_token_retrieval.py. (A model that retrieves already, Qwen3-Embedding-8B, skips this.)
 out_dir = "out/acerag-stage1"
 init_from = "Yukang/Llama-2-7b-longlora-32k-ft"
+tokenizer = "meta-llama/Llama-2-7b-chat-hf"
 attention = "causal"
 
 lora_rank = 16
@@ -12,12 +13,15 @@ lora_dropout = 0.03
 train_also = "embed,norm"  # trained whole, and saved with the model
 
 pooling = "last"
-suffix = "</s>"  # the token that is pooled; Llama-2's tokenizer adds only <s>
+# The token that is pooled, as in stage 2; Llama-2's tokenizer adds only <s>. (Theirs has neither
+# in this stage, and pools the text's last token.)
+suffix = "</s>"
 query_max_length = 512
 passage_max_length = 512
 
 data = ("data/bge_msmarco/train.jsonl",)
 eval_data = "data/bge_msmarco/val.jsonl"
+ignore_prompts = True  # lines may have an instruction: theirs are bare
 group_size = 8  # one positive of the line, drawn, and 7 of its negatives
 
 # 16 queries x 8 GPUs = 128 queries/step, each among 1,024 passages of all GPUs

@@ -7,3 +7,4 @@
 base = "contrastive_anchor_baseline.py"
 init_from = f"out/anchor-stage1/{_name}"  # its newest checkpoint: step2000
 out_dir = f"out/anchor/{_name}"
+batch_size = 128 * 8  # 1B's, too

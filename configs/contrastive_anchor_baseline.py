@@ -1,5 +1,5 @@
 # Anchor-Embedding's baseline (EMNLP 2025): LLM2Vec's supervised recipe on a causal model, without
-# stage I. Five bases, told apart by init_from.
+# stage I. Five bases, told apart by init_from; another gets the wrap of --prefix and --suffix.
 #   python data/echo/prepare.py --input echo-data
 #   torchrun --standalone --nproc_per_node=8 train_contrastive.py \
 #       configs/contrastive_anchor_baseline.py --init_from=meta-llama/Llama-3.2-3B-Instruct
@@ -13,12 +13,12 @@ _wraps = {  # prefix, suffix: each base its own; the published code gives Llama'
     "Llama-3.2-3B-Instruct": _llama,
     "Llama-3.1-8B-Instruct": _llama,
     "Qwen2.5-1.5B-Instruct": _qwen,
-    "Qwen3-0.6B": _qwen,
+    "Qwen3-0.6B": ("<|im_start|>user\n", "<|im_end|>"),  # a public fork's
 }
 # the part of the path that names the base, also in out/anchor-stage1/Llama-3.2-1B-Instruct
 _parts = [part.split("@")[0].replace("Meta-Llama", "Llama") for part in init_from.split("/")]
 _name = ([part for part in _parts if part in _wraps] or _parts)[-1]
-prefix, suffix = _wraps[_name]
+prefix, suffix = _wraps.get(_name, (prefix, suffix))
 attention = "causal"
 out_dir = f"out/anchor-baseline/{_name}"
 
@@ -31,10 +31,14 @@ query_max_length = 512
 passage_max_length = 512
 
 # 128 queries x 8 GPUs = 1,024 queries/step, each among 2,048 passages; 1,000 steps = 1.0M of 1.5M.
-# (Theirs: 1,024 by accumulation, each among the passages of its own micro-batch.)
-batch_size = 128 * 8
+# (Theirs for 3B and 8B: 64 x 2 and 32 x 4 by accumulation, where a query is compared with the
+# passages of its micro-batch alone.) The baseline of 1B has 64 x 8 = 512.
+batch_size = 64 * 8 if _name == "Llama-3.2-1B-Instruct" else 128 * 8
 group_size = 2  # the positive and one hard negative
-max_steps = 1000  # LLM2Vec's; one published config stops at 200, inside its own warmup
+num_epochs = 3  # the horizon of the schedule: 4,394 steps, or 8,789 of 512
+# LLM2Vec's. Theirs goes on to the end of the 3 epochs; some published configs stop at 200, inside
+# their own warmup.
+stop_step = 1000
 temperature = 0.02  # scale 50
 
 learning_rate = 2e-4

@@ -21,6 +21,7 @@ num_epochs = 1
 temperature = 1.0  # scale 1, dot products
 query_flops = 5e-5
 passage_flops = 3e-5
+flops_warmup_ratio = 1 / 3  # 0 at first, and in full after a third of the run
 
 learning_rate = 2e-5
 weight_decay = 0.0

@@ -12,6 +12,7 @@ attn_dropout = 0.3
 
 data = ("data/wiki1m/train.jsonl",)
 passage_instruction = ("",)
+separator = " "  # of evaluation: no instruction was trained
 eval_data = ""  # without dropout a sentence always finds itself: judge by STS tasks
 group_size = 1
 
@@ -19,8 +20,7 @@ group_size = 1
 batch_size = 128
 query_max_length = 128
 passage_max_length = 128
-max_steps = 23438  # 3 epochs, left after 1,000 steps at 96 % of the peak
-stop_step = 1000
+# 3 epochs are 23,438 steps, left after 1,000 at 96 % of the peak
 temperature = 0.05  # scale 20
 
 learning_rate = 3e-5

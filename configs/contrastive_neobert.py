@@ -2,7 +2,7 @@
 # p ~ lines^0.5, 30 % of the steps SimCSE.
 #   see data/st_triplets/readme.md for the commands that prepare the data
 #   torchrun --standalone --nproc_per_node=8 train_contrastive.py configs/contrastive_neobert.py
-# The numbers of optimizer and batch are those of the fork pszemraj/NeoBERT.
+# The numbers of the optimizer are those of the fork pszemraj/NeoBERT.
 out_dir = "out/neobert-contrastive"
 init_from = "chandar-lab/NeoBERT"  # or out/neobert-250m-4096/step50000
 attn_dropout = 0.1  # SimCSE needs a dropout
@@ -11,7 +11,8 @@ pooling = "mean"
 query_max_length = 256
 passage_max_length = 256
 
-# Theirs has 17 data sets. FEVER and ConcurrentQA are left out here: a join and a nested form.
+# Theirs has 17 data sets. FEVER and ConcurrentQA are left out here: a join and a nested form. And
+# theirs takes its SimCSE texts from RefinedWeb, where these are Wikipedia's sentences.
 _sets = (
     "all-nli amazon-qa github-issues gooaq paq pubmedqa qqp sentence-compression "
     "stackexchange-body stackexchange-post stackoverflow sts12 stsb trivia-qa wikihow"
@@ -24,15 +25,18 @@ _simcse = ("data/wiki1m/train.jsonl",) * 6
 data = tuple(f"data/st_triplets/{name}.jsonl" for name in _sets) + _msmarco + _simcse
 eval_data = "data/st_triplets/all-nli.val.jsonl"
 sampling_alpha = 0.5
-group_size = 2
+group_size = 8  # all negatives of a line, up to 7
 no_duplicates = True  # all-nli and PAQ repeat their texts
 
-# 128 queries/step over all GPUs, each among up to 256 passages; 10,000 steps = 1.28M queries
-batch_size = 128
+# 64 queries x 8 GPUs = 512 queries/step, each among the passages of all; 10,000 steps = 5.1M
+# queries. (Theirs: 128 texts a GPU, 64 queries of most sets but 18 of GooAQ and 2 of QQP, which
+# have many negatives; each query is compared within its GPU.)
+batch_size = 64 * 8
 max_steps = 10_000
 temperature = 0.05
 
 learning_rate = 5e-5
+min_lr = 0.1 * learning_rate
 weight_decay = 0.01
 schedule = "linear"
 warmup_steps = 100

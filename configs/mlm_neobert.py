@@ -20,6 +20,7 @@ learning_rate = 6e-4  # the paper's; the default of the published code is 1e-4
 min_lr = 0.1 * learning_rate
 beta1, beta2, adam_eps = 0.9, 0.95, 1e-8
 weight_decay = 0.01
+decay_all = True
 grad_clip = 1.0
 schedule = "cosine"
 warmup_steps = 2000

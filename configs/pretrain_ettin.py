@@ -9,11 +9,12 @@ out_dir = f"out/{model_size}-{objective}"
 # yours to make: data/text/prepare.py --tokenizer answerdotai/ModernBERT-base --out data/ettin ...
 data = "data/ettin"
 
-# 4,608 rows x 1,024 tokens = 4,718,592 tokens/step; 1.7T tokens = 360,277 steps
-# 8 GPUs x 64 rows x 9 micro-batches; 400m: 8 x 32 x 18; 1b: 8 x 16 x 36
+# 2,784 rows x 1,024 tokens = 2,850,816 tokens/step; 1.7T tokens = 596,321 steps. Theirs: 4,608
+# documents a step, each a row of its own of up to 1,024 tokens; 599,525 steps, so 2.836M tokens.
+# 8 GPUs x 58 rows x 6 micro-batches; 400m: 8 x 29 x 12; 1b: 8 x 12 x 29
 max_seq_len = 1024
-batch_tokens = 4608 * max_seq_len
-device_batch_tokens = {"ettin-400m": 32, "ettin-1b": 16}.get(model_size, 64) * max_seq_len
+batch_tokens = 2784 * max_seq_len
+device_batch_tokens = {"ettin-400m": 29, "ettin-1b": 12}.get(model_size, 58) * max_seq_len
 max_tokens = 1_700_000_000_000
 
 mask_prob = 0.3
@@ -35,5 +36,6 @@ warmup_tokens = _warmups[_size] * 1_000_000_000
 compile = True
 eval_interval = 2000
 eval_tokens = 4 * 1024 * 1024
-save_interval = 1800  # about 8.5B tokens
+eval_mask_prob = 0.15  # in all phases, whatever they train with
+save_interval = 3000  # about 8.5B tokens
 keep_models = True  # every checkpoint stays usable

@@ -1,20 +1,26 @@
-# Ettin, phase 2 of 3: 250B tokens at 8,192, rope theta 160,000, the rate falls to a half.
+# Ettin, phase 2 of 3: 250B tokens at 7,999, rope theta 160,000, the rate falls to a half.
 #   torchrun --nproc_per_node=8 pretrain_mlm.py configs/pretrain_ettin_ext.py \
 #       --model_size=ettin-150m
 base = "pretrain_ettin.py"
-init_from = f"out/{model_size}-{objective}/step360277"  # phase 1's last
+init_from = f"out/{model_size}-{objective}"  # phase 1's newest checkpoint
 out_dir = f"out/{model_size}-{objective}-ext"
 data = "data/ettin_8k"  # likewise, of the longer documents
 checkpoint_prefix = "ext"
 
-# 576 rows x 8,192 tokens = 4,718,592 tokens/step as before; 250B tokens = 52,982 steps
-max_seq_len = 8192
-rope_theta = 160_000.0
+# 320 rows x 7,999 tokens = 2,559,680 tokens/step; 250B tokens = 97,669 steps (theirs: about 100k)
+# 8 GPUs x 8 rows x 5 micro-batches; 400m: 8 x 4 x 10; 1b: 8 x 2 x 20
+max_seq_len = 7999
+batch_tokens = 320 * max_seq_len
 device_batch_tokens = {"ettin-400m": 4, "ettin-1b": 2}.get(model_size, 8) * max_seq_len
-max_tokens = 250_000_000_000
+max_tokens = 83_333_000_000 if _size == "1b" else 250_000_000_000
+rope_theta = 160_000.0
+local_rope_theta = 10_000.0 if _size == "17m" else None
 
-schedule = "wsd"  # no warmup, no plateau: 1 - sqrt(t) over the whole phase
+schedule = "wsd"  # no plateau: 1 - sqrt(t) over the whole phase
 decay_shape = "sqrt"
 decay_ratio = 1.0
-warmup_tokens = 0
+# Theirs carries the optimizer's moments over and has no warmup. Here they begin empty, and the
+# first updates of StableAdamW would be as large as the rate, in every weight.
+warmup_tokens = 300_000_000
+save_interval = 3300  # about 8.5B tokens
 min_lr = learning_rate / 2

@@ -1,4 +1,5 @@
-# Anchor-Embedding, stage I (EMNLP 2025): five bases, told apart by init_from. Full fine-tuning.
+# Anchor-Embedding, stage I (EMNLP 2025): five bases, told apart by init_from, and any other with
+# --prefix and --suffix, its wrap. Full fine-tuning.
 #   python data/echo/prepare.py --input echo-data
 #   torchrun --standalone --nproc_per_node=8 train_reconstruct.py configs/reconstruct_anchor.py \
 #       --init_from=meta-llama/Llama-3.2-3B-Instruct
@@ -22,13 +23,15 @@ _bases = {  # wrap, pairs a forward, micro-batches, FSDP
     "Llama-3.1-8B-Instruct": (_llama, 4, 16, "full"),
     # 32 x 4 x 8 = 1,024; 25 + 2 + 11 GB: 80 GB, or with FSDP 48 GB
     "Qwen2.5-1.5B-Instruct": (_qwen, 32, 4, ""),
-    # a public fork's; its batch is not known, 8 x 8 x 8 = 512 is ours. 10 + 1 + 8 GB, 2,048 tokens
-    "Qwen3-0.6B": (_qwen, 8, 8, ""),
+    # a public fork's (there on Korean and English pairs): 16 x 4 x 2 GPUs, here 16 x 1 x 8 = 128;
+    # 10 + 1 + 16 GB at 2,048 tokens
+    "Qwen3-0.6B": (("<|im_start|>user\n", "<|im_end|>"), 16, 1, ""),
 }
 # the part of the path that names the base
 _parts = [part.split("@")[0].replace("Meta-Llama", "Llama") for part in init_from.split("/")]
 _name = ([part for part in _parts if part in _bases] or _parts)[-1]
-_wrap, device_batch_size, _accumulation, fsdp = _bases[_name]
+_other = (prefix, suffix), 8, 8, ""  # 8 x 8 x 8 = 512
+_wrap, device_batch_size, _accumulation, fsdp = _bases.get(_name, _other)
 prefix, suffix = _wrap
 out_dir = f"out/anchor-stage1/{_name}"
 _fork = _name == "Qwen3-0.6B"
@@ -43,12 +46,15 @@ w_q2d = 0.5 if _fork else 0.2
 # for 8 GPUs; on fewer it is the same, by more micro-batches. 2,000 steps x 512 = 1.0M of 1.5M pairs
 batch_size = device_batch_size * _accumulation * 8
 seed = 1338  # another order than stage II's, which would see the same pairs first
-max_steps = None if _fork else 2000
-num_epochs = 1.0 if _fork else None
+# the horizon of the schedule, which the run leaves at step 2,000 for stage II, at 80 % of the peak
+# (512) or 59 % (1,024)
+num_epochs = 1 if _fork else 3
+stop_step = None if _fork else 2000
 
 learning_rate = 1e-4 if _fork else 4e-5  # in pure bf16, as theirs, such steps round to nothing
 weight_decay = 0.0
-warmup_steps = 300
+warmup_steps = None if _fork else 300
+warmup_ratio = 0.1 if _fork else None
 schedule = "linear"
 
 gradient_checkpointing = True

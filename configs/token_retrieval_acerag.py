@@ -1,10 +1,12 @@
 # AceRAG (TacZip), stage 2, token retrieval, on the 32k Llama-2 that stage 1 made a retriever.
 #   torchrun --standalone --nproc_per_node=8 train_contrastive.py configs/contrastive_acerag.py
-#   python data/acerag/prepare.py --help     # their JSON, or your own spans
+#   python data/acerag/prepare.py --tokenizer=meta-llama/Llama-2-7b-chat-hf --cut_middle \
+#       --out data/acerag/train.jsonl           # or your own spans
 #   torchrun --standalone --nproc_per_node=8 train_token_retrieval.py \
 #       configs/token_retrieval_acerag.py --data=your_spans.jsonl
 out_dir = "out/acerag-stage2"
 init_from = "out/acerag-stage1"  # its newest checkpoint, the adapter merged; now a fresh one
+tokenizer = "meta-llama/Llama-2-7b-chat-hf"
 attention = "causal"
 
 lora_rank = 16
@@ -15,8 +17,9 @@ train_also = "embed,norm"  # trained whole, and saved with the model
 suffix = "</s>"  # as in stage 1: the query's embedding is that of its last token
 query_max_length = 512
 
-# The base has 4,096 positions, stretched 8 times: 32,768. A longer passage runs, too, with a
-# warning; max_seq_len = 81920 and rope_scaling = ("linear", 20.0) train it for 80,000 tokens.
+# The base has 4,096 positions, stretched 8 times: 32,768. Their passages have no more, for the
+# middle of longer ones is cut (--cut_middle above), whatever passage_max_length says. A longer one
+# runs, with a warning; max_seq_len = 81920 and rope_scaling = ("linear", 20.0) train for 80,000.
 max_seq_len = 32768
 passage_max_length = 80000
 passage_window = 0

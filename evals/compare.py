@@ -35,7 +35,7 @@ def read_runs(paths, seeds):
                 system = [s for s, pattern in seeds.items() if fnmatchcase(row["model"], pattern)]
                 of_task = runs.setdefault(row["task"], {})
                 of_system = of_task.setdefault((system or [row["model"]])[0], {})
-                of_system[name] = read_json(path.parent, "scores", name)
+                of_system[name] = read_json(path.parent, "scores", name, kind=list)
     return runs
 
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from formats import read_json, write_json
-from formats.huggingface import ARCHITECTURES, CLASSIFIERS, _read_tensors, write_folder
+from formats.huggingface import ARCHITECTURES, CLASSIFIERS, _read_tensors, finite, write_folder
 
 # The settings that belong to a classifier and not to the run that trained it.
 SAVED = (
@@ -29,11 +29,11 @@ def transformers_class(c, s):
     """-> (the class of transformers that computes the same, None), or (None, why there is none)."""
     words = s.task == "words"
     if c.family == "neobert":
-        return None, "transformers has no NeoBERT"
+        return None, "the NeoBERT code in a saved folder has no such class"
     if words and s.label_position == "next_token":
         return None, "its classes read a token's label where the token stands, not one before"
-    if words and c.family == "modernbert-decoder":
-        return None, "transformers labels no tokens with a ModernBERT decoder"
+    if words and c.family in ("modernbert-decoder", "gemma3_text"):
+        return None, f"transformers labels no tokens with a {c.family}"
     if c.family.startswith("modernbert") and not s.prediction_head:
         return None, "its ModernBERT classes have a prediction head: prediction_head=True"
     name = ARCHITECTURES[c.family][1].removesuffix("Model")
@@ -99,7 +99,7 @@ def read_classifier(folder, s=None):
     if changed:
         raise SystemExit(f"{folder} was trained with {changed}: choose another out_dir")
     tensors = {
-        re.sub(r"^(score|classifier)\.", "linear.", name): read()
+        re.sub(r"^(score|classifier)\.", "linear.", name): finite(read(), name, folder)
         for name, read in _read_tensors(folder).items()
         if name.startswith(("head.", *CLASSIFIERS))
     }

@@ -8,14 +8,45 @@ A model without a head is Hugging Face's inner class (LlamaModel), whose names h
 
 import os
 import re
+from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from formats import read_json, write_json
-from formats.huggingface import hf_module, interleave_qkv, our_module, pinned, resolve_folder
+from common import print0
+from data import require
+from formats import llm2vec, read_json, write_json
+from formats.huggingface import (
+    ARCHITECTURES,
+    finite,
+    hf_module,
+    interleave_qkv,
+    open_tensors,
+    our_module,
+    pinned,
+    resolve_folder,
+)  # fmt: skip
 
 PREFIX = "base_model.model."
+CARD = """\
+# A LoRA adapter of nanoembed
+
+It belongs to the class `{name}` with {mask} attention, of `{base}`.
+peft notes neither, and gives other outputs on another class or mask.
+Adapters that are merged into the base before it, in this order: {merged}.
+"""
+CODE = """
+```python
+from peft import PeftModel
+from transformers import AutoConfig, {name}
+
+config = AutoConfig.from_pretrained({base!r}, revision={revision!r})
+config.is_causal = {causal}
+base = {name}.from_pretrained({base!r}, config=config, revision={revision!r})
+if base.config.vocab_size < {vocab_size}:
+    base.resize_token_embeddings({vocab_size}, mean_resizing=False)
+model = PeftModel.from_pretrained(base, ".")  # this folder
+```
+"""
 
 # What adapter_config.json may say: what we read, then what makes no difference to the numbers.
 KNOWN = (
@@ -31,30 +62,55 @@ HARMLESS = {
 }  # fmt: skip
 
 
-def pinned_chain(name):
+def pinned_chain(name, above=()):
     """[base, adapters merged into it, the adapter itself] where `name` is an adapter, else [name];
     each `pinned`."""
     folder = resolve_folder(name)
     config = read_json(folder, "adapter_config.json")
     if not config:
         return [pinned(name)]
-    base, revision = config["base_model_name_or_path"], config.get("revision")
-    if revision and not os.path.isdir(base):
+    if folder in above:
+        raise ValueError(f"{folder}: adapter_config.json: its base leads back to itself")
+    base = require(config, "base_model_name_or_path", str, f"{folder}/adapter_config.json", 0, True)
+    if (revision := config.get("revision")) and not os.path.isdir(base):
         base = f"{base}@{revision}"
-    merged = read_json(folder, "nanoembed_adapter.json").get("merged_adapters", ())
-    return [*pinned_chain(base), *map(pinned, merged), pinned(name)]
-
-
-def adapter_chain(name):
-    """The folders of `pinned_chain`, with those of hub ids downloaded."""
-    return [resolve_folder(name) for name in pinned_chain(name)]
+    merged = read_json(folder, "nanoembed_adapter.json").get("merged_adapters")
+    if merged is None:  # not ours
+        base, merged = llm2vec.chain_of(name, folder, base)
+    if not os.path.isdir(base):
+        print0(f"{folder}: its base, {base}, is no folder here: asking the hub")
+    return [*pinned_chain(base, (*above, folder)), *map(pinned, merged), pinned(name)]
 
 
 def attention_of(name):
     """What the adapter's model was, "causal" or "bidirectional", for `from_pretrained`; None where
     nothing beside the adapter says it."""
-    causal = read_json(resolve_folder(name), "nanoembed_adapter.json").get("is_causal")
+    folder = resolve_folder(name)
+    causal = read_json(folder, "nanoembed_adapter.json").get("is_causal")
+    if causal is None and (llm2vec.published(name) or llm2vec.says_bidirectional(folder)):
+        return "bidirectional"
     return {None: None, True: "causal", False: "bidirectional"}[causal]
+
+
+def attention_of_chain(base, adapters):
+    """What the first of the adapters says, or the base; None, the base's own, where its config.json
+    does, or where peft marks the adapters as those of causal language models. Else ValueError: a
+    decoder's adapters may have been trained either way, and peft does not note which."""
+    if attention := next(filter(None, map(attention_of, [*adapters, base])), None):
+        return attention
+    hf = read_json(resolve_folder(base), "config.json")
+    decoder = hf.get("model_type") not in ("modernbert", "neobert") and "is_causal" not in hf
+    for adapter in adapters if decoder else ():
+        task = read_json(resolve_folder(adapter), "adapter_config.json").get("task_type")
+        if task != "CAUSAL_LM":
+            raise ValueError(f"{adapter}: nothing says whether this adapter's model was causal: "
+                             "give attention='causal' or attention='bidirectional'")  # fmt: skip
+    return None
+
+
+def n_layer_of(name):
+    """The layers of the adapter's model, fewer than its base may have; None where nobody says."""
+    return read_json(resolve_folder(name), "nanoembed_adapter.json").get("n_layer")
 
 
 def write_adapter(folder, c, layers, state, along, base_name, merged):
@@ -93,10 +149,18 @@ def write_adapter(folder, c, layers, state, along, base_name, merged):
         ensure_weight_tying=c.tied and "embed" in whole and c.head == "linear" and not c.head_bias,
     )  # fmt: skip
     # peft saves modules whole; which of their parameters train on, we keep for ourselves
-    ours = dict(is_causal=c.causal, merged_adapters=list(merged), trained_along=sorted(along))
+    ours = dict(is_causal=c.causal, n_layer=c.n_layer, merged_adapters=list(merged))
+    ours["trained_along"] = sorted(along)
     write_json(config, folder, "adapter_config.json")
     write_json(ours, folder, "nanoembed_adapter.json")
     save_file(tensors, f"{folder}/adapter_model.safetensors", {"format": "pt"})
+    # there NeoBERT is code of its own, and Gemma 3 has another key for another window
+    card = CARD + CODE * (not merged and (c.causal or c.family not in ("neobert", "gemma3_text")))
+    Path(folder, "README.md").write_text(card.format(
+        base=base, revision=revision or None, name=ARCHITECTURES[c.family][c.head == "none"],
+        causal=c.causal, mask="causal" if c.causal else "bidirectional", vocab_size=c.vocab_size,
+        merged=", ".join(merged) or "none",
+    ), "utf-8")  # fmt: skip
 
 
 def read_adapter(folder, c, parameters, linear):
@@ -106,14 +170,15 @@ def read_adapter(folder, c, parameters, linear):
     for key, value in config.items():
         if value and key not in KNOWN and value not in HARMLESS.get(key, ()):
             raise ValueError(f"{folder}: adapter_config.json has {key} = {value!r}: not supported")
+    names = str if isinstance(config.get("target_modules"), str) else [str]
+    for key, kind in (("target_modules", names), ("lora_alpha", float), ("lora_dropout", float)):
+        require({"lora_dropout": 0.0} | config, key, kind, f"{folder}/adapter_config.json", 0)
     path = f"{folder}/adapter_model.safetensors"
-    if os.path.exists(path):
-        state = load_file(path)
-    else:  # older adapters
-        state = torch.load(path[:-11] + "bin", map_location="cpu", weights_only=True)
-
+    if not os.path.exists(path):  # older adapters
+        path = path[:-11] + "bin"
     tensors, layers = {}, {}
-    for key, tensor in state.items():
+    for key, read in open_tensors(path).items():
+        tensor = finite(read(), key, folder)
         path = key.removeprefix(PREFIX).removesuffix(".weight" if ".lora_" in key else "")
         module, _, leaf = path.rpartition(".")
         module = our_module(module, c.family)
@@ -141,7 +206,8 @@ def read_adapter(folder, c, parameters, linear):
 
     alphas = (config.get("alpha_pattern") or {}).items()
     for module in layers:
-        hits = (alpha for end, alpha in alphas if matches(hf_module(module, c.family), [end]))
+        theirs = hf_module(module, c.family)
+        hits = (alpha for end, alpha in alphas if matches(theirs, rf"(.*\.)?({end})"))
         layers[module] = dict(
             rank=len(tensors[f"{module}.lora_A"]), alpha=next(hits, config["lora_alpha"]),
             dropout=config.get("lora_dropout", 0.0), rslora=config.get("use_rslora", False),
@@ -150,9 +216,19 @@ def read_adapter(folder, c, parameters, linear):
 
 
 def matches(name, rule):
-    """peft's rule for names of modules: one regular expression, or a list of their ends."""
-    rule = rule if isinstance(rule, str) else rf"(.*\.)?({'|'.join(rule)})"
-    return any(re.fullmatch(rule, n) for n in (name, name.removeprefix("model.")))
+    """peft's rule for names of modules: one regular expression, or a list of their ends. ValueError
+    for an expression that could run for long: of a repeated group, or of many repeats."""
+    names = name, name.removeprefix("model.")
+    if not isinstance(rule, str):
+        return any(f".{n}".endswith(f".{end}") for n in names for end in rule)
+    repeats = re.findall(r"[*+}]\??|(?<!\()\?", rule)
+    if len(repeats) > 5 or re.search(r"\)[*+{]|\\\d|\(\?P=", rule):
+        raise ValueError(f"adapter_config.json: pattern {rule[:80]!r}: expected names of modules, "
+                         "or up to 5 repeats, none of a group")  # fmt: skip
+    try:
+        return any(re.fullmatch(rule, n) for n in names)
+    except re.error as error:
+        raise ValueError(f"adapter_config.json: pattern {rule[:80]!r}: {error}") from None
 
 
 def targeted(config, name):

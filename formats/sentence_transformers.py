@@ -1,5 +1,5 @@
 """
-Folders of sentence-transformers in and out, our nanoembed.json, and LLM2Vec's settings.
+Folders of sentence-transformers in and out, and our nanoembed.json.
 
 prefix + instruction become the folder's prompts, the suffix its tokenizer's post-processor.
 """
@@ -11,17 +11,21 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import processors
 from torch import nn
 
 from common import print0
+from data import require
 from formats import read_json, write_json
-from formats.huggingface import config_to_hf
+from formats.huggingface import config_to_hf, finite, open_tensors
 from tokenizer import Template, body_length, load_tokenizer
 
 PROJECTION = "1_Dense/model.safetensors"
-SETTINGS = ("pooling", "prompts", "normalize", "max_length", "pool_instruction")
+SETTINGS = {  # of nanoembed.json
+    "pooling": str, "prompts": dict, "normalize": bool, "max_length": int,
+    "pool_instruction": bool, "pool_bos": bool, "doc_max_length": int, "instructions": dict,
+}  # fmt: skip
 
 POOLINGS = {  # newer versions of sentence-transformers write "cls", "mean" and "weightedmean"
     "cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last",
@@ -45,9 +49,7 @@ def st_problem(embedder):
     """Why sentence-transformers would not give equal embeddings from a saved folder, or None. The
     ids of PROBES from the files are compared with ours, in a second or two: ask before training."""
     family, pooling = embedder.model.config.family, embedder.pooling
-    if family == "neobert":
-        return "transformers has no NeoBERT"
-    if pooling == "splade" and family != "modernbert":
+    if pooling == "splade" and family not in ("modernbert", "neobert"):
         return f"its sparse models are masked language models, and {family} has no such class"
     if pooling in ("splade", "tokens", "weighted_mean") and not embedder.pool_instruction:
         return f"there, pooling {pooling!r} counts the instruction's tokens, too"
@@ -58,7 +60,7 @@ def st_problem(embedder):
 
     probes = [*PROBES, "".join(theirs.all_special_tokens), "too long " * embedder.max_length]
     for name, instruction in embedder.prompts.items():
-        prompt, length = embedder.template.prefix + instruction, 0
+        prompt, length = embedder.template.head(instruction), 0
         if prompt and not embedder.pool_instruction:  # this is how it measures a prompt
             ids = theirs(prompt, truncation=True)["input_ids"]
             length = len(ids) - (ids[-1] in theirs.all_special_ids)
@@ -127,7 +129,7 @@ def write_modules(embedder, folder):
         write_json(config, folder, path, "config.json" if i else "sentence_bert_config.json")
     write_json(listed, folder, "modules.json")
     prefix = embedder.template.prefix
-    prompts = {name: prefix + text for name, text in embedder.prompts.items()}
+    prompts = {name: embedder.template.head(text) for name, text in embedder.prompts.items()}
     config = {"model_type": kind, "similarity_fn_name": similarity, "prompts": prompts}
     if prefix and "document" in embedder.prompts:  # texts without a prompt get the template, too
         config["default_prompt_name"] = "document"
@@ -148,22 +150,26 @@ def write_settings(embedder, folder, projection=None):
 
 
 def read_settings(folder):
-    """What a folder says about embedding, as arguments of Embedder: from our own file, LLM2Vec's or
-    sentence-transformers'; {} for a plain model. Beside them attention, of LLM2Vec, and path, the
-    model's within a folder that sentence-transformers wrote."""
+    """What a folder says about embedding, as arguments of Embedder: from our own file, or
+    sentence-transformers'; {} for a plain model. Beside them path, the model's within a folder that
+    sentence-transformers wrote."""
     if settings := read_json(folder, "nanoembed.json"):
-        settings.pop("post_processor")
-        settings["template"] = Template(**settings["template"])
+        where = f"{folder}/nanoembed.json"
+        # older files lack these
+        settings = dict(pool_bos=True, doc_max_length=None, instructions={}) | settings
+        for key, kind in (SETTINGS | {"template": dict}).items():
+            if key != "doc_max_length" or settings[key] is not None:
+                require(settings, key, kind, where, 0)
+        texts = settings["prompts"] | settings["template"]
+        for name in ("prefix", "suffix", *texts):
+            require(texts, name, str, where, 0)
+        if min(settings["max_length"], settings["doc_max_length"] or 1) < 1:
+            raise ValueError(f"{where}: max_length {settings['max_length']}, expected 1 or more")
+        template = Template(**settings["template"])
+        settings = {key: settings[key] for key in SETTINGS} | {"template": template}
         path = Path(folder, PROJECTION)
         return settings | ({"projection": read_projection(path)} if path.exists() else {})
-    if llm2vec := read_json(folder, "llm2vec_config.json"):
-        mode = llm2vec["pooling_mode"]
-        return dict(
-            pooling={"eos_token": "last", "bos_token": "cls"}.get(mode, mode),
-            max_length=llm2vec["max_length"], pool_instruction=not llm2vec["skip_instruction"],
-            attention="bidirectional",  # none of its files says so
-        )  # fmt: skip
-    if not (modules := read_json(folder, "modules.json")):
+    if not (modules := read_json(folder, "modules.json", kind=list)):
         return {}
 
     settings = {"normalize": False}
@@ -175,6 +181,8 @@ def read_settings(folder):
                "encode adds what you give it")  # fmt: skip
     for module in modules:
         kind, path = module["type"].rpartition(".")[2], module["path"]
+        if path.startswith("/") or ".." in path:
+            raise ValueError(f"{folder}/modules.json: path {path!r}, expected a folder in it")
         transformer = kind in ("Transformer", "MLMTransformer")
         name = "sentence_bert_config.json" if transformer else "config.json"
         config = read_json(folder, path, name)
@@ -217,7 +225,10 @@ def read_settings(folder):
 
 
 def read_projection(path):
-    weight = load_file(path)["linear.weight"].float()
+    tensors = open_tensors(path)
+    if list(tensors) != ["linear.weight"]:
+        raise ValueError(f"{path}: tensors {list(tensors)}, expected linear.weight alone")
+    weight = finite(tensors["linear.weight"](), "linear.weight", path).float()
     projection = nn.Linear(*weight.T.shape, bias=False)
     projection.weight.data = weight
     return projection

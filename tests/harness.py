@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 import common
 from attention import make_seqs
 from formats.huggingface import from_pretrained, save_pretrained
-from model import from_scratch
+from model import DEFAULTS, from_scratch
 from recorder import WORDS as WORDS
 from token_scores import windows_of
 
@@ -166,6 +166,17 @@ def assert_close(got, want, folder, weights=1e-3, **columns):
     a, b = (from_pretrained(str(out_dir / folder)).state_dict() for out_dir in (got, want))
     for name in b:
         assert (a[name] - b[name]).norm() <= weights * b[name].norm(), (got, name)
+
+
+def assert_compared(printed, out_dir, step, *names):
+    """A run ends with the scores of step 0 and of the saved folder, which are those logged there.
+    """
+    [line] = re.findall(rf"{out_dir}/step{step} loaded again, before -> after.*", printed)
+    for name in names:
+        before, after = map(float, re.search(rf"[ ,]{name} (\S+) -> ([^\s,]+)", line).groups())
+        logged = losses(out_dir, f"eval_{name}")
+        assert before == pytest.approx(logged[0], rel=1e-3), name
+        assert after == pytest.approx(logged[step], rel=1e-3), name
 
 
 def gradients(model):
@@ -326,11 +337,15 @@ def plain_scores(model, tokenizer, record, s):
 # ---- small models of each family ----
 _SMALL = dict(n_embd=64, n_hidden=96, n_head=4, n_layer=3, vocab_size=512, max_seq_len=256)
 _LOCAL = dict(layer_kinds=["global", "local", "local"], window=6)
+GEMMA3 = DEFAULTS["gemma3_text"] | _LOCAL | dict(
+    family="gemma3_text", n_kv_head=2, head_dim=24, query_pre_attn_scalar=30, max_seq_len=256)
 FAMILIES = {"llama": ("llama-tiny", dict(n_kv_head=2)),
             "llama-bidirectional": ("llama-tiny", dict(causal=False, tied=False)),
             "mistral": ("llama-tiny", dict(family="mistral", layer_kinds=["local"] * 3, window=9)),
             "qwen2": ("llama-tiny", dict(family="qwen2", qkv_bias=True)),
-            "qwen3": ("qwen3-tiny", {}), "modernbert": ("modernbert-tiny", _LOCAL),
+            "qwen3": ("qwen3-tiny", {}), "gemma3": ("llama-tiny", GEMMA3),
+            "gemma3-bidirectional": ("llama-tiny", GEMMA3 | dict(causal=False, tied=False)),
+            "modernbert": ("modernbert-tiny", _LOCAL),
             "modernbert-decoder": ("modernbert-tiny", _LOCAL | dict(causal=True)),
             "modernbert-headless": ("modernbert-tiny", _LOCAL | dict(head="none")),
             "neobert": ("neobert-250m", {})}  # fmt: skip

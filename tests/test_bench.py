@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import make_seqs
-from harness import ROOT, raises
+from harness import ROOT, WORDS, raises, write_jsonl
 from model import from_scratch
 from tools import bench
 
@@ -52,6 +52,28 @@ def test_tiny_run(name, size, n, tmp_path):
             assert other[0] == pytest.approx(results[0][0], abs=1e-3)
             assert name == "mntp" or other == pytest.approx(results[0], abs=1e-3)
         assert name in ("encode", "contrastive") or 8 < results[0][0] < 12
+
+
+@pytest.mark.slow
+def test_real(folders, tmp_path, monkeypatch):
+    """The demo's run at a tiny size: LoRA by both sides on the same pairs, the losses of the whole
+    training (A is drawn by each, so not to the last digit) and the score after it."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 40), ("test", 12)):
+        lines = [" ".join(rng.choice(WORDS, 3 + i % 9, replace=False)) for i in range(n)]
+        write_jsonl(tmp_path / f"{split}.jsonl", [{"query": x[:9], "pos": [x]} for x in lines])
+    monkeypatch.setattr(bench, "DATA", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    folder = folders["llama"]
+    out = run_bench("real", tmp_path, f"--size={folder}", "--n=20", "--rounds=8", "--dtype=fp32")
+    assert [row["name"].split(":")[0] for row in out["rows"]] == ["real fp32"] + 3 * [
+        "real, encode fp32"]  # fmt: skip
+    ours, theirs = (x for name, x in out["sides"]["real fp32"].items() if name != "matmul")
+    assert len(ours["results"]) == len(theirs["results"]) == 9  # and the score is none of them
+    assert ours["results"][0] == pytest.approx(theirs["results"][0], abs=1e-4)
+    assert ours["results"] == pytest.approx(theirs["results"], rel=0.2)
+    assert ours["results"][1] != pytest.approx(theirs["results"][1], abs=1e-4)  # it trains
+    assert 30 < ours["ndcg"] <= 100 and abs(ours["ndcg"] - theirs["ndcg"]) < 20
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """train_classifier.py and evals/classifier.py: words and texts against loops and transformers, tiny
 runs, whole, killed and resumed, on 1 and 2 ranks; data/ud and data/conll2003."""
 
-import glob
 import json
 import os
 import re
@@ -266,8 +265,9 @@ FOLDERS = [  # family, settings, why transformers has no such class
     ("qwen3", dict(task="texts", pooling="last"), None),
     ("llama", dict(label_position="next_token"), "not one before"),
     ("modernbert", dict(), "prediction_head=True"),
+    ("gemma3", dict(task="texts", pooling="last"), None), ("gemma3", dict(), "labels no tokens"),
     ("modernbert-decoder", dict(), "labels no tokens"), ("llama", dict(task="texts"), "pool last"),
-    ("neobert", dict(task="texts", pooling="cls"), "no NeoBERT")]  # fmt: skip
+    ("neobert", dict(task="texts", pooling="cls"), "no such class")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "case", "reason"), FOLDERS, ids=str)
@@ -498,7 +498,7 @@ def test_dropout_is_off_in_evaluation_and_in_a_frozen_model(tiny, tokenizer, tmp
 # ---- bad input ----
 @pytest.mark.parametrize(("kind", "line", "message"), [
     ("words", '{"words": ["a", "b"], "labels": ["A"]}', "2 words and 1 in 'labels'"),
-    ("words", '{"words": [], "labels": []}', "0 words and 0"),
+    ("words", '{"words": [], "labels": []}', "field 'labels' is empty"),
     ("words", '{"words": ["a"]}', "field 'labels' is missing"),
     ("words", '{"words": "a b", "labels": ["A", "B"]}', "field 'words' is 'a b'"),
     ("words", '{"words": ["a"], "labels": [1]}', "'labels' is [1] (expected list of str)"),
@@ -510,9 +510,9 @@ def test_dropout_is_off_in_evaluation_and_in_a_frozen_model(tiny, tokenizer, tmp
     ("softmax", '{"text": "a", "label": "x"}', "label 'x' is none of the 2 labels: 1, B"),
     ("bce", '{"text": "a", "label": 2}', "label 2.0: expected 0 to 1"),
     ("bce", '{"text": "a"}', "field 'label' is missing"),
-    ("mse", '{"text": "a", "label": 1e39}', "label 1e+39: expected -3e+38 to 3e+38"),
+    ("mse", '{"text": "a", "label": 1e39}', "field 'label' is 1e+39, expected finite"),
     ("mse", '{"text": "a", "label": "1"}', "field 'label' is '1' (expected float)"),
-    ("mse", '{"text": "a", "label": NaN}', "label nan: expected -3e+38 to 3e+38")])  # fmt: skip
+    ("mse", '{"text": "a", "label": NaN}', "field 'label' is nan, expected finite")])  # fmt: skip
 def test_broken_lines(kind, line, message, tmp_path):
     path, good = tmp_path / "x.jsonl", '{"text": "a", "label": 1}'
     keys = dict(task="texts", loss_kind=kind)
@@ -535,7 +535,7 @@ def test_columns(tmp_path):
     with pytest.raises(ValueError, match="eng.testa line 4: label 'O' is none of the 2 labels: I"):
         read_examples(str(path), settings(labels=["I-ORG", "I-PER"]))
     path.write_text("a X\nb\n")
-    with pytest.raises(ValueError, match="eng.testa line 2: 1 columns, no label in -1"):
+    with pytest.raises(ValueError, match="eng.testa line 2: 1 columns, the first has 2"):
         read_words(str(path), "labels", -1)
 
 
@@ -586,13 +586,7 @@ def test_both_texts_of_a_long_pair_are_seen(tokenizer):
     assert min(shown[0].count("tan"), shown[1].count("ris")) > 5, shown
 
 
-def test_configs_have_keys_of_the_script():
-    paths = sorted(glob.glob(os.path.join(harness.ROOT, "configs", "classifier_*.py")))
-    assert len(paths) == 5
-    for name in (os.path.basename(path).removesuffix(".py") for path in paths):
-        found = harness.configured(SCRIPT, name)
-        assert found["batch_size"] % found["device_batch_size"] == 0
-        assert found["task"] == ("words" if found["label_names"] or "pos_ud" in name else "texts")
+def test_conll2003_has_its_labels():
     for field, n in {"pos": 47, "chunk": 23, "ner": 9}.items():
         config = harness.configured(SCRIPT, "classifier_conll2003", f"--label_field={field}")
         assert len(set(config["label_names"])) == len(config["label_names"]) == n, field

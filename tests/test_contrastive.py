@@ -16,14 +16,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, processors
+from transformers import AutoModel, PreTrainedTokenizerFast
 
 import common
 import grad_cache
 import harness
+import lora
 import pairs as P
 import train_contrastive as T
 from data import open_pairs, read_pair
 from embedder import Embedder
+from formats import read_json, write_json
 from formats.huggingface import from_pretrained, save_pretrained
 from harness import ROOT, WORDS, assert_equal_bits, losses, run_ranks, saved, write_jsonl
 from model import from_scratch
@@ -36,8 +41,9 @@ def settings(**changes):
     keys = {k: v for k, v in vars(T).items() if type(v) in common.KINDS.values()}
     keys |= dict(
         batch_size=6, group_size=3, query_max_length=16, passage_max_length=32, temperature=0.5,
-        query_flops=0.3, passage_flops=0.2, device_batch_tokens=10**9, seed=7, stop_step=9, rank=0,
-        world_size=1, template=Template(), autocast=nullcontext, device=torch.device("cpu"),
+        query_flops=0.3, passage_flops=0.2, device_batch_tokens=10**9, seed=7, rank=0,
+        max_steps=30, stop_step=9, world_size=1, template=Template(), autocast=nullcontext,
+        device=torch.device("cpu"),
     )  # fmt: skip
     return SimpleNamespace(**keys | changes)
 
@@ -101,14 +107,16 @@ def plain_loss(pairs, queries, passages, s, world_size, hinged=False):
                 back = [plain_similarity(d[first[b]], x) for x in q]
                 out = {a for a, t in enumerate(right) if texts[first[b]] in t or rank[a] != rank[b]}
                 loss = (loss + plain_contrast(back, b, out, s, hinged)[0]) / 2
+            loss = s.contrast_weight * loss
             if s.distill_weight and p["scores"]:
                 group = [scores[n] for n in range(len(texts)) if owner[n] == b]
                 kl = plain_kl(group, p["scores"], s.temperature, s.distill_temperature)
                 loss = loss + s.distill_weight * kl
             total = total + loss / len(widths) / len(pairs)
     if s.pooling == "splade":
+        ramp = (5 / (s.flops_warmup_ratio * s.max_steps)) ** 2  # in step 5
         for weight, x in ((s.query_flops, queries), (s.passage_flops, passages)):
-            total = total + weight * sum(v**2 for v in sum(map(abs, x)) / len(x))
+            total = total + ramp * weight * sum(v**2 for v in sum(map(abs, x)) / len(x))
     return total, hits
 
 
@@ -158,6 +166,7 @@ LOSSES = {"plain": {},
           **{f"margin {m}": dict(false_negative_margin=m) for m in (0.0, 0.2, 0.4, -0.3)},
           "both": dict(both_directions=True),
           "distill": dict(distill_weight=0.7, distill_temperature=0.4),
+          "distill alone": dict(distill_weight=0.7, contrast_weight=0.0),
           "matryoshka": dict(matryoshka_dims=(2, 8, 1), distill_weight=0.7, both_directions=True),
           "unnormalised": dict(matryoshka_dims=(4, 8), normalize=False),
           "splade": dict(pooling="splade"),
@@ -199,7 +208,7 @@ def test_loss_and_its_gradients_equal_loops(kind, name, world_size, monkeypatch)
             gathered = iter(whole)  # what all_gather gives, with the gradient of all ranks
             monkeypatch.setattr(T, "gather_rows", lambda x, _, g=gathered: next(g) + 0 * x.sum())
             s = settings(rank=rank, world_size=world_size, **LOSSES[name])
-            part = T.loss_and_grad(stacked(texts), batch, s)
+            part = T.loss_and_grad(stacked(texts), batch, 5, s)
             loss, hits = loss + part[0], hits + part[1]
         assert loss == pytest.approx(want.item(), rel=1e-12) and hits == want_hits
         for got, texts in zip(whole, (queries, passages), strict=True):
@@ -285,6 +294,30 @@ def test_a_pair_is_drawn_from_its_line(hard_file):
     assert positives == {0, 1} and len(chosen) == 3
 
 
+def test_crops_of_a_text(tmp_path):
+    """Two runs of words of a {"text"} line, drawn anew in each epoch; other lines stay whole."""
+    words = [f"w{i}" for i in range(20)]
+    lines = [{"text": " \n".join(words)}, {"text": " "}, {"query": "a b c d", "pos": ["e f g h"]}]
+    file, seen = open_pairs(write_jsonl(tmp_path / "x.jsonl", lines)), Counter()
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        p = P.sample_pair(file, 0, 2, rng, crop=0.4)
+        assert p["known"] == p["passages"] and p["scores"] is None
+        for text in (p["query"], *p["passages"]):
+            first = words.index(text.split()[0])
+            assert text == " \n".join(words[first : first + 8])
+            seen[first] += 1
+    assert sorted(seen) == list(range(13)) and min(seen.values()) > 30  # 800 / 13 = 62
+    assert P.sample_pair(file, 1, 2, rng, crop=0.4)["passages"] == [" "]
+    assert P.sample_pair(file, 2, 2, rng, crop=0.4)["query"] == "a b c d"
+    short = P.sample_pair(file, 0, 2, rng, crop=0.01)
+    assert len(short["query"].split()) == 1
+    assert P.sample_pair(file, 0, 2, rng, crop=1.0) == P.sample_pair(file, 0, 2, rng)
+    s = settings(batch_size=1, group_size=2, crop=0.4)
+    [one], [two] = (P.pairs_of_step([file], i, np.zeros(9, int), s)[0] for i in (0, 3))
+    assert one != two
+
+
 def test_batches_without_duplicates(tmp_path):
     # 40 lines, each text about twice in the file: in several queries, as positive and as negative
     rng = np.random.default_rng(0)
@@ -306,15 +339,18 @@ def test_instructions_of_files_and_lines(easy_files, hard_file, toy_tokens):
     tokenizer = load_tokenizer(os.path.join(toy_tokens, "tokenizer"))
     s = settings(query_instruction=("ask a: ", "ask b: "), passage_instruction=("say: ",),
                  template=Template("<", ">"))  # fmt: skip
-    for which in (0, 1):
+    for which, s.ignore_prompts in ((0, False), (1, False), (1, True)):
         pairs, _ = P.pairs_of_step(files, 0, np.array([which]), s)
         encoded = P.encode_pairs(pairs, which, tokenizer, s)
-        texts = [(p["prompt"] or s.query_instruction[which]) + p["query"] for p in pairs]
+        own = [None if s.ignore_prompts else p["prompt"] for p in pairs]
+        texts = [(o or s.query_instruction[which]) + p["query"] for o, p in zip(own, pairs)]
         texts += ["say: " + text for p in pairs for text in p["passages"]]
         want = [tokenizer(f"<{text}>")["input_ids"] for text in texts]
         assert any(p["prompt"] for p in pairs) == which and len(encoded) == len(want)
         for (ids, _), full, limit in zip(encoded, want, [16] * 6 + [32] * 99):
             assert ids == (full if len(full) <= limit else full[: limit - 2] + full[-2:])
+    prompts = ["ask a: ", read_pair(files[1], 0)["prompt"] or "ask b: "]
+    assert [*P.instructions_of(files, s).values()] == prompts
 
 
 # ---- the gradient cache ----
@@ -412,7 +448,7 @@ def tiny(model_folder, hard_file, tmp_path_factory):
 CLOSE = dict(loss=1e-5, gnorm=1e-4, eval_loss=1e-4, acc=1e-9)
 
 
-def test_a_run_learns_and_its_folder_is_the_same(tiny, easy_files, tmp_path, monkeypatch):
+def test_a_run_learns_and_its_folder_is_the_same(tiny, easy_files, tmp_path, monkeypatch, capsys):
     from sentence_transformers import SentenceTransformer
 
     keys = [f"--data={easy_files[0]}", f"--eval_data={easy_files[1]}", "--eval_lines=30",
@@ -420,7 +456,8 @@ def test_a_run_learns_and_its_folder_is_the_same(tiny, easy_files, tmp_path, mon
     keys += ["--max_steps=40", "--eval_interval=1", "--learning_rate=3e-3"]
     trained = run(tiny, tmp_path, *keys)
     embedder, right = trained.embedder, losses(tmp_path, "eval_acc")
-    assert list(losses(tmp_path)) == list(right) == list(range(1, 41))
+    harness.assert_compared(capsys.readouterr().out, tmp_path, 40, "loss", "acc", "mrr", "ndcg")
+    assert list(losses(tmp_path)) == list(right)[1:] == list(range(1, 41)) and right[0] < right[40]
     curve = list(losses(tmp_path).values())
     assert sum(curve[-5:]) < 0.6 * sum(curve[:5]) and right[40] > right[1] + 0.2
     pairs = trained.eval_pairs  # 30 of the 40
@@ -486,6 +523,24 @@ def test_many_vectors_and_sparse_ones_are_saved(pooling, tiny, tmp_path):
         assert torch.equal(again.state_dict()[name], x), name
 
 
+def test_another_tokenizer_is_the_one_that_is_saved(tiny, model_folder, tmp_path):
+    """Of the model and of its adapter; its largest id must fit."""
+    other = load_tokenizer(model_folder)
+    bare = Tokenizer.from_str(other.backend_tokenizer.to_str())
+    bare.post_processor = processors.TemplateProcessing(single="$A")  # no CLS, no SEP
+    PreTrainedTokenizerFast(tokenizer_object=bare).save_pretrained(tmp_path / "bare")
+    keys = [f"--tokenizer={tmp_path / 'bare'}", "--lora_rank=2", "--max_steps=3"]
+    run(tiny, tmp_path / "out", *keys)
+    for folder in ("step3", "step3/adapter"):
+        loaded = Embedder.load(str(tmp_path / "out" / folder))
+        assert loaded.tokenize(["tan mos"])[0][0] == bare.encode("tan mos").ids
+    assert bare.encode("tan mos").ids != other("tan mos")["input_ids"]
+    other.add_tokens([f"more{i}" for i in range(600)])
+    other.save_pretrained(tmp_path / "large")
+    keys = [f"--tokenizer={tmp_path / 'large'}"]
+    harness.assert_refused("take the model's own tokenizer", SCRIPT, tiny, tmp_path / "x", *keys)
+
+
 def test_killed_and_resumed_is_bit_equal(tiny, tmp_path):
     more = ["--max_steps=40", "--attn_dropout=0.2"]
     harness.assert_killed_and_resumed_is_bit_equal(SCRIPT, tiny, tmp_path, (4, 24), *more)
@@ -500,7 +555,7 @@ def test_the_best_checkpoint_is_kept(tiny, easy_files, tmp_path):
     run(tiny, tmp_path, *keys, "--resume=True")
     evals = losses(tmp_path, "eval_loss")
     best = min(evals, key=evals.get)
-    assert list(evals) == [4, 8, 12, 16, 20, 21, 22, 23, 24] and best <= 20
+    assert list(evals) == [0, 4, 8, 12, 16, 20, 21, 22, 23, 24] and best <= 20
     assert {p.name for p in tmp_path.glob("step*")} == {"step24", f"step{best}"}
 
 
@@ -509,6 +564,9 @@ def test_lora_resumed_is_bit_equal(tiny, tmp_path):
     checkpoint is another when the second run goes on."""
     keys = ["--lora_rank=4", "--train_also=norm", "--attn_dropout=0.2"]
     keys += ["--suffix= ke", "--pool_instruction=False", "--eval_interval=2"]
+    tasks = tmp_path / "tasks.json"
+    tasks.write_text('{"STS12": "like it:"}')
+    keys += ["--pool_bos=False", "--separator=; ", f"--task_instructions={tasks}"]
     first, name = tmp_path / "first", "adapter/adapter_model.safetensors"
     for whole, half in (("whole", "half"), ("whole2", "half2")):
         whole, half = tmp_path / whole, tmp_path / half
@@ -522,12 +580,57 @@ def test_lora_resumed_is_bit_equal(tiny, tmp_path):
         ours = Embedder.encode(embedder, ["tan mos", "ris"], "su ")
         for folder in ("step6", "step6/adapter"):  # merged, or the chain base + adapters
             loaded = Embedder.load(str(whole / folder), dtype="fp32")
-            assert loaded.template.suffix == " ke" and not loaded.pool_instruction
+            assert loaded.template == Template("", " ke", "; ") and not loaded.pool_instruction
+            assert not loaded.pool_bos and loaded.instructions["STS12"] == "like it:"
             assert np.abs(loaded.encode(["tan mos", "ris"], "su ") - ours).max() < 1e-5
         if not first.exists():
             shutil.copytree(whole / "step6" / "adapter", first / "step1")
             keys.append(f"--adapters={first}")
     assert losses(tmp_path / "whole2") != losses(tmp_path / "whole")
+
+
+def test_the_first_layers_alone(tiny, folders, tmp_path):
+    """A run with n_layer=2 of 3, resumed, is one on a folder that was cut by hand. So is a second
+    run on its adapter, which says how many layers it goes with, and one on the whole model's."""
+    cut, base = tmp_path / "cut", folders["qwen3"]
+    shutil.copytree(base, cut)
+    config = read_json(base, "config.json")
+    config |= {"num_hidden_layers": 2, "layer_types": config["layer_types"][:2]}
+    write_json(config, cut, "config.json")
+    tensors = load_file(f"{base}/model.safetensors")
+    dropped = [name for name in tensors if name.startswith("model.layers.2.")]
+    assert len(dropped) == 11
+    save_file({n: x for n, x in tensors.items() if n not in dropped}, cut / "model.safetensors")
+
+    keys = ["--lora_rank=4", "--train_also=norm", "--dtype=bf16", "--pooling=last"]
+    texts = ["tan mos", "ris sus"]
+    runs = {"hand": [f"--init_from={cut}"], "key": [f"--init_from={base}", "--n_layer=2"]}
+    for name, more in runs.items():
+        out = tmp_path / name
+        run(tiny, out, *keys, *more, "--stop_step=2")
+        # resumed, the adapter's folder says it as well as the key does
+        run(tiny, out, *keys, more[0], "--resume=True")
+        first = tmp_path / f"{name}-adapter"
+        shutil.copytree(out / "step6" / "adapter", first)
+        run(tiny, tmp_path / f"{name}2", *keys, f"--init_from={first}")
+    for end in ("", "2"):
+        hand, ours = tmp_path / f"hand{end}", tmp_path / f"key{end}"
+        assert_equal_bits(ours, hand)
+        assert read_json(ours / "step6", "config.json") == read_json(hand / "step6", "config.json")
+        sides = [Embedder.load(str(f), dtype="fp32").encode(texts) for f in (
+            hand / "step6", ours / "step6", ours / "step6" / "adapter")]  # fmt: skip
+        assert np.array_equal(sides[0], sides[1]) and np.abs(sides[2] - sides[0]).max() < 1e-2
+    # an adapter of all layers is merged first, then the model is cut
+    run(tiny, tmp_path / "all", *keys, f"--init_from={base}", "--max_steps=2")
+    more = [f"--init_from={tmp_path}/all/step2/adapter", "--n_layer=1", "--max_steps=2"]
+    embedder = run(tiny, tmp_path / "one", *keys, *more).embedder
+    whole = from_pretrained(str(tmp_path / "all/step2"), n_layer=1, dtype=torch.bfloat16)
+    name = "blocks.0.mlp.up_proj."
+    got = embedder.model.state_dict()[f"{name}base.weight"]
+    assert len(embedder.model.blocks) == 1 and torch.equal(got, whole.state_dict()[f"{name}weight"])
+    assert AutoModel.from_pretrained(tmp_path / "one" / "step2").config.num_hidden_layers == 1
+    harness.raises(ValueError, "n_layer=3: the model has 2", from_pretrained, str(cut), n_layer=3)
+    harness.raises(ValueError, "n_layer=2: the model has 1", lora.load_adapter, whole, str(first))
 
 
 def test_two_ranks_equal_one_and_each_other(tiny, tmp_path):
@@ -627,6 +730,7 @@ def test_three_forms_of_lines(tmp_path):
     ('{"anchor": "a", "positive": ["b"]}', "line 22: field 'positive' is ['b']"),
     ('{"positive": "b"}', "line 22: field 'query' is missing"),
     ("--pooling=max", "pooling takes one of mean, "), ("--group_size=0", "takes >= 1, not 0"),
+    ("--crop=2", "crop takes >= 0 and <= 1, not 2.0"),
     ("--matryoshka_dims=(64,16)", "matryoshka_dims=(64, 16): embeddings have 32"),
     ("--query_instruction=('a','b')", "query_instruction: 2 texts for 1 data files"),
     ("--data=nowhere.jsonl", "nowhere.jsonl"), ("--init_from=nowhere/at/all", "nowhere/at/all"),

@@ -23,6 +23,7 @@ from harness import FAMILIES, raises, run_ranks
 from lora import inject, save_adapter
 from model import Transformer, from_scratch
 from pooling import groups, pack, pool
+from quantize import quantize, ranges_of, scores
 from tokenizer import TEMPLATES, Template, tokenize, tokenize_words
 
 logging.set_verbosity_error()
@@ -33,6 +34,7 @@ WORDS = "the cat sat on a mat and the dog ran to an old house where it found man
 TEXTS = ["the old cat", "", " where  it ran ", "a", "a", "1234 words, (a book).",
          "caf\u00e9 \U0001f642", f"{WORDS} " * 30, "the dog\n"]  # fmt: skip
 CHAT = Template("<|user|>", "<|end|>")
+ASKED = [f"find {i}: " * (i % 3) for i in range(len(TEXTS))]  # an instruction for each
 ONE_PROMPT = {"query": "find a book:", "document": ""}
 
 
@@ -267,7 +269,11 @@ def test_parts_and_memory_map(tmp_path, monkeypatch):
             return self.data[i]
 
     whole, many = ours.encode(texts), late.encode(texts)
+    asked = [f"find {i % 5}: " for i in range(600)]
+    each = ours.encode(texts, asked)
     monkeypatch.setattr(module, "PART", 32 * 130)  # 130 texts at a time; of tokens 2
+    assert differ(ours.encode(texts, asked), each) < 1e-6 < differ(each, whole)
+    assert differ(ours.encode([[a, text] for a, text in zip(asked, texts)]), each) < 1e-6
     assert differ(late.encode(texts[:99]), many[:99]) < 1e-6
     path = str(tmp_path / "vectors.npy")
     got = ours.encode(Lazy(texts), out=path, progress=True)
@@ -276,10 +282,64 @@ def test_parts_and_memory_map(tmp_path, monkeypatch):
     assert ours.encode([], out=path).shape == (0, 32)
 
 
+def test_fewer_numbers_and_fewer_bits(tmp_path, monkeypatch):
+    """Equal to sentence-transformers' truncate_dim and quantize_embeddings, and their scores to
+    loops; in parts, and into a file."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.util import quantize_embeddings
+
+    ours, rng = make("modernbert", "encoder"), np.random.default_rng(0)
+    ours.save(tmp_path / "m")
+    theirs = SentenceTransformer(str(tmp_path / "m"), device="cpu")
+    texts = [" ".join(rng.choice(WORDS.split(), rng.integers(1, 9))) for _ in range(150)]
+    short = ours.encode(texts, dim=16)
+    want = theirs.encode(texts, truncate_dim=16, normalize_embeddings=True)
+    assert short.shape == (150, 16) and differ(short, want) < 1e-6
+    np.testing.assert_allclose(np.linalg.norm(short, axis=1), 1, atol=1e-6)
+    bare = make("modernbert", "encoder", normalize=False)
+    assert np.array_equal(bare.encode(texts, dim=16), bare.encode(texts)[:, :16])
+    late = make("llama", "eos", "tokens").encode(texts[:2], dim=8)
+    assert [x.shape[1] for x in late] == [8, 8] and abs((late[0] ** 2).sum(1) - 1).max() < 1e-6
+
+    monkeypatch.setattr(module, "PART", 32 * 60)  # 60 texts at a time
+    ranges, path = ranges_of(short[:100]), str(tmp_path / "codes.npy")
+    for precision, given in (("int8", None), ("int8", ranges), ("binary", None)):
+        got = ours.encode(texts, dim=16, precision=precision, ranges=given)
+        want = quantize_embeddings(short, precision, given)
+        assert got.dtype == want.dtype == np.int8 and got.shape == want.shape
+        # a value at the border of two steps
+        assert (got != want).mean() < 0.01 and len(np.unique(got)) > 50
+        assert np.array_equal(quantize(short, precision, given), want)
+        if precision == "binary" or given is not None:
+            more = dict(dim=16, precision=precision, ranges=given, out=path)
+            assert np.array_equal(ours.encode(texts, **more), got)
+
+    codes, bits = quantize(short, "int8", ranges), quantize(short, "binary")
+    sign, step = np.where(short > 0, 1.0, -1.0), (ranges[1] - ranges[0]) / 255
+    wanted = {"int8": short[:5] @ (ranges[0] + (codes + 128.0) * step).T,
+              "binary": short[:5] @ sign.T}  # fmt: skip
+    for precision, texts_of in (("int8", codes), ("binary", bits)):
+        got = scores(short[:5], texts_of, precision, ranges)
+        np.testing.assert_allclose(got, wanted[precision], atol=1e-5)
+    inside = ((short >= ranges[0]) & (short <= ranges[1])).all(1)
+    error = np.abs(wanted["int8"] - short[:5] @ short.T)[:, inside]
+    assert error.max() < np.abs(short[:5]).sum(1).max() * step.max()
+    np.testing.assert_allclose(scores(codes[:5], codes, "int8"), codes[:5].astype(int) @ codes.T)
+    hamming = (sign[:5, None] != sign[None]).sum(-1)
+    assert np.array_equal(scores(bits[:5], bits, "binary"), 16 - 2 * hamming)
+    assert scores(short, bits[:0], "binary").shape == (150, 0)
+    raises(ValueError, "dim=33 of 32", ours.encode, texts, dim=33)
+    raises(ValueError, "needs ranges=", ours.encode, texts, precision="int8", out=path)
+    raises(ValueError, "from 1 vectors", ours.encode, texts[:1], precision="int8")
+    raises(ValueError, "12 numbers, expected a multiple", quantize, short[:, :12], "binary")
+    raises(ValueError, "precision='fp8'", ours.encode, texts, precision="fp8")
+
+
 def encode_in_all_ways(out):
     """What each rank of a group, or one process alone, gives."""
     ours, late = make("llama", "eos"), make("llama", "eos", "tokens")
     return dict(whole=ours.encode(TEXTS), few=ours.encode(TEXTS[:1]),
+                each=ours.encode(TEXTS, ASKED), pairs=ours.encode([*zip(ASKED, TEXTS)]),
                 mapped=ours.encode(TEXTS, out=str(out)), many=np.concatenate(late.encode(TEXTS)))
 
 
@@ -289,6 +349,11 @@ def test_two_ranks_give_what_one_gives(tmp_path):
     for rank in (0, 1):
         got = np.load(tmp_path / f"rank{rank}.npz")
         assert all(differ(got[key], wanted[key]) < 1e-6 for key in wanted)
+    one = make("llama", "eos")
+    alone = [one.encode([text], asked)[0] for text, asked in zip(TEXTS, ASKED)]
+    assert max(differ(wanted[key], alone) for key in ("each", "pairs")) < 1e-6
+    raises(ValueError, "2 instructions for 1 texts", one.encode, ["a"], ["b", "c"])
+    raises(ValueError, "give one", one.encode, [("a", "b")], "c")
 
 
 # ---- folders ----
@@ -305,6 +370,8 @@ CASES = [  # model, tokenizer, pooling, settings
     ("llama-bidirectional", "eos", "weighted_mean", dict(template=Template("", "<|end|>"))),
     ("qwen3", "bare", "last", dict(template=Template("", "</s>"))),
     ("qwen3", "eos", "mean", dict(pool_instruction=False)),
+    ("gemma3-bidirectional", "bos", "mean", dict(template=CHAT, pool_instruction=False)),
+    ("neobert", "encoder", "mean", dict(template=CHAT)), ("neobert", "encoder", "splade", {}),
     ("modernbert", "encoder", "splade", dict(template=CHAT)),
     ("modernbert", "encoder", "tokens", dict(projection=torch.nn.Linear(32, 8, bias=False))),
     ("llama-bidirectional", "eos", "tokens", {})]  # fmt: skip
@@ -318,7 +385,8 @@ def test_equals_sentence_transformers(name, tokens, pooling, settings, tmp_path)
     ours.save(tmp_path / "step4")
     os.symlink("step4", tmp_path / "final")  # as a run leaves it in its out_dir
     kind = {"splade": st.SparseEncoder, "tokens": st.MultiVectorEncoder}
-    theirs = kind.get(pooling, st.SentenceTransformer)(str(tmp_path / "final"), device="cpu")
+    theirs = kind.get(pooling, st.SentenceTransformer)(
+        str(tmp_path / "final"), device="cpu", trust_remote_code=name == "neobert")
     again = load(tmp_path / "final")
     for key, their_encode in (("query", theirs.encode_query), ("document", theirs.encode_document)):
         got, wanted = ours.encode(TEXTS, ours.prompts[key]), their_encode(TEXTS)
@@ -402,6 +470,8 @@ def test_adapter_chain_equals_peft(tmp_path):
         add_lora(model, seed=max_length)
         save_adapter(model, paths[key], paths["base"])
         os.remove(f"{paths[key]}/nanoembed_adapter.json")  # LLM2Vec's folders have none
+        if key == "mntp":  # its run_mntp.py writes the adapter alone
+            continue
         llm2vec = dict(pooling_mode="mean", max_length=max_length, skip_instruction=True)
         with open(f"{paths[key]}/llm2vec_config.json", "w") as f:
             json.dump(llm2vec | {"doc_max_length": 20}, f)
@@ -447,6 +517,8 @@ def test_lora_is_merged_in_the_files_only(tmp_path):
      "prompt 'query' .'find: '.*leave . tokens out of the pool, we"),
     ("encoder", "mean", dict(template=CHAT, pool_instruction=False), "than one token, a special"),
     ("bos", "mean", dict(template=Template("", "t in a book")), "its tokens would be"),
+    ("bos", "mean", dict(pool_instruction=False, pool_bos=False),
+     "prompt 'document'.*leave 0 tokens out of the pool, we 1"),
     ("encoder", "weighted_mean", dict(pool_instruction=False), "counts the instruction's"),
     ("encoder", "splade", dict(pool_instruction=False), "counts the instruction's")])  # fmt: skip
 def test_a_save_that_would_differ_is_refused(tokens, pooling, settings, reason, tmp_path):

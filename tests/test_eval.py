@@ -333,7 +333,7 @@ def test_each_side_gets_its_prompt(tmp_path):
     assert sides[queries[0]["text"]] == "Q: "
 
 
-def test_task_prompts(tmp_path):
+def test_task_prompts(tmp_path, capsys):
     tasks = named_tasks("STSBenchmark,SciFact,CQADupstackRetrieval")
     saved = {"query": "Q: ", "document": "D: ", "SciFact": "own"}
     template = "Instruct: {instruction}\\nQuery: "
@@ -343,6 +343,10 @@ def test_task_prompts(tmp_path):
     of_type = "Retrieve semantically similar text."  # the task has none
     assert got["STSBenchmark"]["query"] == f"Instruct: {of_type}\nQuery: "
     assert len(got) == 2 + 12 and "CQADupstackRetrieval" not in got
+    assert "has none" not in capsys.readouterr().out
+    got = task_prompts(tasks, "model", template, {"sci_fact": "own", "query": ""})
+    assert got["SciFact"]["query"] == "own" and got["STSBenchmark"]["query"] == ""
+    assert "(sci_fact) and has none for STSBenchmark, CQADupst" in capsys.readouterr().out
     got = task_prompts(tasks, "model", template, saved)  # as they are: no template
     assert got["SciFact"] == {"query": "own", "document": "D: "}
     assert got["STSBenchmark"] == {"query": "Q: ", "document": "D: "}
@@ -357,6 +361,14 @@ def test_task_prompts(tmp_path):
     file.write_text(json.dumps(lines))
     with pytest.raises(SystemExit, match="instructions.json has no line for CQADupstackAndroid"):
         task_prompts(tasks, str(file), "{instruction}", {})
+
+
+def test_llm2vec_has_an_instruction_for_every_task():
+    for benchmark in ("MTEB(eng, v1)", "MTEB(eng, v2)"):
+        prompts = task_prompts(named_tasks("", benchmark), "llm2vec", "{instruction}", {})
+        assert all(p["query"].endswith(":") and p["document"] == "" for p in prompts.values())
+    assert prompts["HotpotQAHardNegatives"]["query"].startswith("Given a multi-hop question")
+    assert prompts["STS22.v2"] == prompts["STS12"]
 
 
 def load_encoder(name, **changes):

@@ -43,6 +43,8 @@ FAMILIES = {
     "mistral": ("MistralForCausalLM", dict(DECODER, sliding_window=9)),
     "qwen2": ("Qwen2ForCausalLM", DECODER),
     "qwen3": ("Qwen3ForCausalLM", dict(DECODER, head_dim=24, tie_word_embeddings=True)),
+    "gemma3": ("Gemma3ForCausalLM", dict(
+        DECODER, head_dim=24, sliding_window=9, sliding_window_pattern=2)),
     "modernbert": ("ModernBertForMaskedLM", MODERN),
     "modernbert-untied": ("ModernBertForMaskedLM", dict(
         MODERN, tie_word_embeddings=False, norm_bias=True, attention_bias=True, mlp_bias=True,
@@ -226,13 +228,26 @@ def test_targets(base, tmp_path):
     close(hf_logits(in_peft(in_transformers(cls, folder), str(tmp_path))), ours_logits(model))
 
 
+def test_card_has_the_class_and_the_mask(base, tmp_path, monkeypatch):
+    """A base that is causal, an adapter that is not: the card's code gives our outputs."""
+    _, folder = base("llama")
+    model = from_pretrained(folder, "bidirectional")
+    lora.inject(model, rank=4, alpha=12, dropout=0.1, targets="all")
+    shake(model, lora.trained_names(model))
+    lora.save_adapter(model, str(tmp_path), folder)
+    code = (tmp_path / "README.md").read_text().split("```")[1].removeprefix("python")
+    monkeypatch.chdir(tmp_path)
+    exec(code, space := {})
+    close(hf_logits(space["model"]), ours_logits(model))
+
+
 ALSO = [("llama", "embed,norm,head"), ("llama", "head"), ("llama-tied", "embed,norm"),
         ("qwen3", "norm"), ("qwen3", "embed"), ("modernbert", "embed,norm,head"),
         ("modernbert", "embed"), ("modernbert", "head"), ("modernbert-untied", "embed,norm,head"),
         ("modernbert-untied", "norm"), ("modernbert-decoder", "embed,norm,head")]
 GROWN = [("llama", ""), ("llama", "embed,norm,head"), ("llama-tied", ""), ("llama-tied", "embed"),
          ("modernbert", ""), ("modernbert", "embed,head"), ("modernbert-untied", "embed")]
-DECODERS = ["llama", "mistral", "qwen2", "qwen3", "modernbert-decoder"]
+DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "modernbert-decoder"]
 CASES = [(*case, 0, True) for case in ALSO] + [(*case, 4, True) for case in GROWN]
 CASES += [(name, "", 0, causal) for name in DECODERS for causal in (True, False)]
 

@@ -64,6 +64,9 @@ _BIASES = dict(attention_bias=True, mlp_bias=True)
 _MB_BIASES = _MB | _BIASES | dict(norm_bias=True, classifier_bias=True, tie_word_embeddings=False)
 
 
+_EVEN = ["full_attention", "sliding_attention"] * 2
+
+
 def thetas(full, sliding, **scaling):
     rope = dict(rope_type="default") | scaling
     pairs = {"full_attention": full, "sliding_attention": sliding}
@@ -83,6 +86,15 @@ CASES = {  # model_type, config
     "qwen2-yarn": ("qwen2", _GQA | dict(rope_parameters=_YARN)),
     "qwen3-tied": ("qwen3", _GQA | dict(head_dim=24, tie_word_embeddings=True)),
     "qwen3-untied": ("qwen3", _GQA | dict(head_dim=24, attention_bias=True)),
+    "gemma": ("gemma", _GQA | dict(
+        hidden_size=72, head_dim=24, hidden_act="gelu", attention_bias=True)),
+    "gemma3": (
+        "gemma3_text", _GQA | dict(
+            head_dim=24, query_pre_attn_scalar=40, sliding_window=8, layer_types=_EVEN,
+            **thetas(5e4, 700.0))),
+    "gemma3-bidirectional": (
+        "gemma3_text", _GQA | dict(use_bidirectional_attention=True, sliding_window=10,
+                                   sliding_window_pattern=2, tie_word_embeddings=False)),
     "modernbert": ("modernbert", _MB | thetas(5e4, 700.0)),
     "modernbert-untied-biases": ("modernbert", _MB_BIASES | dict(norm_eps=1e-3)),
     "modernbert-no-decoder-bias": ("modernbert", _MB | dict(decoder_bias=False)),
@@ -90,11 +102,15 @@ CASES = {  # model_type, config
     "modernbert-decoder-untied-biases": ("modernbert-decoder", _MB_BIASES)}  # fmt: skip
 
 
+ENCODERS = [case for case, (family, keys) in CASES.items()
+            if family == "modernbert" or "use_bidirectional_attention" in keys]  # fmt: skip
+
+
 def theirs(case, causal=None, **changes):
     """transformers' model of a case, randomized."""
     family, settings = CASES[case]
     config = transformers.AutoConfig.for_model(family, **(settings | changes))
-    if causal is False and family != "modernbert":
+    if causal is False and case not in ENCODERS:
         config.is_causal = False
     torch.manual_seed(0)
     return randomize(getattr(transformers, HF.ARCHITECTURES[family][0])(config))
@@ -134,7 +150,7 @@ def assert_same_weights(a, b):
         assert torch.equal(a[key], b[key]), key
 
 
-_MASKS = [(k, c) for k in CASES for c in (True, False) if not c or CASES[k][0] != "modernbert"]
+_MASKS = [(k, c) for k in CASES for c in (True, False) if not c or k not in ENCODERS]
 
 
 @pytest.mark.parametrize("case, causal", _MASKS)
@@ -146,7 +162,7 @@ def test_logits_equal_transformers_and_folders_go_both_ways(case, causal, tmp_pa
     expected = their_output(hf)
     assert expected.std() > 0.5  # not a comparison of zeros
     assert_close(our_logits(ours), expected)
-    if hf.config.model_type != "modernbert":  # the same weights, the other mask
+    if case not in ENCODERS:  # the same weights, the other mask
         turned = HF.from_pretrained(tmp_path, attention="bidirectional" if causal else "causal")
         assert_close(our_logits(turned), their_output(theirs(case, not causal)))
 
@@ -154,20 +170,23 @@ def test_logits_equal_transformers_and_folders_go_both_ways(case, causal, tmp_pa
     assert_same_weights(back, hf)
     assert torch.equal(their_output(back), expected)
     before, after = config_of(tmp_path), config_of(tmp_path / "again")
-    assert after["is_causal"] is causal
-    for key in before.keys() & after.keys() - {"layer_types", "sliding_window", "is_causal"}:
+    assert after.get("is_causal", not after.get("use_bidirectional_attention")) is causal
+    turned = {"layer_types", "sliding_window", "is_causal", "use_bidirectional_attention"}
+    for key in before.keys() & after.keys() - turned:
         assert after[key] == before[key], key
 
 
-@pytest.mark.parametrize("case", ["llama3-tied", "qwen3-untied", "modernbert-decoder"])
+@pytest.mark.parametrize("case", [
+    "llama3-tied", "qwen3-untied", "modernbert-decoder", "gemma", "gemma3"])  # fmt: skip
 def test_injected_vectors_equal_inputs_embeds(case, tmp_path):
-    """Vectors in place of the first and another token: logits and the vectors' gradients."""
+    """Vectors in place of the first and another token: logits, and gradients of the vectors and of
+    all weights."""
     hf = theirs(case)
     hf.save_pretrained(tmp_path)
     model = HF.from_pretrained(tmp_path).eval()
     lengths, generator = [5, 30], torch.Generator().manual_seed(0)
     tokens, at = random_tokens(lengths), torch.tensor([0, 5, 12])
-    vectors = torch.randn(3, 64, generator=generator).requires_grad_()
+    vectors = torch.randn(3, model.config.n_embd, generator=generator).requires_grad_()
     rows = torch.arange(len(tokens))
     logits = model(tokens, make_seqs(lengths), rows, vectors=vectors, at=at)
     copies = vectors.detach().clone().requires_grad_()
@@ -177,12 +196,36 @@ def test_injected_vectors_equal_inputs_embeds(case, tmp_path):
     probe = torch.randn(expected.shape, generator=generator)
     ((logits * probe).sum() + (expected * probe).sum()).backward()
     assert (vectors.grad - copies.grad).abs().max() < 1e-3 * copies.grad.abs().max()
+    for name, p in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        grad = hf.get_parameter(f"{HF.hf_module(module, model.config.family)}.{leaf}").grad
+        assert (p.grad - grad).norm() < 1e-3 * grad.norm(), name
     changed = torch.where(torch.isin(rows, at), 3, tokens)  # what stood there does not matter
     again = model(changed, make_seqs(lengths), rows, vectors=vectors, at=at)
     assert torch.equal(again, logits)
 
 
-@pytest.mark.parametrize("case", ["llama", "modernbert", "modernbert-decoder", "qwen3-untied"])
+def test_gemma_scales_its_embedding_in_the_type_of_the_weights(tmp_path):
+    hf, inputs = theirs("gemma").bfloat16(), []
+    hf.save_pretrained(tmp_path)
+    model = HF.from_pretrained(tmp_path, dtype=None)
+    model.blocks[0].register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
+    our_hidden(model)
+    assert torch.equal(inputs[0], hf.get_input_embeddings()(TOKENS))
+    exact = model.embed(TOKENS).float() * 72**0.5
+    assert not torch.equal(inputs[0], exact.bfloat16())  # sqrt(72) itself is rounded, too
+
+
+def test_soft_caps_are_refused():
+    config = transformers.Gemma2Config().to_dict()
+    raises(ValueError, "gemma2.*soft caps", HF.config_from_hf, config)
+    config["model_type"] = "gemma3_text"
+    raises(ValueError, "soft caps", HF.config_from_hf, config)
+
+
+@pytest.mark.parametrize("case", [
+    "llama", "modernbert", "modernbert-decoder", "qwen3-untied",
+    "gemma3-bidirectional"])  # fmt: skip
 def test_base_folder_gives_a_model_without_a_head(case, tmp_path):
     hf = theirs(case)
     hf.base_model.save_pretrained(tmp_path)  # what AutoModel saves: no "model." before the names
@@ -210,7 +253,6 @@ def test_sharded_and_old_bin_folders(tmp_path):
     assert_close(our_logits(HF.from_pretrained(old)), their_output(hf))
 
 
-_EVEN = ["full_attention", "sliding_attention"] * 2
 _OLD_KEYS = {  # case, today's keys, older files' keys
     "linear": ("llama", dict(rope_parameters=_LINEAR | dict(rope_theta=5e4)), dict(
         rope_theta=5e4, rope_scaling=dict(type="linear", factor=4.0))),
@@ -221,6 +263,9 @@ _OLD_KEYS = {  # case, today's keys, older files' keys
     "theta": ("llama", dict(rope_parameters=dict(rope_type="default", rope_theta=3e3)), dict(
         rope_theta=3e3, rope_scaling=None)),
     "window": ("qwen2", dict(use_sliding_window=True), dict(sliding_window=7)),
+    "gemma3": ("gemma3", thetas(5e4, 700.0) | dict(layer_types=["sliding_attention"] * 2 + [
+        "full_attention", "sliding_attention"]), dict(
+            rope_theta=5e4, rope_local_base_freq=700.0, sliding_window_pattern=3)),
     # old files give it unused, too
     "unused window": ("qwen2", dict(use_sliding_window=False), dict(sliding_window=7)),
     # transformers 4: null means the global theta
@@ -261,6 +306,26 @@ def test_encoder_read_as_causal_is_a_modernbert_decoder(case, tmp_path):
     parts = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
     assert torch.equal(torch.cat(parts), hf.model.layers[1].attn.Wqkv.weight)
     assert (logits - their_output(hf)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("case", ["modernbert-decoder", "modernbert-decoder-untied-biases"])
+def test_decoder_read_as_encoder_is_a_modernbert(case, tmp_path):
+    hf = theirs(case, causal=False)
+    hf.save_pretrained(tmp_path / "decoder")
+    ours = HF.from_pretrained(tmp_path / "decoder", attention="encoder")
+    HF.save_pretrained(ours, tmp_path / "encoder")
+    encoder = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "encoder").eval()
+    assert type(encoder) is transformers.ModernBertForMaskedLM
+    expected = their_output(hf)
+    assert_close(their_output(encoder), expected)
+    assert_close(our_logits(ours), expected)
+    again = HF.from_pretrained(tmp_path / "encoder", attention="causal")  # and back, bit by bit
+    assert_same_weights(saved_again(again, tmp_path / "again", type(hf)), hf)
+    state = load_file(tmp_path / "decoder" / "model.safetensors")
+    del state["model.layers.1.attn.k_proj.weight"]
+    save_file(state, tmp_path / "decoder" / "model.safetensors", metadata={"format": "pt"})
+    raises(ValueError, "Wqkv.weight' is missing", HF.from_pretrained, tmp_path / "decoder",
+           attention="encoder")  # fmt: skip
 
 
 def test_overrides_on_reading(tmp_path):
@@ -362,6 +427,33 @@ def test_neobert_equals_the_published_layout_and_goes_back_bit_equal(head, tmp_p
     assert torch.equal(our_hidden(HF.from_pretrained(tmp_path / "b")), our_hidden(ours))
 
 
+
+@pytest.mark.parametrize("changes", [
+    dict(tied=True), dict(head="none"), dict(causal=True, head_bias=False)])  # fmt: skip
+def test_transformers_loads_neobert_by_the_code_in_its_folder(changes, tmp_path):
+    model = tiny("neobert", **changes)
+    model.config.rope["global"]["theta"] = 700.0
+    auto, field, output = transformers.AutoModelForMaskedLM, "logits", our_logits
+    if model.config.head == "none":
+        auto, field, output = transformers.AutoModel, "last_hidden_state", our_hidden
+    HF.save_pretrained(model, tmp_path)
+    theirs = auto.from_pretrained(tmp_path, trust_remote_code=True)
+    assert_close(their_output(theirs, field), output(model))  # with padding
+    theirs.save_pretrained(tmp_path / "again")
+    again = HF.from_pretrained(tmp_path / "again")
+    assert_same_weights(again, model)
+    assert again.config.causal == model.config.causal
+    if field == "logits":
+        text, labels = TOKENS[None, :30], torch.full((1, 30), -100)
+        labels[0, ::4] = 5
+        loss = theirs(text, labels=labels).loss
+        total, _ = model(text[0], make_seqs([30]), torch.arange(0, 30, 4), labels[0, ::4])
+        assert loss.item() == pytest.approx(total.item() / 8, rel=1e-5)
+    model.config.rope["global"]["scaling"] = dict(rope_type="linear", factor=2.0)
+    HF.save_pretrained(model, tmp_path)
+    raises(ValueError, "linear.*default", auto.from_pretrained, tmp_path, trust_remote_code=True)
+
+
 # ---- small models of each family, ours alone ----
 _KINDS = ["global", "local", "local", "global"]
 _OURS = dict(vocab_size=VOCAB, n_layer=4, n_head=4, n_embd=32, n_hidden=48, max_seq_len=512)
@@ -369,6 +461,9 @@ _OURS_MB = _OURS | dict(
     layer_kinds=_KINDS, window=3, norm="layer", embed_norm=True,
     fused_mlp=True, activation="gelu", head="dense", head_bias=True)  # fmt: skip
 FAMILIES = {
+    "gemma3_text": _OURS | M.DEFAULTS["gemma3_text"] | dict(
+        n_kv_head=2, head_dim=16, query_pre_attn_scalar=20, max_seq_len=512, window=4,
+        layer_kinds=["local", "local", "global", "local"]),
     "llama": _OURS | dict(n_kv_head=2),
     "mistral": _OURS | dict(n_kv_head=2, layer_kinds=["local"] * 4, window=4, tied=False),
     "qwen2": _OURS | dict(
@@ -845,7 +940,7 @@ def test_fresh_weights(size):
             assert (p == constant).all(), f"{name} is not {constant}"
             continue
         std, init = 0.02, _FRESH[size]
-        out = ("o_proj.weight", "down_proj.weight", "head.dense.weight")
+        out = ("o_proj.weight", "down_proj.weight")  # head.dense is none: it starts like the rest
         if init == "megatron" and name.endswith(out):
             std /= math.sqrt(2 * model.config.n_layer)
         bound, expected = {"normal": (math.inf, std), "uniform": (0.02, 0.02 / math.sqrt(3)),

@@ -1,6 +1,5 @@
 """Prepare scripts of pairs, hard negatives, configs."""
 
-import ast
 import glob
 import os
 import re
@@ -14,6 +13,7 @@ import torch
 from datasets import Dataset
 
 import harness
+from bm25 import BM25
 from data import open_pairs, read_pair
 from embedder import Embedder
 from harness import ROOT, raises, read_jsonl, script, write_jsonl
@@ -255,6 +255,30 @@ def test_mining_with_too_few_texts():
     assert pair["neg"] == []  # the place before is passed over, nothing is left
 
 
+def test_mining_by_bm25(tmp_path, capsys):
+    lines = [{"query": "red fox", "pos": ["a red fox"], "neg": ["the blue sky"], "prompt": "p: "},
+             {"query": "blue", "pos": ["blue whale, blue sea", "a fox at sea"]}]  # fmt: skip
+    corpus = [{"text": text} for text in ("one fox", "RED or red", "red fox", "green")]
+    paths = [write_jsonl(tmp_path / f"{i}.jsonl", x) for i, x in enumerate((lines, corpus))]
+    out = tmp_path / "out" / "mined.jsonl"
+    argv = ["--model=bm25", f"--pairs={paths[0]}", f"--corpus={paths[1]}", f"--out={out}"]
+    mining.main([*argv, "--range=0:3", "--negatives=3", "--keep"])
+    texts = ["a red fox", "the blue sky", "blue whale, blue sea", "a fox at sea",
+             *(line["text"] for line in corpus)]  # fmt: skip
+    first, second = read_jsonl(out)
+    assert first["prompt"] == "p: " and first["neg"][0] == "the blue sky"
+    # not the query itself, and not its positive; the shortest with the rarest word first
+    assert first["neg"][1:] == ["RED or red", "one fox", "a fox at sea"]
+    assert second["neg"][0] == "the blue sky" and second["neg_scores"][1:] == [0, 0]
+    for pair in (first, second):
+        want = dict(zip(texts, BM25(texts).scores(pair["query"])))
+        for side in ("pos", "neg"):
+            np.testing.assert_allclose(pair[f"{side}_scores"], [want[t] for t in pair[side]], 1e-6)
+    assert min(*first["pos_scores"], *first["neg_scores"][1:]) > 0.2
+    with pytest.raises(SystemExit):
+        mining.main([*argv, "--query_instruction=find: "])
+
+
 def test_mining_script(tmp_path, toy_tokens, capsys):
     """End to end with a real embedder, whose instructions must reach queries and passages."""
     torch.manual_seed(0)
@@ -299,83 +323,9 @@ def test_mining_script(tmp_path, toy_tokens, capsys):
 
 
 # ---- configs ----
-CONFIGS = sorted(glob.glob(os.path.join(ROOT, "configs", "contrastive_*.py")))
-
-
-def configured(name, *argv):
-    return harness.configured("train_contrastive.py", f"contrastive_{name}", *argv)
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: os.path.basename(p)[12:-3])
-def test_config(path):
-    name = os.path.basename(path)[12:-3]
-    with open(path) as f:
-        source = f.read()
-    c = configured(name)
-    if name != "echo_data":
-        assert c["init_from"] and f"configs/contrastive_{name}.py" in source  # its command
-    assert c["pooling"] in ("mean", "weighted_mean", "last", "cls", "splade", "tokens")
-    assert c["attention"] in (None, "causal", "bidirectional")
-    assert {len(c["query_instruction"]), len(c["passage_instruction"])} <= {1, len(c["data"])}
-    for gpus in (1, 8) if "nproc_per_node=8" in source else (1,):
-        assert c["batch_size"] % gpus == 0
-    assert c["warmup_steps"] is None or c["warmup_steps"] < (c["max_steps"] or 1e9)
-    assert c["min_lr"] < c["learning_rate"]
-    assert c["lora_rank"] == 0 or c["lora_alpha"] == 2 * c["lora_rank"]
-    for file in (*c["data"], c["eval_data"]):  # somebody makes it, as the readme says
-        folder = os.path.dirname(os.path.join(ROOT, file))
-        if file and not file.startswith("my/"):
-            assert os.path.exists(os.path.join(folder, "prepare.py")), file
-    # a key that the file sets has the value that it was given: none is overwritten further down
-    names = [n.id for s in ast.parse(source).body if isinstance(s, ast.Assign)
-             for t in s.targets for n in ast.walk(t) if isinstance(n, ast.Name)]  # fmt: skip
-    assert len(set(names)) == len(names)
-
-
-LLAMA3 = ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>")
-INST = ("[INST] ", " [/INST]")
-MEMBERS = [  # init_from, the part of its adapter's name, wrap
-    ("princeton-nlp/Sheared-LLaMA-1.3B", "Sheared-LLaMA", ("", "")),
-    ("meta-llama/Llama-2-7b-chat-hf", "Llama-2-7b-chat-hf", INST),
-    ("mistralai/Mistral-7B-Instruct-v0.2", "Mistral-7B-Instruct-v2", INST),
-    ("meta-llama/Meta-Llama-3-8B-Instruct", "Meta-Llama-3-8B-Instruct", LLAMA3),
-    ("meta-llama/Llama-3.1-8B-Instruct", "Meta-Llama-31-8B-Instruct", LLAMA3),
-    ("meta-llama/Meta-Llama-3.1-8B-Instruct", "Meta-Llama-31-8B-Instruct", LLAMA3),
-    ("/models/Llama-2-7b-chat-hf/", "Llama-2-7b-chat-hf", INST),
-    ("meta-llama/Llama-2-7b-chat-hf@abc", "Llama-2-7b-chat-hf", INST)]  # fmt: skip
-
-
-@pytest.mark.parametrize("init_from, mntp, wrap", MEMBERS)
-def test_llm2vec_members(init_from, mntp, wrap):
-    for name, temperature in ("llm2vec", 1 / 50), ("llm2vec_simcse", 1 / 20):
-        c = configured(name, f"--init_from={init_from}")
-        assert c["init_from"] == init_from and c["adapters"] == (f"McGill-NLP/LLM2Vec-{mntp}-mntp",)
-        assert (c["prefix"], c["suffix"]) == wrap
-        assert c["attention"] == "bidirectional" and c["pooling"] == "mean"
-        assert (c["lora_rank"], c["lora_alpha"], c["lora_dropout"]) == (16, 32.0, 0.05)
-        assert c["temperature"] == temperature
-    assert c["attn_dropout"] == 0.3
-
-
-def test_unknown_base_is_an_error():
-    for name in ("llm2vec", "anchor"):
-        raises(SystemExit, "KeyError: 'my-llama'", configured, name, "--init_from=out/my-llama")
-
-
-def test_anchor_members():
-    qwen = ("<|im_start|>user\n", "<|im_end|><|endoftext|>")
-    llamas = [f"Llama-3.{size}-Instruct" for size in ("2-1B", "2-3B", "1-8B")]
-    for base, wrap in [*((llama, LLAMA3) for llama in llamas), ("Qwen2.5-1.5B-Instruct", qwen)]:
-        for name, path in (("anchor_baseline", f"o/{base}"), ("anchor", f"out/a/{base}/step9")):
-            c = configured(name, f"--init_from={path}")
-            assert (c["prefix"], c["suffix"]) == wrap and c["init_from"] == path
-            assert c["attention"] == "causal" and c["pooling"] == "last" and base in c["out_dir"]
-    assert configured("anchor")["init_from"].startswith("out/")
-
-
 def test_echo_configs_fit_the_prepared_files():
     """The config's passage instructions are the ones of the symmetric tasks, file by file."""
-    c, expected = configured("echo_data"), {}
+    c, expected = harness.configured("train_contrastive.py", "contrastive_echo_data"), {}
     for name in echo.DATASETS:
         for file, prompt, both in echo.outputs(name, "; "):
             expected[f"data/echo/{file}.jsonl"] = prompt if both else ""

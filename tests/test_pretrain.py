@@ -186,7 +186,7 @@ def test_two_ranks_equal_one(tiny, folders, tmp_path):
 
 def test_other_objective_lora_and_muon(tiny, folders, tmp_path):
     """Encoder -> decoder (Ettin's cross-objective), continued with LoRA, resumed; Muon."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     more = ["--objective=clm", "--max_steps=4", "--optimizer=muon", "--attn_dropout=0.25"]
     run(tiny, tmp_path / "clm", f"--init_from={folders['modernbert']}", *more)
@@ -198,6 +198,14 @@ def test_other_objective_lora_and_muon(tiny, folders, tmp_path):
     with torch.no_grad():
         a = ours(ids, make_seqs([40]), rows=torch.arange(40))
         assert (a - theirs(input_ids=ids[None]).logits[0]).abs().max() < 1e-4
+
+    # and back: a ModernBERT again, as it was loaded
+    run(tiny, tmp_path / "mlm", f"--init_from={decoder}", "--learning_rate=0", "--max_steps=4")
+    encoder = AutoModelForMaskedLM.from_pretrained(tmp_path / "mlm" / "step4").eval()
+    ours = from_pretrained(decoder, attention="bidirectional").eval()
+    with torch.no_grad():
+        a = ours(ids, make_seqs([40]), rows=torch.arange(40))
+        assert (a - encoder(input_ids=ids[None]).logits[0]).abs().max() < 1e-4
 
     # the base is the checkpoint that the run began with, whatever its out_dir gains meanwhile
     keys = [f"--init_from={tmp_path / 'clm'}", "--objective=clm", "--lora_rank=4"]
@@ -212,6 +220,26 @@ def test_other_objective_lora_and_muon(tiny, folders, tmp_path):
     assert_equal_bits(tmp_path / "half", tmp_path / "lora")
     config = json.loads(saved(tmp_path / "half", 8, "adapter_config.json"))
     assert config["base_model_name_or_path"] == decoder
+
+
+def test_local_theta_decay_of_all_and_another_mask_in_evaluation(tiny, tmp_path):
+    keys = ["--learning_rate=0.0", "--weight_decay=0.5", "--max_steps=1"]
+    more = ["--rope_theta=160000.0", "--local_rope_theta=5000.0", "--decay_all=True"]
+    first = harness.run(SCRIPT, tiny, tmp_path / "a", *keys, *more, "--eval_mask_prob=0.15")
+    groups = first.optimizers[0].param_groups
+    assert len(groups) == 2 and [group["weight_decay"] for group in groups] == [0.5, 0.5]
+    rope = json.loads(saved(tmp_path / "a", 1, "config.json"))["rope_parameters"]
+    thetas = {kind: rope[f"{kind}_attention"]["rope_theta"] for kind in ("full", "sliding")}
+    assert thetas == {"full": 160000.0, "sliding": 5000.0}
+    # a step at rate 0 later, from its folder: evaluation has the masks of a run with .15
+    keys += [f"--init_from={tmp_path / 'a'}"]
+    second = harness.run(SCRIPT, tiny, tmp_path / "b", *keys, "--mask_prob=0.15")
+    assert second.model.config.rope["local"]["theta"] == 5000.0
+    assert [group["weight_decay"] for group in second.optimizers[0].param_groups] == [0.5, 0.0]
+    want = losses(tmp_path / "b", "eval_loss")
+    assert losses(tmp_path / "a", "eval_loss") == pytest.approx(want, rel=1e-6)
+    run(tiny, tmp_path / "c", *keys)
+    assert losses(tmp_path / "c", "eval_loss")[1] != pytest.approx(want[1], rel=1e-4)
 
 
 def test_data_order_is_what_the_run_sees(tiny, toy_tokens, tmp_path, capsys):

@@ -32,8 +32,9 @@ def settings(**changes):
     """What the main block gives to the functions, for one rank on the CPU."""
     plain = dict(
         batch_size=6, device_batch_size=3, stop_step=30, seed=7, rank=0, world_size=1, group_size=1,
-        no_duplicates=False, template=Template("tan ", " mos"), write_template=False,
-        pool_instruction=False, query_max_length=9, passage_max_length=24,
+        consecutive=1, no_duplicates=False, crop=0.0, template=Template("tan ", " mos"),
+        write_template=False, pool_instruction=False, ignore_prompts=False, pool_bos=True,
+        query_max_length=9, passage_max_length=24,
         query_instruction=("ris: ",), passage_instruction=("",), w_d2q=0.8, w_q2d=0.2,
         eval_lines=1000, autocast=nullcontext, device="cpu")  # fmt: skip
     return SimpleNamespace(**(plain | changes))
@@ -139,7 +140,7 @@ def test_loss_and_gradients_equal_two_calls(name, write_template, pair_files, do
     s = settings(write_template=write_template, pool_instruction=write_template)
     ours, tokenizer = from_pretrained(folder).double(), load_tokenizer(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").double()
-    parts, batches = micro_batches(pair_files, 3, tokenizer, s)
+    parts, batches = micro_batches(pair_files, 6, tokenizer, s)
     assert len(parts) == 2
     whole = [x for part in parts for x in part[:3]] + [x for part in parts for x in part[3:]]
     spans = [last - first for _, (first, last) in whole]
@@ -266,15 +267,16 @@ def tiny(llama, pair_files, tmp_path_factory):
     return write_config(tmp_path_factory.mktemp("config"), **keys)
 
 
-def test_losses_and_weights_are_those_of_the_reference(unbroken, tiny, tmp_path):
+def test_losses_and_weights_are_those_of_the_reference(unbroken, tiny, tmp_path, capsys):
     """0.8 and 0.2, each over its own count of targets: the logged norm is that of the gradient."""
     for step, loss in losses(unbroken).items():
         d2q, q2d = (losses(unbroken, f"{x}_loss")[step] for x in ("d2q", "q2d"))
         assert loss == pytest.approx(0.8 * d2q + 0.2 * q2d, rel=1e-12)
         assert losses(unbroken, "d2q_ppl")[step] == pytest.approx(np.exp(d2q))
     for column in ("eval_loss", "eval_q2d_ppl", "eval_d2q_shuffled_loss", "eval_q2d_none_loss"):
-        assert list(losses(unbroken, column)) == [3, 6]
+        assert list(losses(unbroken, column)) == [0, 3, 6]
     done = run(tiny, tmp_path, "--max_steps=1", "--learning_rate=0")
+    harness.assert_compared(capsys.readouterr().out, tmp_path, 1, "loss", "q2d_shuffled_loss")
     batches = next(R.train_batches(done.files, 0, done.choices, done.tokenizer, done.s))
     counts = np.sum([batch.n_targets for batch in batches], axis=0)
     for batch in batches:
@@ -456,13 +458,10 @@ def test_learned_pairs_are_written_from_the_embedding_alone(tiny, tmp_path, monk
 @pytest.mark.parametrize(("base", "batch"), [
     ("meta-llama/Llama-3.2-1B-Instruct", 512), ("meta-llama/Llama-3.2-3B-Instruct", 1024),
     ("meta-llama/Meta-Llama-3.1-8B-Instruct", 512), ("Qwen/Qwen2.5-1.5B-Instruct", 1024),
-    ("Qwen/Qwen3-0.6B", 512)])  # fmt: skip
+    ("Qwen/Qwen3-0.6B", 128)])  # fmt: skip
 def test_stages_chain(base, batch):
     one = configured(SCRIPT, "reconstruct_anchor", f"--init_from={base}")
     assert one["batch_size"] == batch and batch % (one["device_batch_size"] * 8) == 0
-    assert (one["w_d2q"], one["w_q2d"]) == ((0.5, 0.5) if "Qwen3" in base else (0.8, 0.2))
-    assert (one["max_steps"] is None) != (one["num_epochs"] is None)
-    assert one["max_steps"] is None or one["warmup_steps"] < one["max_steps"]
     two = configured("train_contrastive.py", "contrastive_anchor", f"--init_from={one['out_dir']}")
     name = "contrastive_anchor_baseline"
     baseline = configured("train_contrastive.py", name, f"--init_from={base}")
@@ -470,7 +469,8 @@ def test_stages_chain(base, batch):
         assert one[key] == two[key] == baseline[key], key
     assert two["init_from"] == one["out_dir"] and two["pooling"] == "last"
     differs = {key for key in two if two[key] != baseline[key]}
-    assert differs == {"init_from", "out_dir"}  # stage II's recipe is the baseline's
+    # stage II's recipe is the baseline's, but for the batch of the smallest
+    assert differs == {"init_from", "out_dir"} | ({"batch_size"} if "1B" in base else set())
     default = configured("train_contrastive.py", "contrastive_anchor")["init_from"]
     assert default == configured(SCRIPT, "reconstruct_anchor")["out_dir"]
 

@@ -376,7 +376,9 @@ def tiny(folders, files, tmp_path_factory):
 def test_training_finds_the_words_of_the_query(tiny, tmp_path, capsys):
     keys = ["--max_steps=60", "--schedule=constant", "--learning_rate=3e-3", "--eval_interval=60"]
     out = run(tiny, tmp_path, *keys, "--save_interval=60", "--gradient_checkpointing=True")
-    assert "peak memory" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    harness.assert_compared(printed, tmp_path, 60, "loss", "acc", "ndcg")
+    assert "peak memory" in printed
     loss, s = losses(tmp_path), out.s
     assert min(loss.values()) < 0.6 * loss[1]
     model = from_pretrained(str(tmp_path / "step60"))
@@ -460,6 +462,7 @@ def test_a_signal_saves_and_exits(tiny, unbroken, tmp_path):
 def test_show_batch_and_dry_run(tiny, unbroken, tmp_path):
     shown, dry = harness.shown_and_dry(SCRIPT, tiny, unbroken, tmp_path)
     assert re.search(r"train.jsonl line \d+: \d+ tokens of the passage, \d+ gold", shown)
+    assert re.search(r"--- gold: \w+", shown)
     assert "\x1b[7m" in shown and "--- query: <ask:" in shown.replace("[CLS]", "")
     assert re.search(r"s/step, [\d.,]+ ex/s, [\d.,]+ tok/s, peak memory", dry)
 

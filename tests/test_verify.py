@@ -38,9 +38,8 @@ def failures(folder):
 def test_verify_passes(family, folders):
     ok, figures = verdicts(folders[family])
     skipped = {"attention: varlen", "attention: flash_attn", "training ids = encode ids"}
-    skipped |= {"logits equal transformers'"} if family == "neobert" else set()
     assert ok == {title: None if title in skipped else True for title in ok}, figures
-    causal = family in ("llama", "mistral", "qwen2", "qwen3", "modernbert-decoder")
+    causal = family in ("llama", "mistral", "qwen2", "qwen3", "gemma3", "modernbert-decoder")
     assert len(ok) == 11 and ("causal, truly" if causal else "bidirectional, truly") in ok
 
 

@@ -7,6 +7,7 @@ Side by side with the peers: same weights, texts, precision and threads, in one 
     python -m tools.bench encode         # texts -> vectors, against sentence-transformers
     python -m tools.bench reconstruct    # against four padded forwards of transformers
     python -m tools.bench memory         # of the gradient cache, as the batch grows
+    python -m tools.bench real           # the demo's run, LoRA on SmolLM2, against theirs with peft
     python -m tools.bench mlm --device=cuda --dtype=both --rounds=20
 
 Each side runs in a process of its own and they take turns: a round is a step of ours, the same step
@@ -20,6 +21,7 @@ import multiprocessing
 import os
 import platform
 import re
+import runpy
 import sys
 import tempfile
 import time
@@ -38,12 +40,15 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedT
 
 import common
 import lora
+import optim
 import train_contrastive
 import train_reconstruct
 from attention import make_seqs
+from data import open_pairs, read_pair
 from embedder import Embedder
 from formats import write_json
 from formats.huggingface import from_pretrained, save_pretrained
+from metrics import ranked
 from model import from_scratch
 from tokenizer import load_tokenizer
 
@@ -54,6 +59,9 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 WEIGHTS = train_reconstruct.w_d2q, train_reconstruct.w_q2d
 LLAMA = "llama-8x512"
 LLAMA_SHAPE = dict(n_layer=8, n_embd=512, n_head=8, n_hidden=1376, vocab_size=32000, tied=False)
+# `real`: the run of this config, on pairs of data/pydocs. What is declared beforehand: after it
+# the two sides' nDCG@10 on the test pairs is within this many points.
+CONFIG, DATA, MARGIN = "configs/contrastive_smollm2_pydocs.py", "data/pydocs", 1.0
 NO_LABEL = -100  # what transformers calls a position that no loss looks at
 
 
@@ -144,15 +152,14 @@ def labels_transformers(job, rank=0, best=False):
 
 def our_embedder(job):
     tokenizer, dtype = load_tokenizer(job.folder), DTYPES[job.dtype]
-    return Embedder(our_model(job), tokenizer, max_length=256, dtype=dtype)
+    return Embedder(our_model(job), tokenizer, max_length=job.max_length, dtype=dtype)
 
 
-def contrastive_ours(job, device_batch_tokens=10**9):
-    yield
-    embedder = our_embedder(job).train()
-    s = SimpleNamespace(**vars(train_contrastive) | dict(  # what the script has at its top
+def our_step(embedder, job, keys):
+    """-> a function of a Batch of texts: the script's loss and gradients."""
+    s = SimpleNamespace(**keys | dict(
         rank=0, world_size=1, device=embedder.device, autocast=partial(half, job),
-        template=embedder.template, device_batch_tokens=device_batch_tokens,
+        template=embedder.template,
     ))  # fmt: skip
 
     def step(batch):
@@ -163,7 +170,15 @@ def contrastive_ours(job, device_batch_tokens=10**9):
         packed = train_contrastive.make_batch(pairs, 0, embedder.tokenizer, s)
         return train_contrastive.cached_step(embedder, packed, 0, s)[0]
 
-    yield from train(embedder, step, job)
+    return step
+
+
+def contrastive_ours(job, device_batch_tokens=10**9):
+    yield
+    embedder = our_embedder(job).train()
+    # what the script has at its top
+    keys = vars(train_contrastive) | {"device_batch_tokens": device_batch_tokens}
+    yield from train(embedder, our_step(embedder, job, keys), job)
 
 
 def contrastive_st(job, mini_batch_size=None):
@@ -186,6 +201,71 @@ def contrastive_st(job, mini_batch_size=None):
         return loss(features, None)
 
     yield from train(model, backward(loss_of, job), job)
+
+
+def real_settings(job):
+    """The keys of the script, by CONFIG. Theirs has one length for queries and passages."""
+    changes = {"query_max_length": job.max_length, "passage_max_length": job.max_length}
+    changes |= {"max_steps": len(job.batches) - 1, "stop_step": None}
+    return SimpleNamespace(**vars(train_contrastive) | job.config | changes)
+
+
+def train_real(model, step, encode, job):
+    """The config's optimizer and schedule for both; the last batch is the test: its nDCG@10."""
+    s, trained = real_settings(job), [p for p in model.parameters() if p.requires_grad]
+    optim.set_lengths(s, 1, 1)
+    settings = dict(lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=s.adam_eps)
+    optimizer = torch.optim.AdamW(trained, **settings, weight_decay=s.weight_decay, fused=True)
+    for i, batch in enumerate(job.batches[:-1]):
+        loss = step(batch)
+        torch.nn.utils.clip_grad_norm_(trained, s.grad_clip)
+        optimizer.param_groups[0]["lr"] = optim.learning_rate_at(i, s)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss
+    queries, passages = map(encode, job.batches[-1].inputs)
+    order = np.argsort(-queries @ passages.T, axis=1, kind="stable")[:, :10]
+    yield 100 * np.mean([ranked(top, [i])["ndcg"] for i, top in enumerate(order)])
+
+
+def real_ours(job):
+    yield
+    s = real_settings(job)
+    model = from_pretrained(job.folder, dtype=DTYPES[job.dtype]).to(job.device)
+    lora.inject(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets)
+    model.train().set_backend("auto", torch.device(job.device), DTYPES[job.dtype])
+    tokenizer = load_tokenizer(job.folder)
+    embedder = Embedder(model, tokenizer, max_length=job.max_length, dtype=DTYPES[job.dtype])
+    yield from train_real(embedder, our_step(embedder, job, vars(s)), embedder.encode, job)
+
+
+def real_st(job):
+    from peft import LoraConfig
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import losses
+    from sentence_transformers.util import batch_to_device
+
+    yield
+    s, kind = real_settings(job), {"dtype": DTYPES[job.dtype]}  # frozen, as ours are
+    model = SentenceTransformer(job.folder, device=job.device, model_kwargs=kind).train()
+    model.add_adapter(LoraConfig(
+        r=s.lora_rank, lora_alpha=s.lora_alpha, lora_dropout=s.lora_dropout,
+        target_modules=r".*\.(self_attn|mlp)\.\w+_proj"))  # fmt: skip
+    for p in model.parameters():  # what trains is fp32, as ours is
+        p.data = p.data.float() if p.requires_grad else p.data
+    symmetric = losses.MultipleNegativesSymmetricRankingLoss
+    kind = symmetric if s.both_directions else losses.MultipleNegativesRankingLoss
+    loss = kind(model, 1 / s.temperature)
+
+    def loss_of(batch):
+        features = [batch_to_device(model.preprocess(x), job.device) for x in batch.inputs]
+        return loss(features, None)
+
+    def encode(texts):
+        with half(job):
+            return model.encode(texts, show_progress_bar=False)
+
+    yield from train_real(model, backward(loss_of, job), encode, job)
 
 
 def encode_ours(job):
@@ -294,6 +374,27 @@ def text_batch(vocab_size, n, rng, lengths, sides):
     return Batch(texts, list(map(len, sum(ids, []))))
 
 
+def real_batches(case, folder, rng):
+    """rounds + 1 batches of pairs of DATA/train.jsonl, no text twice in one, then those of
+    test.jsonl; for encode the training passages alone."""
+    train, test = (open_pairs(f"{DATA}/{split}.jsonl") for split in ("train", "test"))
+    batches, tokenizer = [], load_tokenizer(folder)
+    for _ in range(case.rounds + 1):
+        pairs = {}  # passage: query
+        for i in rng.permutation(len(train)):
+            pair = read_pair(train, i)
+            if len(pairs) < case.n and pair["query"] not in pairs.values():
+                pairs.setdefault(pair["pos"][0], pair["query"])
+        batches.append([list(pairs.values()), list(pairs)])
+    tests = [read_pair(test, i) for i in range(len(test))]
+    batches.append([[p["query"] for p in tests], [p["pos"][0] for p in tests]])
+    if case.unit == "texts":
+        batches = [[passages] for _, passages in batches[:-1]]
+    cut = dict(truncation=True, max_length=case.max_length)
+    return [Batch(texts, list(map(len, tokenizer(sum(texts, []), **cut)["input_ids"])))
+            for texts in batches]  # fmt: skip
+
+
 def pair_batch(vocab_size, n, rng):
     """n queries of 8 to 64 and documents of 32 to 512 ids: each is read and written."""
     sides = [random_ids(vocab_size, n, rng, lengths) for lengths in ((8, 64), (32, 512))]
@@ -319,10 +420,11 @@ class Case:
     rounds: int
     unit: str  # what is counted of a batch: tokens, pairs or texts
     passes: int  # of a step, in forwards (backward: 2, of frozen weights 1; the cache: 1)
-    make: Callable  # (vocab_size, n, rng) -> Batch
+    make: Callable | None  # (vocab_size, n, rng) -> Batch; None: see real_batches
     sides: dict  # ours first; a peer's name is what the table says
     changes: dict  # fields of ModelConfig
     size: str = "ettin-17m"
+    max_length: int = 256  # tokens of a text
 
 
 def texts_case(label, n, rounds, passes, sides, unit="pairs", lengths=(16, 256)):
@@ -333,6 +435,9 @@ def texts_case(label, n, rounds, passes, sides, unit="pairs", lengths=(16, 256))
 
 CHUNKS = {"nanoembed, chunks of 4096": partial(contrastive_ours, device_batch_tokens=4096)}
 ST = "sentence-transformers"
+ENCODE = {"nanoembed": encode_ours} | {
+    f"{ST}, batches of {n}": partial(encode_st, batch_size=n) for n in (8, 16, 32)}  # fmt: skip
+SMOLLM2 = "models/SmolLM2-135M-Instruct"
 BENCHES = {
     "mlm": [Case(
         "mlm", 16, 10, "tokens", 3, partial(token_batch, lengths=(16, 512), labelled=0.3),
@@ -351,8 +456,12 @@ BENCHES = {
         texts_case("cached", 512, 2, 4, CHUNKS | {
             f"{ST}, CachedMNRL {n}": partial(contrastive_st, mini_batch_size=n) for n in (4, 16)}),
     ],
-    "encode": [texts_case("encode", 5000, 3, 1, {"nanoembed": encode_ours} | {
-        f"{ST}, batches of {n}": partial(encode_st, batch_size=n) for n in (8, 16, 32)}, "texts")],
+    "encode": [texts_case("encode", 5000, 3, 1, ENCODE, "texts")],
+    "real": [
+        Case("real", 64, 40, "pairs", 2, None, {
+            "nanoembed": real_ours, f"{ST} + peft": real_st}, {}, SMOLLM2, 96),
+        Case("real, encode", 1000, 3, "texts", 1, None, ENCODE, {}, SMOLLM2),
+    ],
     "reconstruct": [Case(
         "reconstruct", 16, 6, "pairs", 3, pair_batch,
         {"nanoembed, 2 micro-batches": reconstruct_ours,
@@ -405,9 +514,9 @@ def take_turns(sides, job):
     return turns
 
 
-def compare(model, job, case):
+def compare(model, job, case, turns=None):
     """One case in one precision, its table printed -> (rows of the json, numbers of each side)."""
-    turns = take_turns(case.sides | {"matmul": matmul}, job)
+    turns = turns or take_turns(case.sides | {"matmul": matmul}, job)
     turns = {side: np.transpose(rounds) for side, rounds in turns.items()}  # [3, rounds] each
     seconds = {side: rounds[0, 1:] for side, rounds in turns.items()}  # the first warms up
     results = {side: rounds[1] for side, rounds in turns.items()}
@@ -442,6 +551,19 @@ def compare(model, job, case):
     return rows, sides
 
 
+def compare_real(model, job, case):
+    """`compare` of a whole training, and the scores after it, which the last round gives."""
+    turns = take_turns(case.sides | {"matmul": matmul}, job)
+    ours, peer = scores = [turns[side][-1][1] for side in case.sides]
+    job.batches, turns = job.batches[:-1], {side: rounds[:-1] for side, rounds in turns.items()}
+    rows, sides = compare(model, job, case, turns)
+    for side, score in zip(case.sides, scores):
+        sides[side]["ndcg"] = score
+    verdict = "within" if abs(ours - peer) <= MARGIN else "NOT within"
+    print(f"nDCG@10 on the test pairs: {ours:.2f}, theirs {peer:.2f}: {verdict} {MARGIN} of it")
+    return rows, sides
+
+
 def memory_growth(model, job, case):
     """Peak memory of the same pairs in many or few steps -> (rows, {}): `ours` is what it is above
     the smallest batch's, and `memory_ratio` their ratio, `peer` the bytes of the cached vectors."""
@@ -469,7 +591,13 @@ def device_name(device):
 
 
 def make_model(case, folder):
-    """Fresh weights, saved; without a head for sentence-transformers, too, each word a token."""
+    """Fresh weights, saved; without a head for sentence-transformers, too, each word a token. Or a
+    folder's weights, as a bidirectional embedder with mean pooling."""
+    if not case.make:
+        model = from_pretrained(case.size, "bidirectional")
+        model.drop_head()
+        Embedder(model, load_tokenizer(case.size), max_length=case.max_length).save(folder)
+        return model
     names = ("pad", "bos", "eos", "cls", "sep")  # 0 to 4 here: theirs need a larger vocabulary
     hf = {f"{name}_token_id": i for i, name in enumerate(names)}
     size, shape = ("llama-tiny", LLAMA_SHAPE) if case.size == LLAMA else (case.size, {})
@@ -489,7 +617,7 @@ def main():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("name", choices=BENCHES)
-    parser.add_argument("--size", help="another shape: a name of model.SIZES")
+    parser.add_argument("--size", help="another shape: a name of model.SIZES; real: a folder")
     parser.add_argument("--dtype", default="fp32", choices=[*DTYPES, "both"])
     parser.add_argument("--n", type=int, help="documents, pairs or texts of a batch")
     parser.add_argument("--rounds", type=int)
@@ -499,13 +627,17 @@ def main():
     args = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"  # in the processes to come
     packages = "torch", "transformers", "peft", "sentence-transformers"
+    real = args.name == "real"
+    step = f"training by {CONFIG}" if real else f"training: AdamW (fused, lr {LEARNING_RATE})"
     setting = {
-        "bench": args.name, "step": f"training: AdamW (fused, lr {LEARNING_RATE}); no dropout",
-        "precision": f"{args.dtype}; bf16 is autocast over fp32 weights", "threads": args.threads,
+        "bench": args.name, "step": f"{step}; no dropout", "threads": args.threads, "precision":
+        f"{args.dtype}; bf16 is autocast over {'bf16 frozen' if real else 'fp32'} weights",
         "device": device_name(args.device), **{name: version(name) for name in packages},
     }  # fmt: skip
     given = {k: v for k, v in vars(args).items() if v and k in ("size", "n", "rounds")}
-    run_case = memory_growth if args.name == "memory" else compare
+    run_cases = {"memory": memory_growth, "real": compare_real}
+    config = runpy.run_path(CONFIG) if real else {}
+    config = {key: value for key, value in config.items() if hasattr(train_contrastive, key)}
     cases, rows, sides = [], [], {}
     for case in BENCHES[args.name]:
         case, rng = replace(case, **given), np.random.default_rng(1337)
@@ -513,18 +645,23 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             model = make_model(case, folder)
             vocab_size = model.config.vocab_size
-            batches = [case.make(vocab_size, case.n, rng) for _ in range(case.rounds + 1)]
+            if case.make:
+                batches = [case.make(vocab_size, case.n, rng) for _ in range(case.rounds + 1)]
+            else:
+                batches = real_batches(case, folder, rng)
             tokens = [n for batch in batches for n in batch.lengths]  # of each text
             cases.append({
                 "case": case.label, "size": case.size, "vocab_size": vocab_size, "batch": case.n,
-                "rounds": case.rounds, "lengths": f"{min(tokens)} to {max(tokens)} tokens, uniform",
+                "rounds": case.rounds, "lengths": f"{min(tokens)} to {max(tokens)} tokens"
+                + ", uniform" * bool(case.make),
                 "tokens": sum(tokens), "labels": sum(batch.n_labels for batch in batches),
             })  # fmt: skip
             for key, value in (setting | cases[-1]).items():
                 print(f"{key:21} {value:,}" if type(value) is int else f"{key:21} {value}")
             for dtype in DTYPES if args.dtype == "both" else (args.dtype,):
-                more = {"folder": folder, "batches": batches, "dtype": dtype}
-                job = SimpleNamespace(**vars(args) | more)
+                more = {"folder": folder, "batches": batches, "dtype": dtype, "config": config}
+                job = SimpleNamespace(**vars(args) | more, max_length=case.max_length)
+                run_case = run_cases.get(case.label, compare)
                 of_case, sides[f"{case.label} {dtype}"] = run_case(model, job, case)
                 rows += of_case
     path = f"{args.out_dir}/bench_{args.name}.json"

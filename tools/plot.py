@@ -5,7 +5,8 @@ Curves of one or several runs from their log.csv, as PNG:
     python -m tools.plot out/a out/b --keys=loss,eval_loss,lr --out=curves.png
 
 Keys that differ only by a leading eval_ share a panel: training as a line, averaged over 1/30 of
-its length (not lr), with the raw curve faint behind it; evaluation as points. Needs matplotlib.
+its length (not lr), with the raw curve faint behind it; evaluation as points. Written to curves.png
+in the first run's folder. Needs matplotlib.
 """
 
 import argparse
@@ -70,7 +71,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("runs", nargs="+", help="folders that hold a log.csv")
     parser.add_argument("--keys", default="loss,eval_loss", help="columns of log.csv")
-    parser.add_argument("--out", default="curves.png")
+    parser.add_argument("--out", help="a file; by default curves.png beside the first log.csv")
     args = parser.parse_args()
-    plot(args.runs, args.keys.split(","), args.out)
-    print(f"wrote {args.out}")
+    out = args.out or os.path.join(args.runs[0], "curves.png")
+    plot(args.runs, args.keys.split(","), out)
+    print(f"wrote {out}")

@@ -28,6 +28,7 @@ import transformers
 import common
 from attention import BACKENDS, attention, choose_backend, make_seqs
 from embedder import Embedder
+from formats import modeling_neobert
 from formats.huggingface import ARCHITECTURES, from_pretrained, resolve_folder, save_pretrained
 from model import Transformer
 from tokenizer import check_tokenizer, load_tokenizer
@@ -101,9 +102,9 @@ def equals_transformers(case, folder=None):
     """transformers' model of the folder, in fp32, on each text alone: no padding could hide or make
     a difference."""
     c = case.net.config
-    if c.family == "neobert":
-        return None, "NeoBERT is not in transformers; the code published with it is not run here"
-    cls = getattr(transformers, ARCHITECTURES[c.family][c.head == "none"])
+    # not the code that a folder carries: it could do anything
+    library = modeling_neobert if c.family == "neobert" else transformers
+    cls = getattr(library, ARCHITECTURES[c.family][c.head == "none"])
     model, info = cls.from_pretrained(
         folder or case.folder, dtype=torch.float32, attn_implementation="sdpa",
         output_loading_info=True,
@@ -254,12 +255,14 @@ def same_ids(case):
         return None, "no embedder's folder"
     with contextlib.redirect_stdout(io.StringIO()):
         embedder = Embedder.load(case.folder, device="cpu", dtype="fp32")
+    if embedder.doc_max_length:
+        return None, "texts are read as by LLM2Vec"
     embedder.max_length = embedder.max_length if modules else 10**9
     plain = transformers.AutoTokenizer.from_pretrained(case.folder)
-    prefix, suffix = embedder.template.prefix, "" if modules else embedder.template.suffix
+    suffix = "" if modules else embedder.template.suffix
     instructions = set(embedder.prompts.values())
     for instruction, text in itertools.product(instructions, PROBES):
-        joined = prefix + instruction + text + suffix
+        joined = embedder.template.head(instruction) + text + suffix
         ids = plain(joined, truncation=modules, max_length=embedder.max_length)["input_ids"]
         if ids != embedder.tokenize([text], instruction)[0][0]:
             return False, f"{joined!r} has other ids by transformers"

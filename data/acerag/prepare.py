@@ -2,12 +2,13 @@
 AceRAG's data for token retrieval: from places of tokens to places of characters.
 
     python data/acerag/prepare.py --tokenizer=NousResearch/Llama-2-7b-chat-hf --out data/acerag/train.jsonl
-    python data/acerag/prepare.py --tokenizer=llama-2-7b-chat --input token_level/*.json --out train.jsonl
+    python data/acerag/prepare.py --tokenizer=llama-2-7b-chat --input nq_llama2.json --out train.jsonl
 
 Rows {"query", "conversations": [{"prompt", "context"}, ..], "gold_indices": [[int, ..], ..]} become
-{"query", "passage", "spans": [[start, end], ..]}. gold_indices count tokens of one tokenizer and
-its chat template: give the ones the data was made with. What cannot be exact is reported line by
-line, or refused: see readme.md. Without --input the files come from the hub.
+{"query", "passage", "spans": [[start, end], ..]}. gold_indices count tokens of one tokenizer, its
+chat template and its BOS: give the one that the data was made with. The gold words of the first
+lines are printed: look at them. What cannot be exact is reported line by line, or refused: see
+readme.md. Without --input the files of that tokenizer's family come from the hub.
 """  # noqa: E501
 
 import argparse
@@ -36,7 +37,8 @@ class Refused(Exception):
 
 def rendered(tokenizer, text: str) -> str:
     chat = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    call = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}  # Qwen3's
+    return tokenizer.apply_chat_template(chat, **call)
 
 
 def equal_ends(a: list[int], b: list[int]) -> tuple[int, int]:
@@ -48,13 +50,15 @@ def equal_ends(a: list[int], b: list[int]) -> tuple[int, int]:
 
 
 def context_tokens(tokenizer, prompt: str, context: str, tag: str, max_tokens: int):
-    """-> (int64 [n, 2], cut): the characters [start, end) of the context that each of AceRAG's n
-    context tokens has, in the order in which gold_indices count them; cut: tokens in the middle
-    that AceRAG takes out.
+    """-> (int64 [n, 2], passage, middle): the characters [start, end) of the passage that each of
+    the n tokens has, in the order in which gold_indices count them. The passage is the context,
+    less its characters [start, end) = middle, None where nothing is taken out.
 
-    Its rule: the chat is tokenized with the tag in the prompt, and with the context in its place.
-    What is equal at the front and at the back is not context. Of more than
-    (4096 - front - back) * 8 tokens in between only the first and the last half are used.
+    AceRAG's rule: the chat is tokenized with the tag in the prompt, and with the context in its
+    place. What is equal at the front and at the back is not context. Of more than
+    (max_tokens - front - back) * 8 tokens in between only the first and the last half are used.
+    They go on in windows of max_tokens, each of which begins with a BOS that counts as a token,
+    where the tokenizer has one: Llama-2's has, Qwen3's has none.
     """
     if prompt.count(tag) != 1:
         raise Refused(f"the prompt has {tag} {prompt.count(tag)} times, expected once")
@@ -69,11 +73,24 @@ def context_tokens(tokenizer, prompt: str, context: str, tag: str, max_tokens: i
     n = len(encoded["input_ids"])
     places = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
     places = (places[front : n - back] - begin).clip(0, len(context))
-    room = (max_tokens - front - back) * 8
-    if len(places) <= room:
-        return places, 0
-    half = room // 2
-    return np.concatenate((places[:half], places[-half:])), len(places) - 2 * half
+    half, middle, passage = (max_tokens - front - back) * 8 // 2, None, context
+    if len(places) > (max_tokens - front - back) * 8:
+        middle = start, end = int(places[half - 1, 1]), int(places[-half, 0])
+        places = np.concatenate((places[:half], places[-half:] - (end - start)))
+        passage = context[:start] + context[end:]
+    if tokenizer.bos_token_id:
+        begins = np.arange(0, len(places), max_tokens - 1)
+        places = np.insert(places, begins, places[begins, :1], axis=0)  # a BOS has no character
+    return places, passage, middle
+
+
+def put_back(spans, middle):
+    """Spans of the passage -> spans of the context, whose characters `middle` it lacks."""
+    (start, end), out = middle, []
+    for a, b in spans:
+        parts = (a, min(b, start)), (max(a, start) + end - start, b + end - start)
+        out += [[a, b] for a, b in parts if a < b]
+    return out
 
 
 def spans_of(places, gold: list[int]):
@@ -109,7 +126,8 @@ def convert(record: dict, tokenizer, args, path: str, line: int, report):
         prompt, context = (require(chat, field, str, path, line) for field in ("prompt", "context"))
         require({"gold_indices": indices}, "gold_indices", [int], path, line)
         try:
-            places, cut = context_tokens(tokenizer, prompt, context, args.tag, args.window)
+            found = context_tokens(tokenizer, prompt, context, args.tag, args.window)
+            places, passage, middle = found
             if not indices:
                 raise Refused("no gold token")
             if min(indices) < 0 or max(indices) >= len(places):
@@ -117,21 +135,21 @@ def convert(record: dict, tokenizer, args, path: str, line: int, report):
                     f"token {max(indices)} of {len(places)}: not the tokenizer, the template or "
                     "the window of this data"
                 )
-            if max(indices) >= args.window and not args.late:
-                raise Refused(f"gold behind the first {args.window} tokens, see --late")
             spans, empty, more = spans_of(places, indices)
             if not spans:
                 raise Refused("no gold token has a character of the context")
         except Refused as reason:
             report(f"refused: {reason}")
             continue
-        if cut:
-            report(f"not exact: {cut} tokens in the middle were never marked")
+        if middle and not args.cut_middle:
+            n = middle[1] - middle[0]
+            report(f"not exact: {n} characters in the middle were never marked, see --cut_middle")
+            passage, spans = context, put_back(spans, middle)
         if empty:
             report(f"not exact: {empty} gold tokens have no character of the context")
         if more:
             report(f"not exact: {more} more tokens share a character with the gold ones")
-        yield {"query": query, "passage": context, "spans": spans}
+        yield {"query": query, "passage": passage, "spans": spans}
 
 
 def rows_of(paths: list[str]):
@@ -155,7 +173,7 @@ def main(argv=None):
     add("--out", required=True, help="the .jsonl to write")
     add("--tag", default=TAG, help="what stands in a prompt for the context")
     add("--window", type=int, default=4096, help="AceRAG's lm_max_length, in tokens")
-    add("--late", action="store_true", help="keep rows with gold behind the first window")
+    add("--cut_middle", action="store_true", help="of a long context, which AceRAG never trains on")
     args = parser.parse_args(argv)
     tokenizer = load_tokenizer(args.tokenizer)
     tokenizer.add_tokens([args.tag], special_tokens=True)  # as AceRAG does: its brackets stay whole
@@ -165,7 +183,8 @@ def main(argv=None):
         from huggingface_hub import snapshot_download
 
         folder = snapshot_download(DATASET, repo_type="dataset", allow_patterns=[f"{FOLDER}/*"])
-        args.input = [f"{folder}/{FOLDER}/*.json*"]
+        family = "llama2" if tokenizer.bos_token_id else "qwen3"  # each has files of its own
+        args.input = [f"{folder}/{FOLDER}/*_{family}.json*"]
     paths = []
     for pattern in args.input:
         found = sorted(glob.glob(pattern, recursive=True))
@@ -185,6 +204,9 @@ def main(argv=None):
                 text = json.dumps(line, ensure_ascii=False) + "\n"
                 out.write(text.encode("utf-8", "replace"))
                 counts["lines"] += 1
+                if counts["lines"] <= 3:
+                    words = " | ".join(line["passage"][a:b] for a, b in line["spans"])
+                    tqdm.write(f"line {counts['lines']}, {line['query']!r}: {words}")
     os.replace(args.out + ".tmp", args.out)
     print(f"{args.out}: {counts['lines']:,} lines. Expected: 12K (the figure of AceRAG)")
     print(f"refused: {counts['refused']:,}, reported as not exact: {counts['not exact']:,}")
