@@ -219,10 +219,14 @@ def one_line(kind, error, tb):
                and "site-packages" not in f.filename and f.line.startswith("raise ")]  # fmt: skip
     text = " ".join(str(error).splitlines())
     if dist.is_initialized() and re.search("gloo|NCCL|TCPStore", text):
-        text = f"this rank ends, for another one has ended ({text[:80]})"
+        text = f"rank {get_rank()} ends, for another one has ended ({text[:80]})"
     elif not is_ours and not isinstance(error, (OSError, ModuleNotFoundError)):
         return sys.__excepthook__(kind, error, tb)
-    print(f"{kind.__name__}: {text}", file=sys.stderr, flush=True)
+    # past torch, which takes stderr from a hook, and past its clean-up, which may wait for others
+    print(f"{kind.__name__}: {text}", file=sys.__stderr__, flush=True)
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(1)
 
 
 def save_config(config, path):

@@ -66,7 +66,7 @@ stop_step: int | None = None  # >= 1; ends the run before its horizon
 optimizer = "adamw"  # one of adamw, stable_adamw, muon; muon: AdamW for all but matrices
 learning_rate = 1e-3  # >= 0
 min_lr = 0.0  # >= 0
-weight_decay = 0.01  # >= 0; of tensors with two dimensions or more
+weight_decay = 0.01  # >= 0
 decay_all = False  # decays norms and biases, too; else tensors with two dimensions or more
 beta1 = 0.9  # >= 0 and < 1
 beta2 = 0.98  # >= 0 and < 1
@@ -83,7 +83,7 @@ decay_ratio: float | None = None  # >= 0 and <= 1; None: wsd 10 %, others all af
 # evaluation and checkpoints
 eval_interval = 250  # >= 0; steps; 0: never
 eval_tokens = 262144  # >= 1; of val.bin, from its start, with the same masks every time
-eval_mask_prob: float | None = None  # > 0 and <= 1; of evaluation; None: mask_prob
+eval_mask_prob: float | None = None  # > 0 and <= 1; for phases with other ones; None: mask_prob
 log_interval = 10  # >= 1
 save_interval = 1000  # >= 1; steps; the last step is always saved
 checkpoint_prefix = "step"  # like [A-Za-z0-9_-]+; out_dir/step1000. Ettin's phases: ext, decay

@@ -47,7 +47,7 @@ init_from = ""  # a model folder, an adapter's, an out_dir, or a hub id owner/na
 tokenizer = ""  # a folder or hub id; "": the model's own. Its largest id must fit the model
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into it first (LLM2Vec's MNTP)
 attention: str | None = None  # one of causal, bidirectional; None: the model's own
-n_layer: int | None = None  # >= 1; the model's first n layers alone (arXiv 2410.14578)
+n_layer: int | None = None  # >= 1; the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
 attn_dropout: float | None = None  # >= 0 and < 1; of attention probabilities; None: the model's own
 freeze_backbone = True  # the last layers alone train; with LoRA, the adapter too

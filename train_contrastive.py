@@ -52,7 +52,7 @@ init_from = ""  # a model folder, an out_dir, or a hub id owner/name[@revision]
 tokenizer = ""  # a folder or hub id; "": the model's own. Its largest id must fit the model
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into it first (LLM2Vec's MNTP)
 attention: str | None = None  # one of causal, bidirectional; None: the model's own
-n_layer: int | None = None  # >= 1; the model's first n layers alone (arXiv 2410.14578)
+n_layer: int | None = None  # >= 1; the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
 max_seq_len: int | None = None  # >= 1; positions the model is trained for; None: its own
 attn_dropout: float | None = None  # >= 0 and < 1; of attention (SimCSE: 0.3); None: the model's own

@@ -41,7 +41,7 @@ out_dir = "out/mntp"  # like .+
 init_from = ""  # a model folder, an out_dir, or a hub id owner/name[@revision]
 max_seq_len = 512  # >= 1; tokens of a row, and the positions the model is trained for
 tokenizer = ""  # a folder or hub id, of the same ids as the data's; "": the model's own
-n_layer: int | None = None  # >= 1; the model's first n layers alone (arXiv 2410.14578)
+n_layer: int | None = None  # >= 1; the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
 # LoRA; rank 0 trains every weight
 lora_rank = 16  # >= 0

@@ -44,7 +44,7 @@ out_dir = "out/reconstruct"  # like .+
 # model
 init_from = ""  # a causal model: a folder, an out_dir, or a hub id owner/name[@revision]
 tokenizer = ""  # a folder or hub id; "": the model's own. Its largest id must fit the model
-n_layer: int | None = None  # >= 1; the model's first n layers alone (arXiv 2410.14578)
+n_layer: int | None = None  # >= 1; the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
 max_seq_len: int | None = None  # >= 1; positions the model is trained for; None: its own
 lora_rank = 0  # >= 0; 0: every weight trains

@@ -41,7 +41,7 @@ init_from = ""  # a model folder, an out_dir (stage 1's), or a hub id owner/name
 tokenizer = ""  # a folder or hub id; "": the model's own. Its largest id must fit the model
 adapters: tuple[str, ...] = ()  # PEFT folders or hub ids merged into it first, in order
 attention: str | None = None  # one of causal, bidirectional; None: the model's own
-n_layer: int | None = None  # >= 1; the model's first n layers alone (arXiv 2410.14578)
+n_layer: int | None = None  # >= 1; the first n layers of the model (arXiv 2410.14578); None: all
 attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
 max_seq_len: int | None = None  # >= 1; positions the model is trained for; None: its own
 rope_scaling: tuple = ()  # ("yarn", 2.5) or ("linear", 2.5): stretches the base's own positions
