@@ -376,6 +376,7 @@ def test_prune_can_keep_models(tmp_path, capsys):
 # ---- the log ----
 def open_log(out_dir, columns, stop_step, start_step=0, tracker=""):
     keys = dict(out_dir=str(out_dir), stop_step=stop_step, tracker=tracker, dry_run=False)
+    keys |= dict(keep_best=False, patience=0, save_interval=1)
     s = types.SimpleNamespace(**keys, config=keys, rank=common.get_rank())
     return common.open_log(s, columns, start_step)
 
