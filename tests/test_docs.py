@@ -242,6 +242,7 @@ def test_first_hour_runs_as_printed(tree):
                 said = execute_here([*argv, *tiny])
             except SystemExit as end:
                 assert not end.code and "--show_batch=True" in argv, argv
+                continue
             if "--dry_run=True" in argv:
                 assert "peak memory" in said
             elif tiny:  # what the end says is the code that loads what was saved
