@@ -49,7 +49,7 @@ lora_alpha = 32.0  # > 0
 lora_dropout = 0.05  # >= 0 and < 1
 lora_targets = "all"  # the blocks' linear layers; or names: "q_proj,v_proj"
 train_also = ""  # trained whole beside LoRA: any of "embed,norm,head"; a tied head goes with embed
-out_dropout: float | None = None  # of the attention block's output; None: the model's own
+out_dropout: float | None = None  # >= 0 and < 1; of the attention block's output; None: model's own
 save_merged = True  # under LoRA: at the end the merged model in out_dir/merged
 # data and objective
 data = "data/pydocs"  # a folder of train.bin, val.bin, meta.json, tokenizer/: see data/*/prepare.py
