@@ -23,11 +23,12 @@ import train_mntp
 from attention import make_seqs
 from checkpoint import latest_checkpoint
 from embedder import Embedder
+from formats import read_json
 from formats.huggingface import from_pretrained, save_pretrained
 from harness import assert_close, assert_equal_bits, configured, losses, raises, write_config
 from model import Transformer
 from tokenizer import load_tokenizer, vocab_size_of
-from tokens import open_tokens, read_row
+from tokens import open_tokens, read_row, write_meta
 
 TINY = dict(
     mask_token="own", max_seq_len=64, batch_tokens=512, device_batch_tokens=256, max_steps=8,
@@ -362,7 +363,7 @@ def test_bad_settings_say_what_is_expected(tiny, toy_tokens, folders, tmp_path, 
     tokenizer.save_pretrained(tmp_path / "bare")
     shutil.copytree(toy_tokens, tmp_path / "data")
     tokenizer.add_tokens(["more"])
-    tokenizer.save_pretrained(tmp_path / "data/tokenizer")
+    write_meta(tmp_path / "data", tokenizer, "", read_json(toy_tokens, "meta.json")["splits"])
     more = [x.format(tmp=tmp_path, encoder=folders["modernbert"]) for x in more]
     harness.assert_refused(message, SCRIPT, tiny, tmp_path / "out", *more)
 

@@ -275,7 +275,7 @@ def test_losses_and_weights_are_those_of_the_reference(unbroken, tiny, tmp_path,
         assert losses(unbroken, "d2q_ppl")[step] == pytest.approx(np.exp(d2q))
     for column in ("eval_loss", "eval_q2d_ppl", "eval_d2q_shuffled_loss", "eval_q2d_none_loss"):
         assert list(losses(unbroken, column)) == [0, 3, 6]
-    done = run(tiny, tmp_path, "--max_steps=1", "--learning_rate=0")
+    done = run(tiny, tmp_path, "--stop_step=1", "--learning_rate=0")
     harness.assert_compared(capsys.readouterr().out, tmp_path, 1, "loss", "q2d_shuffled_loss")
     batches = next(R.train_batches(done.files, 0, done.choices, done.tokenizer, done.s))
     counts = np.sum([batch.n_targets for batch in batches], axis=0)
