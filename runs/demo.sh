@@ -21,7 +21,7 @@ $python -m pip install -q --disable-pip-version-check "$(grep '^gguf==' requirem
 
 say "4/6 before: 499 questions on modules that no training sees"
 score() { $python eval_mteb.py --local=data/pydocs/test.jsonl --max_length=96 "$@"; }
-score --model=$model --attention=bidirectional --baselines=bm25,bm25:stem:k1=0.9:b=0.4 \
+score --model=$model --attention=bidirectional --baselines=bm25,bm25:stem:k1=2:b=1 \
     --out_dir=out/demo/before
 
 say "5/6 contrastive training: questions near their answers"
