@@ -32,8 +32,8 @@ def run_bench(name, out_dir, *more):
 
 
 TINY = [("mlm", "modernbert-tiny", 2)]
-SLOW = [("mntp", "llama-tiny", 1), ("reconstruct", "llama-tiny", 2), ("contrastive", "modernbert-tiny", 3),
-        ("encode", "modernbert-tiny", 20)]  # fmt: skip
+SLOW = [("mntp", "llama-tiny", 1), ("reconstruct", "llama-tiny", 2),
+        ("contrastive", "modernbert-tiny", 3), ("encode", "modernbert-tiny", 20)]  # fmt: skip
 TINY += [pytest.param(*run, marks=pytest.mark.slow) for run in SLOW]
 
 
