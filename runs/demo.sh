@@ -59,7 +59,7 @@ for question in ("How do I split a string into words?", "Where can I run a comma
     print(f"\n{question}")
     scores = passages @ embedder.encode([question])[0]
     for i in scores.argsort()[:-4:-1]:
-        print(f"  {scores[i]:.2f}  {names[i]}: {texts[i][:90]}")
+        print(f"  {scores[i]:.2f}  {names[i]}: {' '.join(texts[i].split())[:90]}")
 PYTHON
 echo
 echo "The curve: out/demo/curve.png   The scores: out/demo.json   The embedder: out/smollm2_pydocs/final"
