@@ -54,7 +54,7 @@ test = open_pairs("data/pydocs/test.jsonl")
 texts = [read_pair(test, i)["pos"][0] for i in range(len(test))]
 names = [read_pair(test, i)["query"].partition("(")[0] for i in range(len(test))]
 passages = embedder.encode(texts)
-for question in ("How do I split a string into words?", "Where can I run a command in a new shell?",
+for question in ("How do I split a string into words?", "How do I loop over the lines of several files?",
                  "compress a file so that it takes less space"):
     print(f"\n{question}")
     scores = passages @ embedder.encode([question])[0]
