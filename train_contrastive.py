@@ -26,8 +26,7 @@ import lora
 import optim
 from common import prefetch, print0
 from data import open_pairs, read_pair
-from embedder import compare_saved
-from embedding_model import EmbeddingModel, chunks_of
+from embedder import Embedder, chunks_of, compare_saved
 from formats.huggingface import resolve_folder
 from formats.sentence_transformers import read_settings
 from grad_cache import embed_all, gather_rows, pad_chunks, padded
@@ -433,7 +432,7 @@ if __name__ == "__main__":
             raise SystemExit(f"projection_dim={s.projection_dim}: {base} projects to {dim}")
     prompts = {"query": s.query_instruction[0], "document": s.passage_instruction[0]}
     instructions = instructions_of(files, s)
-    embedder = EmbeddingModel(
+    embedder = Embedder(
         model, tokenizer, s.pooling, s.template, prompts, s.normalize, s.passage_max_length,
         s.pool_instruction, projection, s.compute_dtype, s.pool_bos, instructions=instructions,
     ).to(s.device).train()  # fmt: skip

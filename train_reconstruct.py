@@ -32,8 +32,7 @@ import optim
 from attention import Seqs
 from common import prefetch, print0
 from data import open_pairs, read_pair
-from embedder import compare_saved
-from embedding_model import EmbeddingModel
+from embedder import Embedder, compare_saved
 from formats.huggingface import resolve_folder
 from pairs import encode_pairs, open_files, pairs_of_step
 from pooling import pack
@@ -296,7 +295,7 @@ if __name__ == "__main__":
     common.place(model, s)
     # what the saved folder is for: stage II, sample.py --reconstruct, eval_mteb.py
     prompts = {"query": s.query_instruction[0], "document": s.passage_instruction[0]}
-    embedder = EmbeddingModel(
+    embedder = Embedder(
         model, tokenizer, "last", s.template, prompts, True, s.passage_max_length,
         dtype=s.compute_dtype,
     )  # fmt: skip

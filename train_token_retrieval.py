@@ -26,8 +26,7 @@ import lora
 import optim
 from common import prefetch, print0
 from data import open_pairs
-from embedder import compare_saved
-from embedding_model import EmbeddingModel
+from embedder import Embedder, compare_saved
 from formats.huggingface import config_from_hf, resolve_folder
 from passages import eval_batches, lines_of_batch, pack_texts, pad_batch, show_lines, train_batches
 from spans import find_runs
@@ -244,7 +243,7 @@ if __name__ == "__main__":
     lora.add_lora(model, s, last)
     common.place(model, s)
     prompts = {"query": s.query_instruction, "document": s.passage_instruction}
-    embedder = EmbeddingModel(
+    embedder = Embedder(
         model, tokenizer, "last", s.template, prompts, max_length=s.query_max_length,
         dtype=s.compute_dtype,
     )  # fmt: skip

@@ -465,8 +465,8 @@ def test_a_run_learns_and_its_folder_is_the_same(tiny, easy_files, tmp_path, mon
     texts = list(dict.fromkeys(text for p in pairs for text in p["pos"] + p["neg"]))
     asked = [p["query"] for p in pairs]
     embedder.eval()
-    queries = Embedder.encode(embedder, asked, "tan: ")
-    passages = Embedder.encode(embedder, texts, "mos: ")
+    queries = embedder.encode(asked, "tan: ")
+    passages = embedder.encode(texts, "mos: ")
     loaded = Embedder.load(str(tmp_path / "step40"), dtype="fp32")
     assert loaded.prompts == {"query": "tan: ", "document": "mos: "}
     assert np.array_equal(loaded.encode(asked, loaded.prompts["query"]), queries)
@@ -515,7 +515,7 @@ def test_many_vectors_and_sparse_ones_are_saved(pooling, tiny, tmp_path):
     embedder = run(tiny, tmp_path / "whole", *keys).embedder.eval()
     texts = ["ta", "tan tama mos", "", "ris sus kes tan " * 4]
     loaded = Embedder.load(str(tmp_path / "whole" / "step4"), dtype="fp32")
-    for a, b in zip(loaded.encode(texts), Embedder.encode(embedder, texts), strict=True):
+    for a, b in zip(loaded.encode(texts), embedder.encode(texts), strict=True):
         assert np.array_equal(a, b) and a.shape[-1] == (8 if pooling == "tokens" else 512)
     run(tiny, tmp_path / "again", *keys, "--stop_step=2")
     again = run(tiny, tmp_path / "again", *keys, "--resume=True").embedder
@@ -578,7 +578,7 @@ def test_lora_resumed_is_bit_equal(tiny, tmp_path):
         run(tiny, half, *keys, "--resume=True")
         assert_equal_bits(half, whole)
         assert saved(half, 6, name) == saved(whole, 6, name)
-        ours = Embedder.encode(embedder, ["tan mos", "ris"], "su ")
+        ours = embedder.encode(["tan mos", "ris"], "su ")
         for folder in ("step6", "step6/adapter"):  # merged, or the chain base + adapters
             loaded = Embedder.load(str(whole / folder), dtype="fp32")
             assert loaded.template == Template("", " ke", "; ") and not loaded.pool_instruction

@@ -124,8 +124,9 @@ def test_pages_are_found_and_short():
 @contextmanager
 def project_in(folder):
     """In this block `folder` is the current one, and the project's modules are imported from it."""
+    not_ours = (os.path.join(ROOT, "tests"), sys.prefix)  # .venv may lie in the project
     ours = {n: m for n, m in sys.modules.items() if (getattr(m, "__file__", "") or "").startswith(
-        ROOT + os.sep) and not m.__file__.startswith(os.path.join(ROOT, "tests"))}  # fmt: skip
+        ROOT + os.sep) and not m.__file__.startswith(not_ours)}  # fmt: skip
     old, path = os.getcwd(), list(sys.path)
     for name in ours:
         del sys.modules[name]

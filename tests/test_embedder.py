@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokeniz
 from transformers.utils import logging
 
 import embedder as module
-from embedder import Embedder
-from embedding_model import POOLINGS
+from embedder import POOLINGS, Embedder
 from formats.huggingface import from_pretrained, save_pretrained
 from harness import FAMILIES, raises, run_ranks
 from lora import inject, save_adapter
