@@ -11,7 +11,7 @@ from glob import glob
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import HfApi, save_torch_state_dict, snapshot_download
 from safetensors import safe_open
 
 from data import require
@@ -322,12 +322,27 @@ def download(name, patterns):
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@.+)?", name) or repo.split("/")[0] in OURS:
         raise FileNotFoundError(f"{name}: no such folder, and not a hub id (owner/name[@revision])")
     try:
-        return snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
+        return snapshot(repo, revision or None, patterns)
     except (OSError, ValueError) as error:  # no network, no such repository: perhaps it is a path
         known = llm2vec.published(name)
         if known and known[0] != repo:  # a shorter spelling
             return download(f"{known[0]}@{revision}" if revision else known[0], patterns)
         raise OSError(f"{name}: no such folder, and from the hub: {error}") from error
+
+
+def snapshot(repo, revision, patterns):
+    """snapshot_download, which waits for ever on a hub that takes the request and is silent: here
+    for 4 s. Then, as without a network, what an earlier download has left is taken."""
+    silent = None
+    try:
+        revision = HfApi().repo_info(repo, revision=revision, timeout=4).sha
+    except Exception as error:  # its kinds differ by version
+        silent = error
+    try:
+        return snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, local_files_only=silent is not None)
+    except (OSError, ValueError) as error:
+        raise OSError(silent or error) from error
 
 
 def open_tensors(path):

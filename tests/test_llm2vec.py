@@ -127,13 +127,13 @@ def root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def hub(root, monkeypatch):
-    def download(repo, **_):
+    def download(repo, *_):
         folder = root / repo.split("/")[1]
         if not folder.exists():
             raise OSError(f"there is no {repo}")
         return str(folder)
 
-    monkeypatch.setattr(formats.huggingface, "snapshot_download", download)
+    monkeypatch.setattr(formats.huggingface, "snapshot", download)
 
 
 def load(name, *adapters, **settings):

@@ -1026,13 +1026,13 @@ def test_bad_configs_and_arguments_are_named(folder):
 def test_names_of_folders_and_of_the_hub(folder, tmp_path, monkeypatch):
     asked = []
 
-    def download(repo, revision=None, allow_patterns=None):
+    def download(repo, revision, patterns):
         asked.append((repo, revision))
         if repo == "out/missing":
             raise OSError("404")
         return str(folder)
 
-    monkeypatch.setattr(HF, "snapshot_download", download)
+    monkeypatch.setattr(HF, "snapshot", download)
     for name in ("missing", "./missing", "/tmp/missing/model", "a/b/c", "~/missing"):
         raises(FileNotFoundError, name, HF.from_pretrained, name)
     assert not asked  # none of these went to the hub

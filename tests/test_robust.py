@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import socket
 import time
 from types import SimpleNamespace
 
@@ -598,7 +599,7 @@ def test_names_that_never_go_to_the_hub(name, monkeypatch):
     def download(*_, **__):
         pytest.fail("asked")
 
-    monkeypatch.setattr("formats.huggingface.snapshot_download", download)
+    monkeypatch.setattr("formats.huggingface.snapshot", download)
     for call in (resolve_folder, load_tokenizer, Embedder.load):
         refused("no such folder" if name != "/" else "", call, name)
 
@@ -606,11 +607,11 @@ def test_names_that_never_go_to_the_hub(name, monkeypatch):
 def test_the_hub_is_asked_for_what_is_named(made, tmp_path, monkeypatch, capsys):
     asked = []
 
-    def download(repo, **keys):
-        asked.append((repo, keys["revision"]))
+    def download(repo, revision, patterns):
+        asked.append((repo, revision))
         raise OSError("no network")
 
-    monkeypatch.setattr("formats.huggingface.snapshot_download", download)
+    monkeypatch.setattr("formats.huggingface.snapshot", download)
     refused("owner/name: no such & the hub: no network", resolve_folder, "owner/name")
     refused("o.w-n/n.1_x@v1", resolve_folder, "o.w-n/n.1_x@v1")
     assert asked == [("owner/name", None), ("o.w-n/n.1_x", "v1")]
@@ -630,6 +631,16 @@ def test_the_hub_is_asked_for_what_is_named(made, tmp_path, monkeypatch, capsys)
     os.mkdir("mydata/tokenizer")
     refused("mydata/tokenizer", tokenizer_of, "mydata")
     assert asked[2:] == [("owner/base", "r2")]
+
+
+def test_a_hub_that_takes_the_request_and_is_silent(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        url = f"http://127.0.0.1:{hub.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        start = time.time()
+        refused("owner/name: no such & the hub: timed out", resolve_folder, "owner/name")
+        assert 3 < time.time() - start < 8
 
 
 def test_patterns_of_names():
