@@ -173,6 +173,8 @@ def configure(script_globals):
 
     pinned, files, sys.excepthook = {}, [], one_line
     for arg in sys.argv[1:]:
+        if not arg.isascii() and re.search("[\ud800-\udfff]", arg):
+            raise SystemExit(f"{arg!a}: this is no UTF-8")
         if arg == "--traceback=True":
             sys.excepthook = sys.__excepthook__
             continue

@@ -101,7 +101,7 @@ gradient_checkpointing = False  # recompute each block in the backward pass: les
 fsdp = ""  # one of "", full; full shards weights, gradients and optimizer state
 zero1 = False  # shard the optimizer state only
 deterministic = False  # bit-equal runs on CUDA too, slower
-seed = 1337  # >= 0
+seed = 1337  # >= 0 and < 1e18
 # look, and do not train
 dry_run = False  # two steps: memory, speed, time of the whole run, largest device_batch_tokens
 show_batch = False  # print the first row as a reader wants it

@@ -66,7 +66,7 @@ window = 0  # >= 0; tokens encoded at a time, for passages longer than memory; 0
 overlap = 0  # >= 0; tokens that windows share
 html: str | None = None  # writes a page there: the passage as a heat map
 spans: tuple = ()  # gold ((start, end), ..) characters, underlined in the page; or a .jsonl's own
-seed = 1337  # >= 0; sample i is drawn with seed + i, whatever num_samples is
+seed = 1337  # >= 0 and < 1e18; sample i is drawn with seed + i, whatever num_samples is
 # device
 attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
 dtype = "fp32"  # one of auto, bf16, fp32; bf16 halves the memory, logits have 3 digits
@@ -102,7 +102,9 @@ def read_text(text):
 
 
 def read_lines(path):
-    return [text.strip() for _, text in text_lines(path)]
+    if texts := [text.strip() for _, text in text_lines(path)]:
+        return texts
+    raise SystemExit(f"{path}: no text in it")
 
 
 # ---- fill masks ----

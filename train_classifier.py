@@ -110,7 +110,7 @@ compile = False  # each block, by torch.compile
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, 1/3 slower
 fsdp = ""  # one of "", full; full shards weights, gradients and optimizer state
 deterministic = False  # bit-equal runs on CUDA too, slower
-seed = 1337  # >= 0
+seed = 1337  # >= 0 and < 1e18
 # look, and do not train
 dry_run = False  # two steps: memory, speed, time of the whole run, largest device_batch_size
 show_batch = False  # print the first texts, and what is read for each label

@@ -134,7 +134,7 @@ compile = False
 gradient_checkpointing = False
 fsdp = ""  # one of "", full; full shards weights, gradients and optimizer state
 deterministic = False
-seed = 1337  # >= 0
+seed = 1337  # >= 0 and < 1e18
 # look, and do not train
 dry_run = False
 show_batch = False

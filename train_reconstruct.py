@@ -102,7 +102,7 @@ compile = False
 gradient_checkpointing = False  # less memory, a third slower
 fsdp = ""  # one of "", full; full shards weights, gradients and optimizer state
 deterministic = False
-seed = 1337  # >= 0
+seed = 1337  # >= 0 and < 1e18
 # look, and do not train
 dry_run = False  # two steps: memory, speed, time of the whole run
 show_batch = False

@@ -163,8 +163,10 @@ def arguments(argv=None):
         args.lo, args.hi = map(int, args.range.split(":"))
     except ValueError:
         parser.error(f"--range={args.range}: expected lo:hi, as in 10:100")
-    if not 0 <= args.lo < args.hi or args.hi - args.lo < args.negatives:
+    if not 0 <= args.lo < args.hi or not 0 <= args.negatives <= args.hi - args.lo:
         parser.error(f"--range={args.range} does not hold {args.negatives} negatives")
+    if os.path.realpath(args.out) in map(os.path.realpath, (args.pairs, args.corpus or "")):
+        parser.error(f"--out={args.out} is what is read: give another file")
     if args.model == "bm25" and (args.query_instruction or args.passage_instruction):
         parser.error("--model=bm25 scores bare texts: it has no instructions")
     return args

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data import require
 from formats import read_json, write_json
 from metrics import ndcg
 
@@ -30,7 +31,7 @@ def read_runs(paths, seeds):
     for path in map(Path, paths):
         if not path.is_file():
             raise SystemExit(f"{path}: no such file, expected a results.json of eval_mteb.py")
-        for row in read_json(path)["rows"]:
+        for row in require(read_json(path), "rows", [dict], path, 0):
             if name := row.get("queries"):  # what came of the same weights has the same name
                 system = [s for s, pattern in seeds.items() if fnmatchcase(row["model"], pattern)]
                 of_task = runs.setdefault(row["task"], {})

@@ -25,12 +25,16 @@ def read_curve(folder, key):
     path = os.path.join(folder, "log.csv")
     if not os.path.isfile(path):
         raise SystemExit(f"{path}: no such file, so {folder} is not the out_dir of a run")
-    with open(path, encoding="utf-8") as f:
-        reader = csv.DictReader(f)
-        rows = [row for row in reader if row.get(key)]
-    if key not in reader.fieldnames:
-        raise SystemExit(f"{path} has no column {key!r}, only {', '.join(reader.fieldnames)}")
-    return [int(row["step"]) for row in rows], [float(row[key]) for row in rows]
+    try:
+        with open(path, encoding="utf-8") as f:
+            names, *rows = [*csv.reader(f)] or [[]]
+        rows = [row for row in (dict(zip(names, row)) for row in rows) if row.get(key)]
+        for name in ("step", key):
+            if name not in names:
+                raise SystemExit(f"{path} has no column {name!r}, only {', '.join(names)}")
+        return [int(row["step"]) for row in rows], [float(row[key]) for row in rows]
+    except ValueError as e:  # no number, no UTF-8
+        raise SystemExit(f"{path}: {e}") from e
 
 
 def smooth(values):
