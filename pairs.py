@@ -2,7 +2,6 @@
 The pairs of a contrastive batch: which are drawn, who is whose among their texts, and their ids.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import torch
 
 import optim
 from common import print0
-from data import open_pairs, read_pair
+from data import open_pairs, read_pair, require
+from formats import parse_json
 from order import rows_of_step
 from tokenizer import tokenize
 
@@ -158,7 +158,11 @@ def encode_pairs(pairs, which, tokenizer, s):
 def instructions_of(files, s):
     """{data file: its queries' instruction, by its first line; task: instruction} that evaluation
     finds with the model."""
-    found = json.loads(Path(s.task_instructions).read_text("utf-8")) if s.task_instructions else {}
+    path, found = s.task_instructions, {}
+    if path:
+        found = dict(parse_json(Path(path).read_bytes(), path))
+    for task in found:
+        require(found, task, str, path, 0)
     for i, file in enumerate(files):
         ask = s.query_instruction[min(i, len(s.query_instruction) - 1)]
         if text := prompts_of([read_pair(file, 0)], ask, s)[0]:

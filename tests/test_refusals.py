@@ -47,7 +47,7 @@ WRONG = {
     "other": "schedule decay_shape optimizer objective tracker fsdp dtype attention "
              "attention_backend task loss_kind label_position pooling unit reconstruct_side "
              "similarity max_steps learning_rate keep_best",
-    "": "out_dir schedule checkpoint_prefix", "a/step": "checkpoint_prefix",
+    "9223372036854775808": "seed", "": "out_dir schedule checkpoint_prefix", "a/step": "checkpoint_prefix",
     "../../evil": "checkpoint_prefix", "st(ep": "checkpoint_prefix",
     "(0,)": "matryoshka_dims ratios", "('a',)": "matryoshka_dims ratios",
     "(1,)": "data query_instruction adapters label_names rank_pairs",
@@ -83,6 +83,7 @@ def test_strings_are_taken_as_they_are():
     assert harness.configured("sample.py", "", f"--text={text}")["text"] == text
     given = harness.configured("train_contrastive.py", "", f"--query_instruction={text}")
     assert given["query_instruction"] == (text,)
+    raises(SystemExit, "no UTF-8", harness.configured, "sample.py", "", "--prompt=\udcff")
 
 
 # ---- errors are one line ----
@@ -257,7 +258,7 @@ def ends(ranks, argv, seconds=60, killed=False, shell=""):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_all_ranks_end_with_the_one_message(tiny, toy_tokens, tmp_path, ranks):
+def test_all_ranks_end_with_the_one_message(tiny, toy_tokens, folders, tmp_path, ranks):
     more = ["--max_steps=5000", "--schedule=constant", "--device_batch_tokens=64"]
     bad = shutil.copytree(toy_tokens, tmp_path / "data")
     with open(bad / "train.bin", "r+b") as f:  # one id that is none, in the row of one rank
@@ -266,6 +267,12 @@ def test_all_ranks_end_with_the_one_message(tiny, toy_tokens, tmp_path, ranks):
     printed = ends(ranks, arguments(SCRIPT, tiny, tmp_path / "bad", *more, f"--data={bad}"))
     assert f"{bad}/train.bin: token 320 is 65535, expected less than" in printed, printed
     assert "prefetch" not in printed  # no traceback of ours
+    lines = [json.dumps({"query": f"tan {i}", "pos": ["mos"]}) for i in range(60)]
+    (tmp_path / "x.jsonl").write_text("\n".join([*lines[:7], "{", *lines[7:]]))
+    pairs = harness.write_config(tmp_path, data=str(tmp_path / "x.jsonl"), eval_data="",
+                                 init_from=folders["llama"], batch_size=6, max_steps=50)  # fmt: skip
+    printed = ends(ranks, arguments("train_contrastive.py", pairs, tmp_path / "line"))
+    assert f"{tmp_path}/x.jsonl line 8: not JSON" in printed, printed
     nan = ["--learning_rate=1e30", "--warmup_steps=0"]
     printed = ends(ranks, arguments(SCRIPT, tiny, tmp_path / "nan", *more, *nan))
     assert printed.count("stopped at the 4th such step") == ranks, printed

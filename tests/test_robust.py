@@ -23,15 +23,19 @@ import eval_mteb
 import lora
 from data import open_pairs, read_pair
 from embedder import Embedder, score_tokens
+from evals.compare import read_runs
 from formats import llm2vec, peft
 from formats.classifier import read_classifier
 from formats.huggingface import from_pretrained, resolve_folder
 from formats.sentence_transformers import read_settings
 from labels import join_texts, read_examples
+from pairs import instructions_of
 from recorder import WORDS
+from sample import read_lines
 from spans import read_spans
 from tokenizer import Template, load_tokenizer, tokenize, tokenize_words
 from tokens import open_tokens, tokenizer_of
+from tools.plot import read_curve
 
 ERRORS = (ValueError, TypeError, OSError, SystemExit)
 
@@ -584,6 +588,30 @@ def test_broken_weights(name, how, made, tmp_path):
     good, more = path.read_bytes(), {"header": b"\xff" * 7 + b"\x7f", "pickle": pickle.dumps(print)}
     path.write_bytes(more.get(how) or BROKEN[how](good))
     refused(str(path), WEIGHTS[name], folder, str(made / "llama"))
+
+
+# ---- files of tools ----
+LOG = "step,loss\n"
+TOOL_FILES = [  # who reads it, what is in it, message
+    ("plot", "", "no column 'step'"), ("plot", "a,loss\n1,2\n", "no column 'step'"),
+    ("plot", "step,other\n1,2\n", "no column 'loss'"), ("plot", LOG + "1,x\n", "'x'"),
+    ("plot", LOG + "x,1\n", "'x'"), ("plot", b"\xff\xfe", "utf-8"),
+    ("compare", '{"rows": 5}', "'rows' is 5"), ("compare", '{"a": 5}', "'rows' is missing"),
+    ("compare", '{"rows": [5]}', "'rows' is [5]"), ("compare", "[]", "expected an object"),
+    ("sample", "", "no text"), ("sample", " \n\n", "no text"), ("sample", b"a\n\xff", "line 2"),
+    ("instructions", "[1]", "expected an object"), ("instructions", "{", "not JSON"),
+    ("instructions", '{"a": 5}', "'a' is 5"), ("instructions", b'{"a": "\xff"}', "not JSON"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tool, content, message", TOOL_FILES, ids=str)
+def test_files_of_tools(tool, content, message, tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    read = {"plot": lambda: read_curve(str(tmp_path), "loss"), "sample": lambda: read_lines(str(path)),
+            "compare": lambda: read_runs([path], {}),
+            "instructions": lambda: instructions_of([], SimpleNamespace(task_instructions=path))}
+    refused(f"{path} & {message}", read[tool])
 
 
 # ---- the hub ----
