@@ -39,7 +39,7 @@ passage_window = 0  # >= 0; tokens encoded at a time; 0: the whole
 window_overlap = 0  # >= 0; tokens that neighbouring windows share
 ratios: tuple[int, ...] = (16, 8, 4)  # >= 1; 1/16, 1/8 and 1/4 of a passage's tokens are kept
 temperature = 0.02  # > 0; of the loss, which results.json has
-seed = 1337  # >= 0; of the random order, and of what ties in the others
+seed = 1337  # >= 0 and < 1e18; of the random order, and of what ties in the others
 # device
 attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
 dtype = "auto"  # one of auto, bf16, fp32; auto: what the device is good at

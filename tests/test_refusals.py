@@ -47,8 +47,8 @@ WRONG = {
     "other": "schedule decay_shape optimizer objective tracker fsdp dtype attention "
              "attention_backend task loss_kind label_position pooling unit reconstruct_side "
              "similarity max_steps learning_rate keep_best",
-    "9223372036854775808": "seed", "": "out_dir schedule checkpoint_prefix", "a/step": "checkpoint_prefix",
-    "../../evil": "checkpoint_prefix", "st(ep": "checkpoint_prefix",
+    "9223372036854775808": "seed", "": "out_dir schedule checkpoint_prefix",
+    "a/step": "checkpoint_prefix", "../../evil": "checkpoint_prefix", "st(ep": "checkpoint_prefix",
     "(0,)": "matryoshka_dims ratios", "('a',)": "matryoshka_dims ratios",
     "(1,)": "data query_instruction adapters label_names rank_pairs",
 }  # fmt: skip
@@ -269,8 +269,8 @@ def test_all_ranks_end_with_the_one_message(tiny, toy_tokens, folders, tmp_path,
     assert "prefetch" not in printed  # no traceback of ours
     lines = [json.dumps({"query": f"tan {i}", "pos": ["mos"]}) for i in range(60)]
     (tmp_path / "x.jsonl").write_text("\n".join([*lines[:7], "{", *lines[7:]]))
-    pairs = harness.write_config(tmp_path, data=str(tmp_path / "x.jsonl"), eval_data="",
-                                 init_from=folders["llama"], batch_size=6, max_steps=50)  # fmt: skip
+    keys = dict(data=str(tmp_path / "x.jsonl"), eval_data="", init_from=folders["llama"])
+    pairs = harness.write_config(tmp_path, **keys, batch_size=6, max_steps=50)
     printed = ends(ranks, arguments("train_contrastive.py", pairs, tmp_path / "line"))
     assert f"{tmp_path}/x.jsonl line 8: not JSON" in printed, printed
     nan = ["--learning_rate=1e30", "--warmup_steps=0"]

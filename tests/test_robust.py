@@ -608,8 +608,8 @@ TOOL_FILES = [  # who reads it, what is in it, message
 def test_files_of_tools(tool, content, message, tmp_path):
     path = tmp_path / "log.csv"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    read = {"plot": lambda: read_curve(str(tmp_path), "loss"), "sample": lambda: read_lines(str(path)),
-            "compare": lambda: read_runs([path], {}),
+    read = {"plot": lambda: read_curve(str(tmp_path), "loss"),
+            "sample": lambda: read_lines(str(path)), "compare": lambda: read_runs([path], {}),
             "instructions": lambda: instructions_of([], SimpleNamespace(task_instructions=path))}
     refused(f"{path} & {message}", read[tool])
 
