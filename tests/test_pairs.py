@@ -318,8 +318,9 @@ def test_mining_script(tmp_path, toy_tokens, capsys):
     bare = embedder.encode(["tälo"])[0] @ embedder.encode(["kema"], "text: ")[0]
     np.testing.assert_allclose(scored[2]["neg_scores"], [bare], atol=1e-5)
     assert os.listdir(tmp_path / "out") == ["mined.jsonl"]  # the file of vectors is gone
-    with pytest.raises(SystemExit):
-        mining.main([*argv, "--range=5:5"])
+    for wrong in ("--range=5:5", "--negatives=-1", f"--out={pairs}"):
+        with pytest.raises(SystemExit):
+            mining.main([*argv, wrong])
 
 
 # ---- configs ----
