@@ -428,8 +428,12 @@ def place(model, s):
 def wrap(module, blocks, s):
     """Compiles each block, then shards the module (FSDP) or copies it to each rank (DDP), as the
     settings ask -> what training calls."""
-    for block in blocks if s.compile else ():
-        block.compile()
+    if s.compile:
+        # Texts of another number or length, evaluation and each kind of layer have code of their
+        # own. Past dynamo's limit of 8 blocks would run uncompiled, with no more than a warning.
+        torch._dynamo.config.recompile_limit = 64
+        for block in blocks:
+            block.compile()
     if s.fsdp:
         for block in blocks:
             fully_shard(block)
