@@ -462,11 +462,10 @@ def settle_buckets(wrapped, trial, n):
 
 def bad_step(s, step, loss, gnorm, batch):
     """Says which batch gave a loss or gradient that is no number, and notes the step in s.skipped:
-    checkpoint.saving does not save after such a one. A good run has none; SystemExit at the fourth.
-    """
+    checkpoint.saving does not save after such a one. SystemExit at the fourth in 1,000 steps."""
     print0(f"step {step + 1}: loss {loss}, gradient norm {gnorm}: skipped. {batch}")
     s.skipped.append(step)
-    if len(s.skipped) == 4:
+    if sum(other > step - 1000 for other in s.skipped) == 4:
         good = last_good(s, step)
         raise SystemExit(f"stopped at the 4th such step; checkpoints before step{good} are good")
 
