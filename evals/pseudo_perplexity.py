@@ -33,7 +33,7 @@ lengths: tuple[int, ...] = (128, 256, 512, 1024)  # >= 2; in tokens
 n_texts = 50  # >= 1; of each length, drawn from the seed
 n_masks = 100  # >= 1; tokens of each text that are predicted, drawn likewise
 device_batch_tokens = 16384  # >= 1; of one forward
-seed = 1337  # >= 0
+seed = 1337  # >= 0 and < 1e18
 # device
 attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
 dtype = "auto"  # one of auto, bf16, fp32; auto: what the device is good at
