@@ -24,7 +24,10 @@ STAGES = {
     "pretrain_mlm": TOKENS | dict(init_from="modernbert", attn_dropout=0.1),
     "train_mntp": TOKENS | dict(init_from="llama", mask_token="own", lora_rank=4),
     "train_contrastive": TEXTS | dict(data="pairs", attn_dropout=0.1, device_batch_tokens=100),
-    "train_reconstruct": TEXTS | dict(data="pairs", device_batch_size=2, eval_lines=9),
+    "train_reconstruct": TEXTS
+    | dict(
+        data="pairs", device_batch_size=2, eval_lines=9, query_max_length=24, passage_max_length=48
+    ),
     "train_token_retrieval": TEXTS | dict(data="spans", device_batch_tokens=100, lora_rank=4),
     "train_classifier": TEXTS | dict(data="labels", task="texts", device_batch_size=2, dropout=0.1),
 }
