@@ -3,6 +3,8 @@ What every script needs and no script should differ in: the config, the ranks, w
 for training, and the log. Checkpoints are in checkpoint.py, optimizers and schedules in optim.py.
 """
 
+from usage import fill, show_help
+
 import ast
 import csv
 import difflib
@@ -13,7 +15,6 @@ import re
 import shlex
 import signal
 import sys
-import textwrap
 import time
 import traceback
 from collections import deque
@@ -177,10 +178,7 @@ def configure(script_globals):
             sys.excepthook = sys.__excepthook__
             continue
         if arg in ("-h", "--help"):
-            text = re.split(r"(?m)^# ---.*\bdefaults\b.*$", source, maxsplit=1)[-1]
-            text = re.split(r"(?m)^(?:# ---|def |class |@|if )", text)[0]
-            print((script_globals["__doc__"] or "").strip(), text.rstrip(), sep="\n")
-            raise SystemExit(0)
+            show_help(script_globals["__file__"])
         if not arg.startswith("-"):
             files.append(os.path.normpath(arg))
             continue
@@ -205,9 +203,9 @@ def configure(script_globals):
         _run_config(path, space, keys)
     config = {k: space[k] for k in keys}
     script_globals.update(config)
-    items = [f"{'*' if v != defaults[k] else ''}{k}={v!r}" for k, v in config.items()]
-    print0(f"config: {' '.join(sys.argv[1:])} (* = not the default)")
-    print0(textwrap.fill("  ".join(items), 100, break_long_words=False, break_on_hyphens=False))
+    changed = [f"{k}={v!r}" for k, v in config.items() if v != defaults[k]]
+    print0(fill(f"config: {' '.join(sys.argv[1:])}; not the default (--help):"))
+    print0(fill("  ".join(changed)))
     return config
 
 
@@ -672,6 +670,6 @@ def report_dry_run(s, start, counts, key="", trial=None, n=0, size=1):
         peak = peak_memory(s.device) / 1e9
     speeds = ", ".join(f"{count / seconds:,.1f} {name}/s" for name, count in counts.items())
     print0(
-        f"dry run: {seconds:.2f} s/step, {speeds}, peak memory {peak:.2f} GB; the whole run takes "
-        f"{format_time(seconds * s.stop_step)} without evaluation{fits}"
+        f"dry run: {seconds:.2f} s/step, {speeds}, peak memory {peak:.2f} GB;\nthe whole "
+        f"run takes {format_time(seconds * s.stop_step)} without evaluation{fits}"
     )

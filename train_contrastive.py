@@ -1,15 +1,18 @@
 """
 Contrastive training of an embedder: queries near their passages, far from all the others.
 
-    python train_contrastive.py configs/contrastive_pydocs_tiny.py     # one GPU, a Mac or the CPU
-    torchrun --standalone --nproc_per_node=8 train_contrastive.py configs/contrastive_llm2vec.py
-    python train_contrastive.py configs/x.py --resume=True             # go on where it stopped
+    python train_contrastive.py configs/contrastive_pydocs_tiny.py  # one device
+    torchrun --standalone --nproc_per_node=8 train_contrastive.py \\
+        configs/contrastive_llm2vec.py
+    python train_contrastive.py configs/x.py --resume=True   # goes on where it stopped
 
 A batch may be much larger than the memory holds: its texts go through the model in chunks, and the
 gradient cache (Gao et al. 2021, arXiv 2101.06983) gives the gradient of the whole batch's loss.
 LLM2Vec (arXiv 2404.05961), SimCSE (arXiv 2104.08821), NeoBERT (arXiv 2502.19587), Ettin
 (arXiv 2507.11412), Anchor-Embedding and FlagEmbedding train their embedders like this.
 """
+
+import usage  # noqa: F401  --help ends here, without torch
 
 import math
 import time
@@ -412,7 +415,7 @@ if __name__ == "__main__":
     n_candidates = (s.batch_size if s.negatives_cross_device else n_queries) * s.group_size
     print0(
         f"a step: {n_queries} queries x {s.world_size} ranks, each among N = {n_candidates:,} "
-        "candidates (fewer where lines have fewer negatives); evaluation on "
+        "candidates\n(fewer where lines have fewer negatives); evaluation on "
         f"{len(eval_pairs):,} lines"
     )
 
@@ -444,7 +447,7 @@ if __name__ == "__main__":
         print0(f"several instructions: {prompts} is saved, encode takes any other")
     if problem := embedder.st_problem():
         print0(f"saved for nanoembed alone; sentence-transformers would differ: {problem}")
-    print0(f"{model.describe()}, {s.pooling} pooling, {s.compute_dtype} on {s.device}")
+    print0(f"{model.describe()}\n{s.pooling} pooling, {s.compute_dtype} on {s.device}")
     if s.show_batch:
         pairs, which = pairs_of_step(files, 0, choices, s)
         show_pairs(pairs[:4], which, tokenizer, s)

@@ -25,6 +25,7 @@ PROJECTION = "1_Dense/model.safetensors"
 SETTINGS = {  # of nanoembed.json
     "pooling": str, "prompts": dict, "normalize": bool, "max_length": int,
     "pool_instruction": bool, "pool_bos": bool, "doc_max_length": int, "instructions": dict,
+    "token_scores": bool,
 }  # fmt: skip
 
 POOLINGS = {  # newer versions of sentence-transformers write "cls", "mean" and "weightedmean"
