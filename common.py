@@ -21,6 +21,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from glob import glob
 from types import SimpleNamespace
 
 import torch
@@ -204,8 +205,8 @@ def configure(script_globals):
     config = {k: space[k] for k in keys}
     script_globals.update(config)
     changed = [f"{k}={v!r}" for k, v in config.items() if v != defaults[k]]
-    print0(fill(f"config: {' '.join(sys.argv[1:])}; not the default (--help):"))
-    print0(fill("  ".join(changed)))
+    print0(fill(f"config: {' '.join(sys.argv[1:])}"))
+    print0(fill(f"not the defaults: {'  '.join(changed)}"))
     return config
 
 
@@ -220,11 +221,27 @@ def one_line(kind, error, tb):
         text = f"rank {get_rank()} ends, for another one has ended ({text[:80]})"
     elif not is_ours and not isinstance(error, (OSError, ModuleNotFoundError)):
         return sys.__excepthook__(kind, error, tb)
+    elif isinstance(error, FileNotFoundError) and "python " not in text:
+        text += made_by(error.filename or text.partition(":")[0])
     # past torch, which takes stderr from a hook, and past its clean-up, which may wait for others
     print(f"{kind.__name__}: {text}", file=sys.__stderr__, flush=True)
     if dist.is_initialized():
         sys.stdout.flush()
         os._exit(1)
+
+
+def made_by(path):
+    """The end of an error about a file or folder that is not there: what makes it, where that is
+    known by its name."""
+    folder = "/".join(os.path.normpath(path).split("/")[:2])  # data/pydocs, out/clm_pydocs_tiny
+    config = f"configs/{folder.removeprefix('out/')}.py"
+    if os.path.exists(config):
+        return f". The first lines of {config} have the command that makes it"
+    for script in glob("data/*/prepare.py"):
+        with open(script, encoding="utf-8") as f:
+            if script == f"{folder}/prepare.py" or folder in f.read() and folder[:7] == "models/":
+                return f". First: python {script}"
+    return ". README.md and docs/ have the form of its lines" if path.endswith(".jsonl") else ""
 
 
 def save_config(config, path):
@@ -397,7 +414,10 @@ def loading_code(out_dir):
     other = read_json(folder, "config_sentence_transformers.json").get("model_type")
     if other or not config or os.path.exists(f"{folder}/nanoembed.json"):
         code = f"from embedder import Embedder; model = Embedder.load({out_dir!r})"
-        theirs = f"from sentence_transformers import {other}; model = {other}({folder!r})"
+        # which computes in the folder's type: as given here its vectors equal ours
+        plain = config.get("dtype", "float32") == "float32"
+        fp32 = "" if plain else ", model_kwargs={'dtype': 'float32'}"
+        theirs = f"from sentence_transformers import {other}; model = {other}({folder!r}{fp32})"
         return f"{code}\n{theirs}" if other else code
     if read_json(folder, "nanoembed_classifier.json").get("problem"):
         return f"python -m evals.classifier --model={out_dir} --eval_data=..."
@@ -560,7 +580,8 @@ def open_log(s, columns, start_step=0):
     if (s.keep_best or s.patience) and not (s.eval_interval and s.config.get("eval_data", True)):
         print0("keep_best and patience do nothing: there is no evaluation in this run")
     if s.save_interval > max_steps:
-        print0(f"save_interval={s.save_interval} is beyond this run: its end alone is saved")
+        print0(f"save_interval={s.save_interval} is beyond this run: its end is saved"
+               + ", and the best step" * s.keep_best)  # fmt: skip
     path, rows, columns = os.path.join(out_dir, "log.csv"), [], ["step", *columns, "eta"]
     os.makedirs(out_dir, exist_ok=True)
     save_config(s.config, os.path.join(out_dir, "config.py"))

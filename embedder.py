@@ -35,6 +35,7 @@ from tokenizer import (
     check_text,
     check_tokenizer,
     load_tokenizer,
+    puts_end,
     tokenize,
     tokenize_llm2vec,
     tokenize_passage,
@@ -80,10 +81,8 @@ class Embedder(nn.Module):
         if projection and (pooling != "tokens" or projection.bias is not None):
             raise ValueError("a projection goes with pooling 'tokens', and has no bias")
         check_tokenizer(tokenizer, model.config.vocab_size)
-        if pooling == "last" and not template.suffix:
-            end = tokenizer("a")["input_ids"][-1]
-            if end not in tokenizer.all_special_ids:
-                print0("pooling='last' reads a text's last word: no end token, see the key suffix")
+        if pooling == "last" and not template.suffix and not puts_end(tokenizer):
+            print0("pooling='last' reads a text's last word: no end token, see the key suffix")
         self.model, self.tokenizer, self.projection = model, tokenizer, projection
         self.pooling, self.template = pooling, template
         self.prompts = prompts or {"query": "", "document": ""}

@@ -161,7 +161,8 @@ def local_tasks(path, split="test", corpus=()):
         elif folder.name != "qrels" and folder != path:
             common.print0(f"skipped {folder}: no task's folder, it has no {wanted}")
     if not tasks:
-        raise SystemExit(f"{path}: a task's folder, or folders, with one file of {wanted} each")
+        gone = "" if path.exists() else "no such file or folder; expected a file of pairs, "
+        raise SystemExit(f"{path}: {gone}a task's folder, or folders, with one file of {wanted}")
     return tasks
 
 
@@ -594,7 +595,8 @@ if __name__ == "__main__":
     s = SimpleNamespace(**common.configure(globals()))
     names = [name.strip() for name in f"{s.model},{s.baselines}".split(",") if name.strip()]
     if not names or [s.tasks, s.benchmark, s.local].count("") != 2:
-        raise SystemExit("give --model=... and one of --tasks=..., --benchmark=..., --local=...")
+        raise SystemExit("give --model=... and one of --tasks=..., --benchmark=..., --local=..., "
+                         "such as --local=data/pydocs/test.jsonl")
     if s.corpus and not s.local:
         raise SystemExit("corpus goes with --local, a file of pairs")
     if s.adapters and "," in s.model:

@@ -126,7 +126,8 @@ def fill(net, tokenizer, texts, n, notes):
         raise SystemExit("a causal model does not see what follows a mask: try --prompt")
     if tokenizer.mask_token is None:
         if not notes:
-            raise SystemExit("this tokenizer has no mask token: the model was not trained to fill")
+            raise SystemExit("this tokenizer has no mask token: the model was not trained to fill; "
+                             "an embedder is for --rank")
         tokenizer = copy.deepcopy(tokenizer)  # a decoder's: [MASK] shall be one token, for now
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
     mask, mask_id, before = tokenizer.mask_token, tokenizer.mask_token_id, -notes.get("at", 0)

@@ -40,7 +40,14 @@ from labels import join_texts, labels_of, read_examples, score_texts, score_word
 from model import Head
 from order import rows_of_step
 from pooling import Pool, pack, pool
-from tokenizer import Template, check_tokenizer, load_tokenizer, tokenize, tokenize_words
+from tokenizer import (
+    Template,
+    check_tokenizer,
+    load_tokenizer,
+    puts_end,
+    tokenize,
+    tokenize_words,
+)
 
 # ---- defaults ----
 out_dir = "out/classifier"  # like .+
@@ -328,6 +335,8 @@ if __name__ == "__main__":
     check_tokenizer(tokenizer, model.config.vocab_size)
     if s.task == "texts" and s.separator is None:
         s.separator = tokenizer.sep_token or "\n"
+    if s.task == "texts" and s.pooling == "last" and not s.suffix and not puts_end(tokenizer):
+        print0("pooling='last' reads a text's last word: no end token, see the key suffix")
     head = model.head
     model.drop_head()
     lora.add_lora(model, s, last)

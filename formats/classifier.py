@@ -103,7 +103,8 @@ def read_classifier(folder, s=None):
     folder that save_classifier did not write, SystemExit where s has other settings."""
     saved = read_json(folder, "nanoembed_classifier.json")
     if not saved:
-        raise ValueError(f"{folder}: no nanoembed_classifier.json: no classifier saved by us")
+        raise ValueError(f"{folder}: no nanoembed_classifier.json: no classifier saved by us, such "
+                         "as train_classifier.py makes")
     saved.setdefault("max_length", saved.get("max_seq_len"))  # its name in earlier versions
     changed = {key: saved[key] for key in SAVED if s and saved[key] != getattr(s, key)}
     if changed:

@@ -295,7 +295,8 @@ def newest_model(folder):
     # a save that is under way, or was killed, has a dot in front: glob leaves such names out
     found = [path for name in files for path in glob(f"*[0-9]/{name}", root_dir=folder)]
     if not found:
-        raise FileNotFoundError(f"{folder}: no config.json, and no checkpoint such as step500")
+        raise FileNotFoundError(f"{folder}: no config.json, and no checkpoint such as step500: "
+                                "expected a model's folder, or the out_dir of a run")
     newest = max(map(os.path.dirname, found), key=lambda n: int(re.search(r"\d+$", n)[0]))
     return os.path.join(folder, newest)
 

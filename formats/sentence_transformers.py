@@ -157,7 +157,8 @@ def read_settings(folder):
     if settings := read_json(folder, "nanoembed.json"):
         where = f"{folder}/nanoembed.json"
         # older files lack these
-        settings = dict(pool_bos=True, doc_max_length=None, instructions={}) | settings
+        missing = dict(pool_bos=True, doc_max_length=None, instructions={}, token_scores=False)
+        settings = missing | settings
         for key, kind in (SETTINGS | {"template": dict}).items():
             if key != "doc_max_length" or settings[key] is not None:
                 require(settings, key, kind, where, 0)

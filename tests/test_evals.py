@@ -140,7 +140,7 @@ def test_token_retrieval_equals_loops(window, config, tmp_path, capsys):
     table, printed = (tmp_path / "results.md").read_text(), capsys.readouterr().out
     row = next(line for line in table.splitlines() if line.startswith("| answer_2x |"))
     assert row.split("|")[2:-1] == [f" {x['answer_2x']:.3f} " for x in results.values()]
-    assert table.splitlines()[2] == f"| | {' | '.join(results)} |" and row in printed
+    assert table.splitlines()[2] == f"|  | {' | '.join(results)} |" and row in printed
     assert "peak memory" in printed
 
 
