@@ -132,6 +132,32 @@ def layout(pairs):
     return torch.from_numpy(group), torch.from_numpy(teacher), torch.from_numpy(known)
 
 
+def may_be_negative(known, anchors, candidates, n):
+    """-> bool [b, n]: which of n candidates may be negatives of each anchor. An anchor is a query
+    and a candidate a passage, or the other way round.
+
+    anchors [b]: ascending numbers in the batch; known [K, 2]: pairs (anchor, candidate) that are
+    right, so that the candidate is no negative; candidates: the slice that negatives come from.
+    """
+    allowed = torch.zeros(len(anchors), n, dtype=torch.bool, device=anchors.device)
+    allowed[:, candidates] = True
+    anchor, candidate = known.t().contiguous()  # [K] each
+    row = torch.searchsorted(anchors, anchor).clamp(max=len(anchors) - 1)
+    is_here = anchors[row] == anchor  # the pairs whose anchor is one of the b
+    allowed[row[is_here], candidate[is_here]] = False
+    return allowed
+
+
+def mask_negatives(scores, positive, allowed, margin):
+    """scores [b, N] with -inf for what is no negative: what is not allowed, and with a margin what
+    scores above the positive + margin. The positive keeps its score, whatever the masks say."""
+    positive_score = scores.gather(1, positive[:, None])  # [b, 1]
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    if margin is not None:
+        scores = scores.masked_fill(scores > positive_score.detach() + margin, -torch.inf)
+    return scores.scatter(1, positive[:, None], positive_score)
+
+
 def encode(texts, prompts, max_length, tokenizer, s):
     """`tokenize` as the settings say; prompts: the instruction of each text."""
     pooled = s.pool_instruction, s.pool_bos

@@ -39,6 +39,8 @@ from pairs import (
     encode_pairs,
     instructions_of,
     layout,
+    mask_negatives,
+    may_be_negative,
     open_files,
     pairs_of_step,
     prompts_of,
@@ -206,32 +208,6 @@ def similarity(queries, passages):
     return (dots.amax(-1) * queries.any(-1)[:, None, :]).sum(-1)
 
 
-def may_be_negative(known, anchors, candidates, n):
-    """-> bool [b, n]: which of n candidates may be negatives of each anchor. An anchor is a query
-    and a candidate a passage, or the other way round.
-
-    anchors [b]: ascending numbers in the batch; known [K, 2]: pairs (anchor, candidate) that are
-    right, so that the candidate is no negative; candidates: the slice that negatives come from.
-    """
-    allowed = torch.zeros(len(anchors), n, dtype=torch.bool, device=anchors.device)
-    allowed[:, candidates] = True
-    anchor, candidate = known.t().contiguous()  # [K] each
-    row = torch.searchsorted(anchors, anchor).clamp(max=len(anchors) - 1)
-    is_here = anchors[row] == anchor  # the pairs whose anchor is one of the b
-    allowed[row[is_here], candidate[is_here]] = False
-    return allowed
-
-
-def mask_negatives(scores, positive, allowed, margin):
-    """scores [b, N] with -inf for what is no negative: what is not allowed, and with a margin what
-    scores above the positive + margin. The positive keeps its score, whatever the masks say."""
-    positive_score = scores.gather(1, positive[:, None])  # [b, 1]
-    scores = scores.masked_fill(~allowed, -torch.inf)
-    if margin is not None:
-        scores = scores.masked_fill(scores > positive_score.detach() + margin, -torch.inf)
-    return scores.scatter(1, positive[:, None], positive_score)
-
-
 def distillation(scores, group, teacher, s):
     """sum over b of KL(teacher || student) over the query's own group; 0 for lines without scores.
 
@@ -343,9 +319,8 @@ def cached_step(wrapped, batch, step, s):
         with s.autocast():
             return padded(wrapped(*pack([batch.encoded[j] for j in batch.chunks[i]], s.device)))
 
-    batch.group, batch.teacher, batch.known = (
-        x.to(s.device) for x in (batch.group, batch.teacher, batch.known)
-    )
+    for name in ("group", "teacher", "known"):
+        setattr(batch, name, getattr(batch, name).to(s.device))
     single = len(batch.chunks) == 1  # it fits in memory: its graph is kept, one pass is enough
     with nullcontext() if single else torch.no_grad():
         vectors = embed_all(embed, batch.chunks)
@@ -413,11 +388,8 @@ if __name__ == "__main__":
     eval_pairs = [read_pair(eval_file, i) for i in range(len(eval_file))[: s.eval_lines or None]]
     n_queries = s.batch_size // s.world_size  # of a rank
     n_candidates = (s.batch_size if s.negatives_cross_device else n_queries) * s.group_size
-    print0(
-        f"a step: {n_queries} queries x {s.world_size} ranks, each among N = {n_candidates:,} "
-        "candidates\n(fewer where lines have fewer negatives); evaluation on "
-        f"{len(eval_pairs):,} lines"
-    )
+    print0(f"a step: {n_queries} queries x {s.world_size} ranks, each among up to N = "
+           f"{n_candidates:,} candidates;\nevaluation on {len(eval_pairs):,} lines")  # fmt: skip
 
     # ---- model (+ LoRA) ----
     last = checkpoint.find(s)  # what to resume, or None

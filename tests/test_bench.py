@@ -31,12 +31,11 @@ def run_bench(name, out_dir, *more):
     return json.loads((out_dir / f"bench_{name}.json").read_text())
 
 
-TINY = [("mlm", "modernbert-tiny", 2)]
-SLOW = [("mntp", "llama-tiny", 1), ("reconstruct", "llama-tiny", 2),
+TINY = [("mlm", "modernbert-tiny", 2), ("mntp", "llama-tiny", 1), ("reconstruct", "llama-tiny", 2),
         ("contrastive", "modernbert-tiny", 3), ("encode", "modernbert-tiny", 20)]  # fmt: skip
-TINY += [pytest.param(*run, marks=pytest.mark.slow) for run in SLOW]
 
 
+@pytest.mark.slow  # every side is a process that imports its library afresh
 @pytest.mark.parametrize(("name", "size", "n"), TINY)
 def test_tiny_run(name, size, n, tmp_path):
     """Real processes: the file's fields, and sides that computed the same results."""

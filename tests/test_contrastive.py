@@ -156,7 +156,7 @@ def test_may_be_negative_equals_loops():
         for rows, pairs, n in ((queries, known, n_passages),
                                (positive[queries], known.flip(1), n_queries)):  # fmt: skip
             first, last = np.sort(rng.integers(0, n + 1, 2))
-            got = T.may_be_negative(pairs, rows, slice(first, last), n)
+            got = P.may_be_negative(pairs, rows, slice(first, last), n)
             want = [[first <= i < last and [row, i] not in pairs.tolist() for i in range(n)]
                     for row in rows.tolist()]  # fmt: skip
             assert got.tolist() == want
