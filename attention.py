@@ -7,7 +7,7 @@ Shapes: B texts, T tokens of the packed row, H heads, D head_dim.
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from functools import lru_cache, partial
 from itertools import groupby
 
@@ -34,14 +34,25 @@ class Seqs:
     cu_seqlens: torch.Tensor  # [B+1] int32, 0 and the end of each text
     lengths: list[int]  # the same as B numbers on the host, so that nothing has to ask the device
     positions: torch.Tensor  # [T] int64, from 0 in each text
-
-    @property
-    def max_seqlen(self):
-        return max(self.lengths)
+    max_seqlen: int  # no property: compiled code would be made anew for each list of lengths
 
     def to(self, device):
-        cu, positions = (x.to(device, non_blocking=True) for x in (self.cu_seqlens, self.positions))
-        return Seqs(cu, self.lengths, positions)
+        return move(self, device)
+
+
+def move(x, device):
+    """A CPU tensor, or a list, tuple or dataclass that holds some, on the device. A GPU copies from
+    pinned memory while the host goes on; a copy from other memory would first wait until the GPU
+    has done all that it was given before."""
+    if is_dataclass(x):
+        return replace(x, **{name: move(part, device) for name, part in vars(x).items()})
+    if type(x) in (list, tuple) and x and type(x[0]) is not int:
+        return type(x)(move(part, device) for part in x)
+    if not torch.is_tensor(x):
+        return x
+    if torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def make_seqs(lengths: list[int], device="cpu"):
@@ -52,7 +63,8 @@ def make_seqs(lengths: list[int], device="cpu"):
     ends = np.cumsum([0, *lengths])  # [B+1]
     positions = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)  # [T]
     cu_seqlens = torch.from_numpy(ends.astype(np.int32))
-    return Seqs(cu_seqlens, list(lengths), torch.from_numpy(positions)).to(device)
+    positions = torch.from_numpy(positions)
+    return Seqs(cu_seqlens, list(lengths), positions, max(lengths)).to(device)
 
 
 # ---- attention ----
@@ -63,11 +75,12 @@ def make_seqs(lengths: list[int], device="cpu"):
 BACKENDS = ("flash_attn", "varlen", "sdpa")  # the best first
 
 
-def choose_backend(wanted, device, dtype, dropout_p=0.0, gqa=False):
+def choose_backend(wanted, device, dtype, dropout_p=0.0, gqa=False, head_dim=64):
     """The attention backend that will run: `wanted`, one of BACKENDS, or for "auto" the first that
     can. dtype: of q, k and v (the autocast type in training); dropout_p: of attention
-    probabilities; gqa: whether k and v have fewer heads. ValueError where the wanted backend cannot
-    run or cannot do the dropout: never a silent fallback."""
+    probabilities; gqa: whether k and v have fewer heads; head_dim: the numbers of a head.
+    ValueError where the wanted backend cannot run or cannot do the dropout: never a silent
+    fallback."""
     unable = {}  # backend: why it cannot run
     if flash_attn_varlen_func is None:
         unable["flash_attn"] = "the package flash-attn is not installed"
@@ -79,8 +92,16 @@ def choose_backend(wanted, device, dtype, dropout_p=0.0, gqa=False):
             unable["varlen"] = "varlen attention of this torch has no window or no grouped heads"
         elif dropout_p > 0:
             unable["varlen"] = "varlen attention has no dropout of attention probabilities"
+        elif head_dim % 8:  # flash-attn pads such heads
+            unable["varlen"] = f"it needs heads of a multiple of 8 numbers, not {head_dim}"
+    reason = None
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         reason = f"it needs bf16 or fp16 on CUDA, not {dtype} on {device.type}"
+    elif (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        reason = f"it needs a GPU of compute capability 8.0 or more, not {capability}"
+    elif head_dim > 256:
+        reason = f"it needs heads of at most 256 numbers, not {head_dim}"
+    if reason:
         unable = {"flash_attn": reason, "varlen": reason}
     if wanted == "auto":
         return next(name for name in BACKENDS if name not in unable)
@@ -91,28 +112,28 @@ def choose_backend(wanted, device, dtype, dropout_p=0.0, gqa=False):
     return wanted
 
 
-@torch.compiler.disable  # compiled blocks stop here: lengths change with every batch
 def attention(q, k, v, seqs, causal, window, dropout_p=0.0, backend="sdpa"):
     """softmax(q k^T / sqrt(D)) v within each text. q [T, H, D], k, v [T, H_kv, D] -> [T, H, D]."""
+    if backend == "sdpa":
+        return sdpa_packed(q, k, v, seqs, causal, window, dropout_p)
     n, cu = seqs.max_seqlen, seqs.cu_seqlens
     if backend == "flash_attn":
         return flash_attn_varlen_func(
             q, k, v, cu, cu, n, n, dropout_p, causal=causal, window_size=window,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
-    if backend == "varlen":
-        grouped = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
-        # here a window of (-1, 0) is the causal mask
-        return varlen_attn(q, k, v, cu, cu, n, n, window_size=window, **grouped)
-    return sdpa_packed(q, k, v, seqs.lengths, causal, window, dropout_p)
+    grouped = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
+    # here a window of (-1, 0) is the causal mask
+    return varlen_attn(q, k, v, cu, cu, n, n, window_size=window, **grouped)
 
 
-def sdpa_packed(q, k, v, lengths, causal, window, dropout_p):
+@torch.compiler.disable  # a loop over lengths, which change with every batch
+def sdpa_packed(q, k, v, seqs, causal, window, dropout_p):
     """torch's scaled_dot_product_attention text by text; neighbours of equal length in one call.
 
     A T x T mask costs 12 times as much, padding 2.5 times (measured on 2 CPU cores). `split` and
     `cat` rather than slices: their backward is one copy, that of a slice is a zeroed [T, H, D]."""
-    runs = [(n, len(list(same))) for n, same in groupby(lengths)]  # length, neighbours that have it
+    runs = [(n, len(list(same))) for n, same in groupby(seqs.lengths)]  # length, how often
     parts = zip(*(x.split([n * b for n, b in runs]) for x in (q, k, v)))
     out = []
     for (n, b), qkv in zip(runs, parts):

@@ -109,14 +109,20 @@ def _lock(out_dir):
     return lock, ""
 
 
-def _read_state(last):  # mmap: the ranks of a host share the pages
-    path = os.path.join(last, "training_state.pt")
+def _read_state(folder):  # mmap: the ranks of a host share the pages
+    path = os.path.join(folder, "training_state.pt")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} is missing: this checkpoint has no optimizer's state")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def load_state(last, optimizers):
+def load_state(last, optimizers, first=""):
     """-> (step, best) of a checkpoint, its optimizer state loaded; of a run that begins, too. best:
-    the lowest evaluation loss so far, and the checkpoint that has it."""
+    the lowest evaluation loss so far, and the checkpoint that has it. first: the checkpoint that a
+    new run takes its optimizer state from, "" for none."""
+    if not last and first:
+        load_optimizer_state(optimizers, _read_state(first)["optimizers"])
+        print0(f"the optimizer goes on from {first}")
     if not last:
         return 0, {"loss": math.inf, "folder": ""}
     state = _read_state(last)
@@ -140,7 +146,7 @@ def saving(s, step, best, optimizers):
     """Around the code that writes the model of a checkpoint: gives its folder on rank 0, None on
     the others; adds the optimizers' state, publishes the folder and removes old ones. After a step
     that was skipped there is no folder and nothing is removed: the run may have diverged."""
-    prefix, keep_models = getattr(s, "checkpoint_prefix", "step"), getattr(s, "keep_models", False)
+    prefix = getattr(s, "checkpoint_prefix", "step")
     if step - 1 in s.skipped or s.saved == os.path.join(s.out_dir, f"{prefix}{step}"):
         if step == s.stop_step:
             good = f"--resume=True --stop_step={last_good(s, step - 1)}"
@@ -148,7 +154,8 @@ def saving(s, step, best, optimizers):
         print0(f"nothing new to save after step {step}")
         yield None
         return
-    prune = s.out_dir, prefix, s.keep_last, keep_models, best["folder"] if s.keep_best else ""
+    intervals = getattr(s, "keep_models", 0), getattr(s, "keep_states", 0)
+    prune = s.out_dir, prefix, s.keep_last, *intervals, best["folder"] if s.keep_best else ""
     # A good step has followed those that are there, and may yet fail to follow this one. So older
     # ones go before it is written: one more than keep_last is there until the run ends.
     prune_checkpoints(*prune, s.saved or "")
@@ -283,21 +290,23 @@ def latest_checkpoint(out_dir, prefix):
     return _shared(found)
 
 
-def prune_checkpoints(out_dir, prefix, keep_last, keep_models, *best):
+def prune_checkpoints(out_dir, prefix, keep_last, keep_models, keep_states, *best):
     """Keeps the newest `keep_last` checkpoints (0: all), and `best` (paths or names); of the others
-    nothing, or with keep_models the model without training_state.pt. Also removes what a killed
-    save left, so not to be called within one."""
+    those at multiples of keep_states steps, and at multiples of keep_models the model without
+    training_state.pt (0: at none). Also removes what a killed save left, so not to be called within
+    one."""
     if get_rank() == 0:
         for path in _numbered(out_dir, f".tmp-{prefix}"):
             shutil.rmtree(path)
         kept, best = 0, [os.path.basename(path) for path in best]
         for path in _numbered(out_dir, prefix) if keep_last else []:
             files, _ = _inspect(path)
+            step = int(re.search(r"\d+$", path)[0])
             if kept < keep_last:
                 kept += "training_state.pt" in files
-            elif os.path.basename(path) in best:
+            elif os.path.basename(path) in best or (keep_states and step % keep_states == 0):
                 pass
-            elif not keep_models:
+            elif not keep_models or step % keep_models:
                 shutil.rmtree(path)
             elif files.pop("training_state.pt", None) is not None:
                 _write_complete(path, files)  # first: killed now, the model is whole

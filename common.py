@@ -446,8 +446,12 @@ def place(model, s):
 def wrap(module, blocks, s):
     """Compiles each block, then shards the module (FSDP) or copies it to each rank (DDP), as the
     settings ask -> what training calls."""
-    for block in blocks if s.compile else ():
-        block.compile()
+    if s.compile:
+        # Texts of another number or length, evaluation and each kind of layer have code of their
+        # own. Past dynamo's limit of 8 blocks would run uncompiled, with no more than a warning.
+        torch._dynamo.config.recompile_limit = 64
+        for block in blocks:
+            block.compile()
     if s.fsdp:
         for block in blocks:
             fully_shard(block)
@@ -476,11 +480,10 @@ def settle_buckets(wrapped, trial, n):
 
 def bad_step(s, step, loss, gnorm, batch):
     """Says which batch gave a loss or gradient that is no number, and notes the step in s.skipped:
-    checkpoint.saving does not save after such a one. A good run has none; SystemExit at the fourth.
-    """
+    checkpoint.saving does not save after such a one. SystemExit at the fourth in 1,000 steps."""
     print0(f"step {step + 1}: loss {loss}, gradient norm {gnorm}: skipped. {batch}")
     s.skipped.append(step)
-    if len(s.skipped) == 4:
+    if sum(other > step - 1000 for other in s.skipped) == 4:
         good = last_good(s, step)
         raise SystemExit(f"stopped at the 4th such step; checkpoints before step{good} are good")
 

@@ -243,8 +243,9 @@ class Transformer(nn.Module):
         """Chooses the attention backend, see choose_backend. Not every backend has dropout, so
         call `set_dropout`, and `eval` where the model will not be trained, before this."""
         dropout_p = self.blocks[0].attn.attn_dropout if self.training else 0.0
-        gqa = self.config.n_head != self.config.n_kv_head
-        self.backend = choose_backend(wanted, device, dtype, dropout_p, gqa)
+        c = self.config
+        gqa = c.n_head != c.n_kv_head
+        self.backend = choose_backend(wanted, device, dtype, dropout_p, gqa, c.head_dim)
 
     def describe(self):
         """A line to print before training."""
@@ -454,7 +455,8 @@ def from_scratch(size, **changes):
 
 
 def linear_cross_entropy(x, weight, bias, targets):
-    """Sum over rows of -log softmax(x W^T + b)[target], and how many targets had the best logit.
+    """Sum over rows of -log softmax(x W^T + b)[target], and how many targets had the best logit,
+    of equal ones the first.
 
     x [L, C], weight [V, C], bias [V] or None, targets [L] int64 -> (loss fp32, hits int64). L = 0
     gives 0. The gradients are computed in the forward pass, for a chunk of rows at a time, so that
@@ -492,9 +494,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits.copy_(x1 @ w.t())
             if bias is not None:
                 logits += bias
-            top = logits.amax(dim=1, keepdim=True)  # [n, 1]
+            top, best = logits.max(dim=1, keepdim=True)  # [n, 1] each
             right = logits.gather(1, t1[:, None])  # [n, 1], the target's logit
-            hits += (right == top).sum()  # a tie with the best counts as a hit
+            hits += (best == t1[:, None]).sum()  # one hit a row: bf16 logits are often equal
             p = logits.sub_(top).exp_()
             s = p.sum(dim=1, keepdim=True)  # [n, 1]
             loss += (s.log() + top - right).sum()

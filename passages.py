@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from attention import Seqs, make_seqs
+from attention import Seqs, make_seqs, move
 from common import all_reduce_max
 from order import permuted
 from pooling import groups
@@ -39,10 +39,6 @@ class Passage:
     spans: np.ndarray  # [n, 2] int64, the characters of each token
     lost: np.ndarray  # [2], queries and spans that lie behind the cut
 
-    def to(self, device):
-        tensors = {k: x.to(device) for k, x in vars(self).items() if torch.is_tensor(x)}
-        return replace(self, **tensors)
-
 
 @dataclass
 class MicroBatch:
@@ -53,8 +49,7 @@ class MicroBatch:
     passages: list[Passage]
 
     def to(self, device):
-        parts = [(tokens.to(device), seqs.to(device)) for tokens, seqs in self.parts]
-        return MicroBatch(parts, [passage.to(device) for passage in self.passages])
+        return move(self, device)
 
 
 def lines_of_batch(step, runs, s):

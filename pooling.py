@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from attention import make_seqs
+from attention import make_seqs, move
 
 
 @dataclass
@@ -38,7 +38,7 @@ def pack(encoded, device):
     first, last = np.minimum(first, starts + lengths - 1), np.maximum(end - 1, 0)
     tokens = np.concatenate([ids for ids, _ in encoded]).astype(np.int64)
     arrays = (tokens, text, place, np.flatnonzero(place), first, last, count)
-    tokens, *parts = (torch.from_numpy(x).to(device, non_blocking=True) for x in arrays)
+    tokens, *parts = move([torch.from_numpy(x) for x in arrays], device)
     return tokens, make_seqs(lengths, device), Pool(*parts, count.tolist())
 
 

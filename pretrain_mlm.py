@@ -43,6 +43,7 @@ vocab_size: int | None = None  # >= 1; from scratch: None is the size's own, row
 max_seq_len = 512  # >= 1; tokens of a row, and the positions the model is trained for
 rope_theta: float | None = None  # > 0; None: the model's own; for training at a longer context
 local_rope_theta: float | None = None  # > 0; of local layers; None: they have rope_theta, too
+init_state = False  # True: begin with the optimizer's moments of init_from's checkpoint, too
 attention_backend = "auto"  # one of auto, flash_attn, varlen, sdpa; auto: the first that can run
 attn_dropout: float | None = None  # >= 0 and < 1; of attention probabilities; None: the model's own
 out_dropout: float | None = None  # >= 0 and < 1; of the attention block's output; None: model's own
@@ -91,7 +92,9 @@ log_interval = 10  # >= 1
 save_interval = 1000  # >= 1; steps; the last step is always saved
 checkpoint_prefix = "step"  # like [A-Za-z0-9_-]+; out_dir/step1000. Ettin's phases: ext, decay
 keep_last = 2  # >= 0; checkpoints that can be resumed; 0: all
-keep_models = False  # True: of older ones the model stays, without the optimizer's state
+# of older ones the model stays at multiples of keep_models steps, the whole at those of keep_states
+keep_models = 0  # >= 0; steps; 0: none
+keep_states = 0  # >= 0; steps; 0: none; init_from with init_state=True may begin at each
 keep_best = False  # True: the one with the lowest eval loss stays too
 patience = 0  # >= 0; evaluations without a lower loss that end the run; 0: any number
 resume = False
@@ -160,6 +163,8 @@ if __name__ == "__main__":
     s = common.start(common.configure(globals()))
     if s.lora_rank and s.init_from == "scratch":
         raise SystemExit("LoRA needs a base in init_from, not 'scratch'")
+    if s.init_state and s.init_from == "scratch":
+        raise SystemExit("init_state=True needs a checkpoint in init_from, not 'scratch'")
     if s.zero1 and (s.fsdp or s.optimizer == "muon"):
         raise SystemExit("zero1 goes with adamw and stable_adamw, and not with fsdp")
     if s.fsdp and s.optimizer == "muon":
@@ -208,7 +213,7 @@ if __name__ == "__main__":
     wrapped = common.wrap(model, model.blocks, s)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = optim.make_optimizers(model, s, s.optimizer, s.zero1, s.decay_all)
-    step, best = checkpoint.load_state(last, optimizers)
+    step, best = checkpoint.load_state(last, optimizers, base if s.init_state else "")
 
     def save():
         weights = checkpoint.full_state_dict(model)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from attention import Seqs, make_seqs
+from attention import Seqs, make_seqs, move
 from common import all_reduce_sum, count_micro_batches
 from order import rows_of_step
 from tokens import open_tokens, read_row
@@ -32,7 +32,7 @@ class Batch:
 
     def to(self, device):
         """-> the arguments of Transformer.forward, on the device."""
-        return [x.to(device) for x in (self.inputs, self.seqs, self.rows, self.targets)]
+        return move([self.inputs, self.seqs, self.rows, self.targets], device)
 
 
 def make_batch(file, rows, epochs, corrupt, s, seed=None):

@@ -20,7 +20,7 @@ import usage  # noqa: F401  --help ends here, without torch
 import math
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ import checkpoint
 import common
 import lora
 import optim
-from attention import Seqs
+from attention import Seqs, move
 from common import prefetch, print0
 from formats import classifier as folders
 from formats.huggingface import resolve_folder
@@ -141,9 +141,7 @@ class Batch:
 
     def to(self, device):
         """-> the arguments of Classifier.forward, on the device."""
-        tensors = {name: x.to(device) for name, x in vars(self.units).items() if name != "lengths"}
-        units = replace(self.units, **tensors)
-        return self.tokens.to(device), self.seqs.to(device), units, self.targets.to(device)
+        return move([self.tokens, self.seqs, self.units, self.targets], device)
 
 
 def make_batch(examples, tokenizer, s):

@@ -27,6 +27,7 @@ import checkpoint
 import common
 import lora
 import optim
+from attention import move
 from common import prefetch, print0
 from data import open_pairs, read_pair
 from embedder import Embedder, chunks_of, compare_saved
@@ -319,8 +320,7 @@ def cached_step(wrapped, batch, step, s):
         with s.autocast():
             return padded(wrapped(*pack([batch.encoded[j] for j in batch.chunks[i]], s.device)))
 
-    for name in ("group", "teacher", "known"):
-        setattr(batch, name, getattr(batch, name).to(s.device))
+    batch = move(batch, s.device)
     single = len(batch.chunks) == 1  # it fits in memory: its graph is kept, one pass is enough
     with nullcontext() if single else torch.no_grad():
         vectors = embed_all(embed, batch.chunks)

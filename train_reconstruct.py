@@ -32,7 +32,7 @@ import checkpoint
 import common
 import lora
 import optim
-from attention import Seqs
+from attention import Seqs, move
 from common import prefetch, print0
 from data import open_pairs, read_pair
 from embedder import Embedder, compare_saved
@@ -132,7 +132,7 @@ class Batch:
     n_targets: list[int]  # how many of them are d2q's, and q2d's
 
     def to(self, device):
-        return Batch(*(x if x is self.n_targets else x.to(device) for x in vars(self).values()))
+        return move(self, device)
 
 
 def encode(pairs, which, tokenizer, s):

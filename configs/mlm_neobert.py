@@ -28,5 +28,5 @@ decay_steps = 900_000 - warmup_steps  # to the floor at step 900,000
 
 compile = True
 eval_interval = 5000
-save_interval = 10_000
-keep_models = True
+save_interval = 2000
+keep_models = 10_000

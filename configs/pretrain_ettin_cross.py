@@ -10,6 +10,7 @@ out_dir = f"out/{model_size}-{_other}-to-{objective}"
 checkpoint_prefix = "step"
 
 # half the peak rate, 3B warmup, the last 10B down to 2 %; 50B tokens = 19,534 steps; 1b: a third
+init_state = False
 max_tokens = 16_666_666_667 if _size == "1b" else 50_000_000_000
 learning_rate = _peaks[_size] / 2
 min_lr = 0.02 * learning_rate

@@ -19,8 +19,8 @@ local_rope_theta = 10_000.0 if _size == "17m" else None
 schedule = "wsd"  # no plateau: 1 - sqrt(t) over the whole phase
 decay_shape = "sqrt"
 decay_ratio = 1.0
-# Theirs carries the optimizer's moments over and has no warmup. Here they begin empty, and the
-# first updates of StableAdamW would be as large as the rate, in every weight.
-warmup_tokens = 300_000_000
-save_interval = 3300  # about 8.5B tokens
+init_state = True  # with empty moments StableAdamW's first updates are as large as the rate
+warmup_tokens = 0
+keep_models = 3300  # about 8.5B tokens
+keep_states = 33_000
 min_lr = learning_rate / 2

@@ -330,7 +330,7 @@ def test_torn_checkpoint_is_skipped(tmp_path, capsys, file, text, reason):
     assert checkpoint.latest_checkpoint(tmp_path, "step") == str(tmp_path / "step1")
     assert capsys.readouterr().out == f"checkpoint {tmp_path / 'step2'} skipped: {reason}\n"
     # the torn one does not count as one
-    checkpoint.prune_checkpoints(tmp_path, "step", 1, False, str(tmp_path / "step1"))
+    checkpoint.prune_checkpoints(tmp_path, "step", 1, 0, 0, str(tmp_path / "step1"))
     assert names(tmp_path) == ["step1", "step2"]
 
 
@@ -344,7 +344,7 @@ def test_killed_before_the_rename(tmp_path, monkeypatch):
     checkpoint.begin_checkpoint(tmp_path, "step3")  # and one killed while it was written
     assert checkpoint.latest_checkpoint(tmp_path, "step") == str(tmp_path / "step2")
     assert (tmp_path / "step2" / "model.safetensors").read_text() == "new"
-    checkpoint.prune_checkpoints(tmp_path, "step", 0, False)
+    checkpoint.prune_checkpoints(tmp_path, "step", 0, 0, 0)
     assert names(tmp_path) == ["step2"]
 
 
@@ -352,27 +352,36 @@ def test_prune_keeps_the_last_and_the_best(tmp_path):
     for step in (1, 2, 3, 10, 20):
         write_checkpoint(tmp_path, f"step{step}")
     write_checkpoint(tmp_path, "ext1")
-    checkpoint.prune_checkpoints(tmp_path, "step", 0, False)
+    checkpoint.prune_checkpoints(tmp_path, "step", 0, 0, 0)
     assert len(names(tmp_path)) == 6
-    checkpoint.prune_checkpoints(tmp_path, "step", 2, False, "step2")
+    checkpoint.prune_checkpoints(tmp_path, "step", 2, 0, 0, "step2")
     assert names(tmp_path) == ["ext1", "step10", "step2", "step20"]
-    checkpoint.prune_checkpoints(tmp_path, "step", 1, False, str(tmp_path / "step2"))
+    checkpoint.prune_checkpoints(tmp_path, "step", 1, 0, 0, str(tmp_path / "step2"))
     assert names(tmp_path) == ["ext1", "step2", "step20"]
-    checkpoint.prune_checkpoints(tmp_path, "step", 1, False)
+    checkpoint.prune_checkpoints(tmp_path, "step", 1, 0, 0)
     assert names(tmp_path) == ["ext1", "step20"]
 
 
 def test_prune_can_keep_models(tmp_path, capsys):
     for step in (1, 2, 3):
         write_checkpoint(tmp_path, f"step{step}")
-    checkpoint.prune_checkpoints(tmp_path, "step", 1, True, "step1")
+    checkpoint.prune_checkpoints(tmp_path, "step", 1, 1, 0, "step1")
     assert names(tmp_path / "step2") == ["1_Pooling", "complete.json", "model.safetensors"]
     assert "training_state.pt" in names(tmp_path / "step1")
     (tmp_path / "step3" / "complete.json").unlink()
     assert checkpoint.latest_checkpoint(tmp_path, "step") == str(tmp_path / "step1")
     assert "step2 skipped: a model only" in capsys.readouterr().out
-    checkpoint.prune_checkpoints(tmp_path, "step", 1, True)  # models stay whatever their number
+    checkpoint.prune_checkpoints(tmp_path, "step", 1, 1, 0)  # models stay whatever their number
     assert names(tmp_path) == ["step1", "step2", "step3"]
+
+
+def test_prune_keeps_models_and_states_at_their_intervals(tmp_path):
+    for step in range(10, 100, 10):
+        write_checkpoint(tmp_path, f"step{step}")
+    checkpoint.prune_checkpoints(tmp_path, "step", 2, 20, 30)
+    there = {name: "training_state.pt" in names(tmp_path / name) for name in names(tmp_path)}
+    assert there == {"step20": False, "step30": True, "step40": False, "step60": True,
+                     "step80": True, "step90": True}  # fmt: skip
 
 
 # ---- the log ----
@@ -674,7 +683,7 @@ def check_checkpoint_is_one_answer(folder):
     os.rename = rename
     assert os.path.isdir(path)
     assert path == os.path.join(out, "step4") == checkpoint.latest_checkpoint(out, "step")
-    checkpoint.prune_checkpoints(out, "step", 1, False)
+    checkpoint.prune_checkpoints(out, "step", 1, 0, 0)
     assert names(out) == ["step4"]
 
 

@@ -18,7 +18,7 @@ from data import open_pairs
 from embedder import Embedder
 from evals import compare
 from evals.token_retrieval import baseline_scores
-from formats import write_json
+from formats import read_json, write_json
 from formats.huggingface import from_pretrained
 from harness import WORDS, ndcg
 from spans import read_spans
@@ -236,3 +236,33 @@ def test_compare(tmp_path):
         compare.compare("test", systems, "bm25")
     with pytest.raises(SystemExit, match="no.json: no such file"):
         compare.read_runs(["no.json"], {})
+
+
+# ---- pseudo-perplexity ----
+@pytest.mark.parametrize("family", ["modernbert", "llama"])
+def test_pseudo_perplexity_equals_transformers(family, folders, toy_tokens, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    out = harness.run(
+        "evals/pseudo_perplexity.py", f"--model={folders[family]}", tmp_path, "--lengths=12,5000",
+        f"--data={toy_tokens}", "--n_texts=3", "--n_masks=1000", "--device_batch_tokens=50",
+        "--dtype=fp32")  # fmt: skip
+    AutoModel = AutoModelForMaskedLM if family == "modernbert" else AutoModelForCausalLM
+    model, special = AutoModel.from_pretrained(folders[family]).eval(), out.file.meta["special_ids"]
+    drawn = np.flatnonzero(np.diff(out.file.starts) >= 12)
+    drawn, losses = np.random.default_rng((1337, 12)).permutation(drawn)[:3], []
+    for start in out.file.starts[drawn]:
+        ids = torch.from_numpy(out.file.tokens[start : start + 12].astype(np.int64))
+        for i in range(12):  # one token at a time
+            seen = ids.clone()
+            seen[i] = out.tokenizer.mask_token_id
+            if family == "llama" and i:
+                logits = model(input_ids=ids[None]).logits[0, i - 1]
+            elif family == "modernbert" and ids[i] not in special:
+                logits = model(input_ids=seen[None]).logits[0, i]
+            else:
+                continue
+            losses.append(-logits.log_softmax(-1)[ids[i]].item())
+    row, none = read_json(tmp_path, "results.json")["rows"]
+    assert (row["texts"], row["tokens"]) == (3, len(losses)) and none["texts"] == 0
+    assert row["value"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)

@@ -738,7 +738,8 @@ def test_linear_cross_entropy_with_extreme_logits():
 
 def test_hits_are_the_best_answers_and_no_near_ones():
     logits = torch.tensor([[1.0, 1.001, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 5.0]])  # x W^T, W = 1
-    for targets, hits in (([0, 0, 2], 2), ([1, 1, 2], 3), ([2, 2, 0], 0)):  # a tie counts
+    # of two that are equal the first
+    for targets, hits in (([0, 0, 2], 2), ([1, 1, 2], 2), ([2, 2, 0], 0), ([1, 0, 2], 3)):
         found = M.linear_cross_entropy(logits, torch.eye(3), None, torch.tensor(targets))[1]
         assert found.item() == hits
 
@@ -1085,13 +1086,23 @@ _BF16, _GROUPED, _DROPOUT = dict(dtype=torch.bfloat16), dict(gqa=True), dict(dro
     # older torch: no grouped heads, no window, nothing at all
     (_UNGROUPED, "varlen", "cuda", _BF16, "varlen"),
     (_UNGROUPED, "varlen", "cuda", _BF16 | _GROUPED, "!varlen.*grouped heads"),
-    ((None, None), "varlen", "cuda", _BF16, "!varlen")])  # fmt: skip
+    ((None, None), "varlen", "cuda", _BF16, "!varlen"),
+    # heads and GPUs that the kernels would refuse in the first step; flash-attn pads heads
+    (_VARLEN, "varlen", "cuda", _BF16 | dict(head_dim=20), "!varlen.*multiple of 8.*20"),
+    (_VARLEN, "auto", "cuda", _BF16 | dict(head_dim=20), "sdpa"),
+    (_BOTH, "auto", "cuda", _BF16 | dict(head_dim=20), "flash_attn"),
+    (_BOTH, "flash_attn", "cuda", _BF16 | dict(head_dim=264), "!flash_attn.*256.*264"),
+    (_BOTH, "auto", "cuda", _BF16 | dict(head_dim=264), "sdpa"),
+    (_BOTH, "varlen", "cuda", _BF16 | dict(capability=(7, 5)), r"!varlen.*8\.0.*\(7, 5\)"),
+    (_BOTH, "auto", "cuda", _BF16 | dict(capability=(7, 5)), "sdpa")])  # fmt: skip
 def test_backends_that_cannot_run_say_why(
     installed, wanted, device, settings, outcome, monkeypatch
 ):
     monkeypatch.setattr(A, "flash_attn_varlen_func", installed[0])
     monkeypatch.setattr(A, "varlen_attn", installed[1])
     device, settings = torch.device(device), dict(dtype=torch.float32) | settings
+    capability = settings.pop("capability", (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     if outcome.startswith("!"):
         raises(ValueError, outcome[1:], A.choose_backend, wanted, device, **settings)
     else:
@@ -1101,12 +1112,16 @@ def test_backends_that_cannot_run_say_why(
 def test_a_model_that_trains_asks_for_its_dropout(monkeypatch):
     monkeypatch.setattr(A, "flash_attn_varlen_func", None)
     monkeypatch.setattr(A, "varlen_attn", fake_varlen)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     model = tiny("llama", attn_dropout=0.1)
     cases = ((True, 0.1, "sdpa"), (False, 0.1, "varlen"), (True, 0.0, "varlen"))
     for training, dropout, backend in cases:
         model.set_dropout(attn=dropout)
         model.train(training).set_backend("auto", torch.device("cuda"), torch.bfloat16)
         assert f"attention by {backend}" in model.describe()
+    model = tiny("llama", head_dim=12)
+    model.set_backend("auto", torch.device("cuda"), torch.bfloat16)
+    assert model.backend == "sdpa"
 
 
 def test_one_warning_for_texts_that_are_too_long():

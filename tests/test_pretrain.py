@@ -1,6 +1,7 @@
 """pretrain_mlm.py: what it masks, and tiny runs of it, whole, killed and resumed, on 1-3 ranks."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import common
 import harness
 import pretrain_mlm
 from attention import make_seqs
@@ -254,6 +256,34 @@ def test_local_theta_decay_of_all_and_another_mask_in_evaluation(tiny, tmp_path)
     assert losses(tmp_path / "c", "eval_loss")[1] != pytest.approx(want[1], rel=1e-4)
 
 
+def test_a_phase_begins_with_the_moments_of_the_last(tiny, tmp_path):
+    """From step 4 of a run that went on to 8, which keep_states kept: m = .9 m_old + .1 g."""
+    run(tiny, tmp_path / "a", "--save_interval=2", "--keep_last=1", "--keep_models=2",
+        "--keep_states=4")  # fmt: skip
+    begin, moments = f"--init_from={tmp_path / 'a' / 'step4'}", []
+    for name, more in (("b", ["--init_state=True"]), ("c", [])):  # one step at rate 0
+        done = harness.run(SCRIPT, tiny, tmp_path / name, begin, "--learning_rate=0.0",
+                           "--max_steps=1", *more)  # fmt: skip
+        moments.append([state["exp_avg"] for state in done.optimizers[0].state.values()])
+        assert {int(x["step"]) for x in done.optimizers[0].state.values()} == {5 if more else 1}
+    old = torch.load(tmp_path / "a" / "step4" / "training_state.pt")["optimizers"][0]["state"]
+    for carried, fresh, state in zip(*moments, old.values(), strict=True):
+        torch.testing.assert_close(carried, 0.9 * state["exp_avg"] + fresh)
+    for more, message in (([], "training_state.pt is missing: this checkpoint has no optimizer's"),
+                          (["--optimizer=muon"], "tensors per group")):  # fmt: skip
+        begin = f"--init_from={tmp_path / 'a' / ('step4' if more else 'step6')}"
+        harness.assert_refused(message, SCRIPT, tiny, tmp_path / "d", begin, "--init_state=True",
+                               *more)  # fmt: skip
+
+
+def test_bad_steps_are_forgiven_in_time(capsys):
+    s = SimpleNamespace(skipped=[])
+    for step in (10, 500, 900, 1011, 1600):
+        common.bad_step(s, step, math.nan, 1.0, "")
+    with pytest.raises(SystemExit, match="4th such step; checkpoints before step1650 are good"):
+        common.bad_step(s, 1650, math.nan, 1.0, "")  # 900, 1011, 1600
+
+
 def test_data_order_is_what_the_run_sees(tiny, toy_tokens, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tiny, tmp_path, "--dump_data_order=True")
@@ -290,7 +320,7 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path):
     (["--objective=rtd"], "objective takes one of mlm, clm, not 'rtd'"),
     (["--schedule=cosin"], "schedule"), (["--init_from=nowhere/at/all"], "no such folder"),
     (["--num_epochs=3"], "max_steps=8, num_epochs=3.0; expected one"),
-    (["--lora_rank=4"], "LoRA needs a base"),
+    (["--lora_rank=4"], "LoRA needs a base"), (["--init_state=True"], "needs a checkpoint in init"),
     (["--train_also=norm"], "train_also='norm' goes with LoRA"),
     (["--zero1=True"], "start with torchrun"), (["--fsdp=full"], "start with torchrun"),
     (["--fsdp=True"], "fsdp takes one of \"\", full, not 'True'"),

@@ -70,7 +70,8 @@ WEIGHT = "blocks.1.mlp.down_proj.weight"
 # what is broken: (where, what, (real function, its arguments) -> result, what fails of an encoder)
 SABOTAGE = {
     "all texts of a row become one": (
-        A, "sdpa_packed", lambda real, q, k, v, n, *more: real(q, k, v, [sum(n)], *more),
+        A, "sdpa_packed",
+        lambda real, q, k, v, _, *more: real(q, k, v, A.make_seqs([len(q)]), *more),
         COMPARED | {"packed = each text alone", "no text sees another", "attention: sdpa"}),
     "a trace of the row's mean in every output, far below any tolerance": (
         A, "sdpa_packed", lambda real, q, k, v, *more: real(q, k, v, *more) + 1e-6 * v.mean(),

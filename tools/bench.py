@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -632,7 +633,8 @@ def main():
     setting = {
         "bench": args.name, "step": f"{step}; no dropout", "threads": args.threads, "precision":
         f"{args.dtype}; bf16 is autocast over {'bf16 frozen' if real else 'fp32'} weights",
-        "device": device_name(args.device), **{name: version(name) for name in packages},
+        "device": device_name(args.device),
+        **{name: version(name) for name in packages if find_spec(name.replace("-", "_"))},
     }  # fmt: skip
     given = {k: v for k, v in vars(args).items() if v and k in ("size", "n", "rounds")}
     run_cases = {"memory": memory_growth, "real": compare_real}

@@ -3,6 +3,7 @@ Curves of one or several runs from their log.csv, as PNG:
 
     python -m tools.plot out/mlm
     python -m tools.plot out/a out/b --keys=loss,eval_loss,lr --out=curves.png
+    python -m tools.plot out/a out/a-ext out/a-decay --joined     # phases, one behind the other
 
 Keys that differ only by a leading eval_ share a panel: training as a line, averaged over 1/30 of
 its length (not lr), with the raw curve faint behind it; evaluation as points. Written to curves.png
@@ -41,7 +42,8 @@ def smooth(values):
     return [fmean(values[i - half : i + half + 1]) for i, half in enumerate(halves)]
 
 
-def plot(folders, keys, out):
+def plot(folders, keys, out, joined=False):
+    ends = [max(read_curve(folder, keys[0])[0]) if joined else 0 for folder in folders]
     names = list(dict.fromkeys(key.removeprefix("eval_") for key in keys))  # a panel each
     size = (8, 1 + 3.5 * len(names))
     fig, axes = plt.subplots(len(names), 1, figsize=size, sharex=True, squeeze=False)
@@ -50,6 +52,7 @@ def plot(folders, keys, out):
         ax = axes[names.index(name), 0]
         for i, folder in enumerate(folders):
             steps, values = read_curve(folder, key)
+            steps = [sum(ends[:i]) + step for step in steps]
             run = os.path.basename(os.path.normpath(folder))
             style = {"color": f"C{i % 10}", "label": f"{run} {key}"}
             if key != name:
@@ -71,8 +74,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("runs", nargs="+", help="folders that hold a log.csv")
     parser.add_argument("--keys", default="loss,eval_loss", help="columns of log.csv")
+    parser.add_argument("--joined", action="store_true", help="a run begins where the last ended")
     parser.add_argument("--out", help="a file; by default curves.png beside the first log.csv")
     args = parser.parse_args()
     out = args.out or os.path.join(args.runs[0], "curves.png")
-    plot(args.runs, args.keys.split(","), out)
+    plot(args.runs, args.keys.split(","), out, args.joined)
     print(f"wrote {out}")

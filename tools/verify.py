@@ -173,7 +173,8 @@ def backend_agrees(case, backend):
     net, c, device = case.net, case.net.config, case.texts[0].device
     dtype, tolerance = (torch.float32, 1e-5) if backend == "sdpa" else (torch.bfloat16, 1e-2)
     try:
-        choose_backend(backend, device, dtype, gqa=c.n_head != c.n_kv_head)
+        gqa = c.n_head != c.n_kv_head
+        choose_backend(backend, device, dtype, gqa=gqa, head_dim=c.head_dim)
     except ValueError as error:
         return None, str(error).partition("cannot run: ")[2]
     beyond = min(c.window, 4096) + 100  # longer than the window, and than a block of queries
