@@ -1,7 +1,9 @@
 """evals/ and metrics.py: numbers against plain loops, the script on 1 and 2 ranks."""
 
+import csv
 import json
 import math
+import os
 import re
 from functools import partial
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ import metrics
 import token_scores
 from data import open_pairs
 from embedder import Embedder
-from evals import compare
+from evals import compare, revisions
 from evals.token_retrieval import baseline_scores
 from formats import read_json, write_json
 from formats.huggingface import from_pretrained
@@ -266,3 +268,26 @@ def test_pseudo_perplexity_equals_transformers(family, folders, toy_tokens, tmp_
     row, none = read_json(tmp_path, "results.json")["rows"]
     assert (row["texts"], row["tokens"]) == (3, len(losses)) and none["texts"] == 0
     assert row["value"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
+
+
+# ---- an evaluation of all checkpoints ----
+def test_revisions_run_an_evaluation_once_for_each_checkpoint(toy_tokens, tmp_path, capsys):
+    config = harness.write_config(
+        tmp_path, data=toy_tokens, model_size="modernbert-tiny", vocab_size=512, max_seq_len=64,
+        batch_tokens=128, device_batch_tokens=128, max_steps=2, eval_interval=0, save_interval=1,
+        keep_last=0, dtype="fp32")  # fmt: skip
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    harness.run("pretrain_mlm.py", config, run)
+    command = ["evals.pseudo_perplexity", "--lengths=12,", f"--data={toy_tokens}", "--n_texts=2"]
+    for _ in range(2):  # the second time there is nothing left to run
+        revisions.main([run], out, ["rows:0:value"], command)
+        command = ["no.such.module"]
+    with open(f"{out}/revisions.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [row["step"] for row in rows] == ["1", "2"]
+    for row in rows:
+        (want,) = read_json(out, "run", f"step{row['step']}", "results.json")["rows"]
+        assert float(row["rows:0:value"]) == want["value"] and row["rows:0:length"] == "12"
+    assert os.path.getsize(f"{out}/revisions.png") > 5000
+    with pytest.raises(SystemExit, match="no rows:9, the results have rows:0:length"):
+        revisions.main([run], out, ["rows:9"], command)
