@@ -16,7 +16,6 @@ import usage  # noqa: F401  --help ends here, without torch
 
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -322,7 +321,7 @@ def cached_step(wrapped, batch, step, s):
 
     batch = move(batch, s.device)
     single = len(batch.chunks) == 1  # it fits in memory: its graph is kept, one pass is enough
-    with nullcontext() if single else torch.no_grad():
+    with torch.set_grad_enabled(single):
         vectors = embed_all(embed, batch.chunks)
     loss, hits, d_vectors = loss_and_grad(vectors, batch, step, s)
     if single:
@@ -421,8 +420,7 @@ if __name__ == "__main__":
         print0(f"saved for nanoembed alone; sentence-transformers would differ: {problem}")
     print0(f"{model.describe()}\n{s.pooling} pooling, {s.compute_dtype} on {s.device}")
     if s.show_batch:
-        pairs, which = pairs_of_step(files, 0, choices, s)
-        show_pairs(pairs[:4], which, tokenizer, s)
+        show_pairs(*pairs_of_step(files, 0, choices, s), tokenizer, s)
         raise SystemExit
 
     # ---- compile, FSDP/DDP, optimizer, resume ----
@@ -471,8 +469,7 @@ if __name__ == "__main__":
         if math.isfinite(loss + gnorm):
             optim.update(optimizers, lr)
         else:
-            path = files[choices[step]].path
-            common.bad_step(s, step, loss, gnorm, f"Lines of {path}")
+            common.bad_step(s, step, loss, gnorm, f"Lines of {files[choices[step]].path}")
         embedder.zero_grad(set_to_none=True)
         step += 1
 
