@@ -3,6 +3,8 @@ What every script needs and no script should differ in: the config, the ranks, w
 for training, and the log. Checkpoints are in checkpoint.py, optimizers and schedules in optim.py.
 """
 
+from usage import fill, show_help
+
 import ast
 import csv
 import difflib
@@ -13,13 +15,13 @@ import re
 import shlex
 import signal
 import sys
-import textwrap
 import time
 import traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from glob import glob
 from types import SimpleNamespace
 
 import torch
@@ -179,10 +181,7 @@ def configure(script_globals):
             sys.excepthook = sys.__excepthook__
             continue
         if arg in ("-h", "--help"):
-            text = re.split(r"(?m)^# ---.*\bdefaults\b.*$", source, maxsplit=1)[-1]
-            text = re.split(r"(?m)^(?:# ---|def |class |@|if )", text)[0]
-            print((script_globals["__doc__"] or "").strip(), text.rstrip(), sep="\n")
-            raise SystemExit(0)
+            show_help(script_globals["__file__"])
         if not arg.startswith("-"):
             files.append(os.path.normpath(arg))
             continue
@@ -207,9 +206,9 @@ def configure(script_globals):
         _run_config(path, space, keys)
     config = {k: space[k] for k in keys}
     script_globals.update(config)
-    items = [f"{'*' if v != defaults[k] else ''}{k}={v!r}" for k, v in config.items()]
-    print0(f"config: {' '.join(sys.argv[1:])} (* = not the default)")
-    print0(textwrap.fill("  ".join(items), 100, break_long_words=False, break_on_hyphens=False))
+    changed = [f"{k}={v!r}" for k, v in config.items() if v != defaults[k]]
+    print0(fill(f"config: {' '.join(sys.argv[1:])}"))
+    print0(fill(f"not the defaults: {'  '.join(changed)}"))
     return config
 
 
@@ -224,11 +223,27 @@ def one_line(kind, error, tb):
         text = f"rank {get_rank()} ends, for another one has ended ({text[:80]})"
     elif not is_ours and not isinstance(error, (OSError, ModuleNotFoundError)):
         return sys.__excepthook__(kind, error, tb)
+    elif isinstance(error, FileNotFoundError) and "python " not in text:
+        text += made_by(error.filename or text.partition(":")[0])
     # past torch, which takes stderr from a hook, and past its clean-up, which may wait for others
     print(f"{kind.__name__}: {text}", file=sys.__stderr__, flush=True)
     if dist.is_initialized():
         sys.stdout.flush()
         os._exit(1)
+
+
+def made_by(path):
+    """The end of an error about a file or folder that is not there: what makes it, where that is
+    known by its name."""
+    folder = "/".join(os.path.normpath(path).split("/")[:2])  # data/pydocs, out/clm_pydocs_tiny
+    config = f"configs/{folder.removeprefix('out/')}.py"
+    if os.path.exists(config):
+        return f". The first lines of {config} have the command that makes it"
+    for script in glob("data/*/prepare.py"):
+        with open(script, encoding="utf-8") as f:
+            if script == f"{folder}/prepare.py" or folder in f.read() and folder[:7] == "models/":
+                return f". First: python {script}"
+    return ". README.md and docs/ have the form of its lines" if path.endswith(".jsonl") else ""
 
 
 def save_config(config, path):
@@ -401,7 +416,10 @@ def loading_code(out_dir):
     other = read_json(folder, "config_sentence_transformers.json").get("model_type")
     if other or not config or os.path.exists(f"{folder}/nanoembed.json"):
         code = f"from embedder import Embedder; model = Embedder.load({out_dir!r})"
-        theirs = f"from sentence_transformers import {other}; model = {other}({folder!r})"
+        # which computes in the folder's type: as given here its vectors equal ours
+        plain = config.get("dtype", "float32") == "float32"
+        fp32 = "" if plain else ", model_kwargs={'dtype': 'float32'}"
+        theirs = f"from sentence_transformers import {other}; model = {other}({folder!r}{fp32})"
         return f"{code}\n{theirs}" if other else code
     if read_json(folder, "nanoembed_classifier.json").get("problem"):
         return f"python -m evals.classifier --model={out_dir} --eval_data=..."
@@ -567,7 +585,8 @@ def open_log(s, columns, start_step=0):
     if (s.keep_best or s.patience) and not (s.eval_interval and s.config.get("eval_data", True)):
         print0("keep_best and patience do nothing: there is no evaluation in this run")
     if s.save_interval > max_steps:
-        print0(f"save_interval={s.save_interval} is beyond this run: its end alone is saved")
+        print0(f"save_interval={s.save_interval} is beyond this run: its end is saved"
+               + ", and the best step" * s.keep_best)  # fmt: skip
     path, rows, columns = os.path.join(out_dir, "log.csv"), [], ["step", *columns, "eta"]
     os.makedirs(out_dir, exist_ok=True)
     save_config(s.config, os.path.join(out_dir, "config.py"))
@@ -677,6 +696,6 @@ def report_dry_run(s, start, counts, key="", trial=None, n=0, size=1):
         peak = peak_memory(s.device) / 1e9
     speeds = ", ".join(f"{count / seconds:,.1f} {name}/s" for name, count in counts.items())
     print0(
-        f"dry run: {seconds:.2f} s/step, {speeds}, peak memory {peak:.2f} GB; the whole run takes "
-        f"{format_time(seconds * s.stop_step)} without evaluation{fits}"
+        f"dry run: {seconds:.2f} s/step, {speeds}, peak memory {peak:.2f} GB;\nthe whole "
+        f"run takes {format_time(seconds * s.stop_step)} without evaluation{fits}"
     )

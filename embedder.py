@@ -35,6 +35,7 @@ from tokenizer import (
     check_text,
     check_tokenizer,
     load_tokenizer,
+    puts_end,
     tokenize,
     tokenize_llm2vec,
     tokenize_passage,
@@ -61,7 +62,7 @@ class Embedder(nn.Module):
     sentence-transformers; `encode` takes the instruction itself. normalize: to length 1, except
     with splade. dtype: what evaluation and use compute in (autocast), fp32 or bf16.
     instructions: {data set or task of MTEB: instruction}, for eval_mteb.py. doc_max_length: ids are
-    made by tokenize_llm2vec.
+    made by tokenize_llm2vec. token_scores: was the model trained for score_tokens?
 
     All that has parameters runs in one forward call: DDP(embedder)(*packed).
     """
@@ -70,6 +71,7 @@ class Embedder(nn.Module):
         self, model, tokenizer, pooling="mean", template=TEMPLATES["none"], prompts=None,
         normalize=True, max_length=512, pool_instruction=True, projection=None,
         dtype=torch.float32, pool_bos=True, doc_max_length=None, instructions=None,
+        token_scores=False,
     ):  # fmt: skip
         super().__init__()
         if pooling not in POOLINGS:
@@ -79,10 +81,8 @@ class Embedder(nn.Module):
         if projection and (pooling != "tokens" or projection.bias is not None):
             raise ValueError("a projection goes with pooling 'tokens', and has no bias")
         check_tokenizer(tokenizer, model.config.vocab_size)
-        if pooling == "last" and not template.suffix:
-            end = tokenizer("a")["input_ids"][-1]
-            if end not in tokenizer.all_special_ids:
-                print0("pooling='last' reads a text's last word: no end token, see the key suffix")
+        if pooling == "last" and not template.suffix and not puts_end(tokenizer):
+            print0("pooling='last' reads a text's last word: no end token, see the key suffix")
         self.model, self.tokenizer, self.projection = model, tokenizer, projection
         self.pooling, self.template = pooling, template
         self.prompts = prompts or {"query": "", "document": ""}
@@ -90,7 +90,7 @@ class Embedder(nn.Module):
         self.max_length, self.dtype = max_length, dtype
         self.pool_instruction = pool_instruction or pooling == "last"  # the same vector there
         self.pool_bos, self.doc_max_length = pool_bos, doc_max_length
-        self.instructions = instructions or {}
+        self.instructions, self.token_scores = instructions or {}, token_scores
 
     @property
     def dim(self):
@@ -324,7 +324,7 @@ class Embedder(nn.Module):
             print0(f"{name}: not in all as sentence-transformers has it: {problem}")
         if len(names) > 1:
             print0(f"{name} is {' + '.join(names)}, in this order")
-        print0(f"{name}: {model.describe()}, {dtype} on {device}; {embedder.pooling} -> "
+        print0(f"{name}: {model.describe()}\n{dtype} on {device}; {embedder.pooling} -> "
                f"{embedder.dim} numbers, up to {embedder.max_length} tokens")  # fmt: skip
         return embedder
 
@@ -344,7 +344,7 @@ def compare_saved(s, step, trained, evaluate):
     before = logged(s.out_dir, 0)
     changes = (f"{key} {before.get(f'eval_{key}', math.nan):.4g} -> {x:.4g}"
                for key, x in after.items())  # fmt: skip
-    print0(f"{name} loaded again, before -> after training: {', '.join(changes)}")
+    print0(f"{name} loaded again, before -> after training:\n{', '.join(changes)}")
 
 
 def score_tokens(embedder, queries, passage, window=0, overlap=0, progress=False):

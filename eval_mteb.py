@@ -2,30 +2,32 @@ r"""
 Evaluate embedders: MTEB tasks by name, or tasks from your own files. One table, a column a model.
 
     python eval_mteb.py --model=out/x --tasks=STSBenchmark,SciFact
-    torchrun --standalone --nproc_per_node=8 eval_mteb.py --model=out/x --benchmark="MTEB(eng, v2)"
-    python eval_mteb.py --model=out/a,out/b,st:owner/name --local=my_tasks     # needs no network
-    python eval_mteb.py --model=McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-supervised \
-        --benchmark="MTEB(eng, v2)"                           # wrap and instructions are known
-    python eval_mteb.py --model=owner/base --adapters="('owner/mntp', 'owner/supervised')" \
-        --attention=bidirectional --benchmark="MTEB(eng, v1)" --prefix="[INST] " \
-        --suffix=" [/INST]" --instructions=llm2vec --query_template="{instruction} "
+    torchrun --standalone --nproc_per_node=8 eval_mteb.py --model=out/x \
+        --benchmark="MTEB(eng, v2)"
+    python eval_mteb.py --model=out/a,out/b,st:owner/name --local=my_tasks
+    python eval_mteb.py --benchmark="MTEB(eng, v2)" \
+        --model=McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-supervised
+    python eval_mteb.py --model=owner/base --attention=bidirectional \
+        --adapters="('owner/mntp', 'owner/supervised')" --instructions=llm2vec \
+        --benchmark="MTEB(eng, v1)" --query_template="{instruction} " \
+        --prefix="[INST] " --suffix=" [/INST]"
 
 With torchrun, --local needs `--` before eval_mteb.py: torchrun has options of similar names.
 The mteb package scores (Muennighoff et al. 2022, arXiv 2210.07316; Enevoldsen et al. 2025, arXiv
 2502.13595), whoever brings the data. --local is a task's folder, a folder of such folders, or a
 file of training pairs. Where it says .jsonl a .tsv with a header will do, but for lists:
 
-    files in the folder                        fields                                   main score
-    corpus.jsonl, queries.jsonl (BEIR)         _id, text; a title is put before it      nDCG@10
-      and qrels/<split>.tsv                    query-id, corpus-id, score
-    <training pairs>.jsonl by itself           query, pos [..], perhaps neg [..] and    nDCG@10
-                                               prompt, which goes before the query
-    reranking.jsonl                            query, positive [..], negative [..]      MAP
-    sts.jsonl                                  sentence1, sentence2, score              Spearman
-    pairs.jsonl                                sentence1, sentence2, label 0 or 1       max AP
-    train.jsonl and <split>.jsonl              text, label: logistic regression on      accuracy
-                                               8 texts a label, mean of 10 draws
-    clustering.jsonl                           text, label: mini-batch k-means          V-measure
+    files in the folder           fields                              score
+    corpus.jsonl, queries.jsonl   _id, text, perhaps title            nDCG@10
+      qrels/<split>.tsv (BEIR)    query-id, corpus-id, score
+    <training pairs>.jsonl        query, pos [..], perhaps neg [..],  nDCG@10
+      by itself                   prompt, which goes before the query
+    reranking.jsonl               query, positive [..], negative [..] MAP
+    sts.jsonl                     sentence1, sentence2, score         Spearman
+    pairs.jsonl                   sentence1, sentence2, label 0 or 1  max AP
+    train.jsonl, <split>.jsonl    text, label: logistic regression on accuracy
+                                  8 texts a label, mean of 10 draws
+    clustering.jsonl              text, label: mini-batch k-means     V-measure
 
 The query's prompt stands before queries and before all texts of symmetric tasks, the document's
 before the passages of retrieval and reranking. out_dir/results.md and .json get the table,
@@ -33,6 +35,8 @@ out_dir/scores/ all of mteb's numbers as they come, and of each query nDCG@10 an
 passages, which `python -m evals.compare` reads; what is there from an earlier run by name is used
 where weights, template, prompts, data revision and mteb are the very same.
 """
+
+import usage  # noqa: F401  --help ends here, without torch
 
 import copy
 import hashlib
@@ -157,7 +161,8 @@ def local_tasks(path, split="test", corpus=()):
         elif folder.name != "qrels" and folder != path:
             common.print0(f"skipped {folder}: no task's folder, it has no {wanted}")
     if not tasks:
-        raise SystemExit(f"{path}: a task's folder, or folders, with one file of {wanted} each")
+        gone = "" if path.exists() else "no such file or folder; expected a file of pairs, "
+        raise SystemExit(f"{path}: {gone}a task's folder, or folders, with one file of {wanted}")
     return tasks
 
 
@@ -556,9 +561,10 @@ def evaluate(encoder, tasks, folder, reuse=False):
     return rows
 
 
-def table(rows):
+def table(rows, narrow=False):
     """Markdown, scores x 100: a line a task, a column a model. The means, which stand where a model
-    has every task, are those of MTEB: over tasks, and over the means of the types."""
+    has every task, are those of MTEB: over tasks, and over the means of the types. narrow: for a
+    screen, models by a letter and without the types."""
     models, types = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "type"))
     lines = {}  # {(task, type, metric): scores [models], NaN where a model has none}
     for row in sorted(rows, key=lambda row: types.index(row["type"])):
@@ -570,14 +576,18 @@ def table(rows):
         lines["mean over tasks", "", ""] = np.mean(list(lines.values()), 0)
     if len(types) > 1:
         lines["mean over types", "", ""] = np.mean(by_type, 0)
-    cells = [["task", "type", "metric", *models]]
+    letters = [chr(ord("A") + i) for i in range(len(models))]
+    cells = [["task", "type", "metric", *(letters if narrow else models)]]
     for key, scores in lines.items():
         cells.append([*key, *("" if np.isnan(x) else f"{x:.2f}" for x in scores)])
-    widths = [max(map(len, column)) for column in zip(*cells)]
     sides = "<<<" + ">" * len(models)  # numbers stand at the right
+    if narrow:
+        cells, sides = [[line[0], *line[2:]] for line in cells], sides[1:]
+    widths = [max(map(len, column)) for column in zip(*cells)]
     cells.insert(1, ["-" * (w - 1) + "-:"[side == ">"] for side, w in zip(sides, widths)])
     form = " | ".join(f"{{:{side}{w}}}" for side, w in zip(sides, widths))
-    return "\n".join(f"| {form.format(*line)} |" for line in cells)
+    legend = [f"{letter}: {name}" for letter, name in zip(letters, models)] if narrow else []
+    return "\n".join([*legend, *(f"| {form.format(*line)} |" for line in cells)])
 
 
 if __name__ == "__main__":
@@ -585,7 +595,8 @@ if __name__ == "__main__":
     s = SimpleNamespace(**common.configure(globals()))
     names = [name.strip() for name in f"{s.model},{s.baselines}".split(",") if name.strip()]
     if not names or [s.tasks, s.benchmark, s.local].count("") != 2:
-        raise SystemExit("give --model=... and one of --tasks=..., --benchmark=..., --local=...")
+        raise SystemExit("give --model=... and one of --tasks=..., --benchmark=..., --local=..., "
+                         "such as --local=data/pydocs/test.jsonl")
     if s.corpus and not s.local:
         raise SystemExit("corpus goes with --local, a file of pairs")
     if s.adapters and "," in s.model:
@@ -611,7 +622,7 @@ if __name__ == "__main__":
     # ---- save ----
     if rank == 0:
         text = table(rows) + "\n"
-        print(f"\n{text}")
+        print("", text if text.index("\n") <= 80 else table(rows, narrow=True) + "\n", sep="\n")
         results = {"mteb": mteb.__version__, "config": vars(s), "rows": rows}
         write_json(results, s.out_dir, "results.json")
         Path(s.out_dir, "results.md").write_text(text, "utf-8")

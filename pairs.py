@@ -197,7 +197,9 @@ def instructions_of(files, s):
 
 
 def show_pairs(pairs, which, tokenizer, s):
-    """Prints queries and passages as a reader wants them; what is pooled stands inverted."""
+    """Prints queries and passages of the first pairs as a reader wants them; what is pooled stands
+    inverted."""
+    pairs = pairs[:4]
     for i, (ids, (start, end)) in enumerate(encode_pairs(pairs, which, tokenizer, s)):
         before, pooled, behind = map(tokenizer.decode, (ids[:start], ids[start:end], ids[end:]))
         name = f"query {i}" if i < len(pairs) else f"passage {i - len(pairs)}"

@@ -1,17 +1,20 @@
 """
 Pretrain an encoder (masked language modelling) or a decoder (causal) on packed rows of tokens.
 
-    python data/pydocs/prepare.py                                    # real text, no download
-    python pretrain_mlm.py configs/mlm_pydocs_tiny.py                # one GPU, a Mac or the CPU
-    torchrun --standalone --nproc_per_node=8 pretrain_mlm.py configs/pretrain_ettin.py
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-        pretrain_mlm.py configs/pretrain_ettin.py                    # several machines
-    python pretrain_mlm.py configs/x.py --resume=True                # go on where it stopped
+    python data/pydocs/prepare.py                     # real text, no download
+    python pretrain_mlm.py configs/mlm_pydocs_tiny.py # one GPU, a Mac or the CPU
+    torchrun --standalone --nproc_per_node=8 pretrain_mlm.py \\
+        configs/pretrain_ettin.py
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d \\
+        --rdzv_endpoint=HOST:29500 pretrain_mlm.py configs/pretrain_ettin.py
+    python pretrain_mlm.py configs/x.py --resume=True # go on where it stopped
 
 A row is max_seq_len tokens of the token file, a few whole documents and the cut ends of two; no
 document sees another. NeoBERT (arXiv 2502.19587), Ettin (arXiv 2507.11412), ModernBERT
 (arXiv 2412.13663).
 """
+
+import usage  # noqa: F401  --help ends here, without torch
 
 import math
 import time
@@ -204,7 +207,7 @@ if __name__ == "__main__":
         model.config.rope["local"] = {"theta": s.local_rope_theta, "scaling": None}
     lora.add_lora(model, s, last)
     common.place(model, s)
-    print0(f"{model.describe()}, {s.compute_dtype} on {s.device}")
+    print0(f"{model.describe()}\n{s.compute_dtype} on {s.device}")
 
     # ---- compile, FSDP/DDP, optimizer, resume ----
     wrapped = common.wrap(model, model.blocks, s)

@@ -1,19 +1,22 @@
 """
 Use a model: fill in masked tokens, write on from a prompt, or rank texts by a question.
 
-    python sample.py --model=out/mlm_pydocs_tiny --text="Return the [MASK] of the list."
-    python sample.py --model=out/mlm_pydocs_tiny/step1600 --file=lines.txt     # one text a line
-    python sample.py --model=out/clm_pydocs_tiny --prompt="Return the" --num_samples=3
-    python sample.py --model=owner/name@revision --text=- < letter.txt        # from stdin
-    python sample.py --model=out/contrastive_pydocs_tiny --rank="How do I split a string?"
-    python sample.py --model=any/embedder --rank="a question" --file=mine.txt # one text a line
-    python sample.py --model=out/token_retrieval_pydocs_tiny --compress="How is the pool closed?" \
-        --file=passage.txt --ratio=8 --html=out.html
-    python sample.py --model=out/reconstruct_pydocs_tiny --reconstruct="Return a copy of the list."
+    python sample.py --model=out/mlm_pydocs_tiny --text="Return the [MASK]."
+    python sample.py --model=out/mlm_pydocs_tiny --file=lines.txt  # one a line
+    python sample.py --model=out/clm_pydocs_tiny --prompt="Return the"
+    python sample.py --model=owner/name@revision --text=- < letter.txt  # stdin
+    python sample.py --model=out/contrastive_pydocs_tiny --rank="a question"
+    python sample.py --model=any/embedder --rank="a question" --file=mine.txt
+    python sample.py --model=out/token_retrieval_pydocs_tiny --file=text.txt \\
+        --compress="How is the pool closed?" --ratio=8 --html=out.html
+    python sample.py --model=out/reconstruct_pydocs_tiny \\
+        --reconstruct="Return a copy of the list."
 
 The model is a Hugging Face folder, a hub id, an adapter of ours or peft's (its base is read, too),
 or the out_dir of a run: then the newest checkpoint in it. Masked models fill, causal ones write.
 """
+
+import usage  # noqa: F401  --help ends here, without torch
 
 import copy
 import math
@@ -32,7 +35,7 @@ from formats.huggingface import resolve_folder
 from formats.peft import pinned_chain
 from lora import load_merged
 from tokenizer import check_tokenizer, load_tokenizer
-from tools.compress import keep, page, read_passage, share_of, text_of
+from tools.compress import keep_counted, page, read_passage, share_of, text_of
 
 # ---- defaults ----
 model = ""  # a folder, an out_dir or a hub id owner/name[@revision]
@@ -125,7 +128,8 @@ def fill(net, tokenizer, texts, n, notes):
         raise SystemExit("a causal model does not see what follows a mask: try --prompt")
     if tokenizer.mask_token is None:
         if not notes:
-            raise SystemExit("this tokenizer has no mask token: the model was not trained to fill")
+            raise SystemExit("this tokenizer has no mask token: the model was not trained to fill; "
+                             "an embedder is for --rank")
         tokenizer = copy.deepcopy(tokenizer)  # a decoder's: [MASK] shall be one token, for now
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
     mask, mask_id, before = tokenizer.mask_token, tokenizer.mask_token_id, -notes.get("at", 0)
@@ -356,12 +360,17 @@ def use_compress(s):
     if wrong := [span for span in gold if not 0 <= span[0] < span[1] <= len(passage)]:
         raise SystemExit(f"{s.file}: span {wrong[0]} is not in its {len(passage)} characters")
     embedder = load_embedder(s)
+    if not embedder.token_scores:
+        print("its folder does not say that train_token_retrieval.py trained it:\n"
+              "what it keeps may mean little")  # fmt: skip
     (scores,), spans = score_tokens(embedder, [query], passage, s.window, s.overlap, True)
-    kept = keep(scores, spans, passage, s.ratio, s.unit, s.neighbours)
+    settings = s.ratio, s.unit, s.neighbours
+    kept, counts = keep_counted(embedder.tokenizer, scores, spans, passage, *settings)
     if s.html is not None:
         with open(s.html, "w", encoding="utf-8", newline="") as f:
-            f.write(page(query, passage, scores, spans, kept, gold))
+            f.write(page(query, passage, scores, spans, kept, counts, gold))
     print(f"\n{query}\n\n{text_of(passage, kept)}\n\nspans: {kept}")
+    print("{:,} of {:,} tokens are kept".format(*counts))
     if gold:
         print(f"of the gold's characters {share_of(kept, gold):.0%} are kept")
 

@@ -63,11 +63,11 @@ def set_rows(file, s):
 
 
 def describe_run(file, s):
-    """The batch's arithmetic and the length of the run, in two lines."""
+    """The batch's arithmetic and the length of the run, in three lines."""
     return (
         f"{s.data}: {len(file.tokens):,} tokens = {s.n_rows:,} rows of {s.max_seq_len}\n"
         f"a step: {s.rows_per_batch} rows x {s.n_micro} micro-batches x {s.world_size} ranks = "
-        f"{s.batch_tokens:,} tokens; {s.stop_step:,} steps = {s.stop_step * s.batch_tokens:,} "
+        f"{s.batch_tokens:,} tokens\n{s.stop_step:,} steps = {s.stop_step * s.batch_tokens:,} "
         f"tokens = {s.stop_step * s.rows_per_step / s.n_rows:.2f} epochs; warmup {s.warmup:,} steps"
     )
 

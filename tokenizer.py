@@ -243,6 +243,11 @@ def vocab_size_of(tokenizer):
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def puts_end(tokenizer):
+    """Does it put an end token behind a text, for pooling "last" to read?"""
+    return tokenizer("a")["input_ids"][-1] in tokenizer.all_special_ids
+
+
 def check_tokenizer(tokenizer, model_vocab_size):
     """Raises ValueError where a tokenizer has ids beyond the model's vocabulary."""
     needed = vocab_size_of(tokenizer)

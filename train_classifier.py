@@ -2,10 +2,11 @@
 Train a classifier: a label for each word (part of speech, chunks, names), or one for a text or a
 pair of texts (classes, a yes or no as rerankers give it, a number).
 
-    python train_classifier.py configs/classifier_pos_ud.py            # one GPU, a Mac or the CPU
-    torchrun --standalone --nproc_per_node=8 train_classifier.py configs/classifier_reranker.py
-    python train_classifier.py configs/x.py --resume=True              # go on where it stopped
-    python -m evals.classifier --model=out/x --eval_data=test.jsonl    # a saved one on other data
+    python train_classifier.py configs/classifier_pos_ud.py   # one device
+    torchrun --standalone --nproc_per_node=8 train_classifier.py \\
+        configs/classifier_reranker.py
+    python train_classifier.py configs/x.py --resume=True     # go on where it stopped
+    python -m evals.classifier --model=out/x --eval_data=test.jsonl
 
 Words are tokenized together, joined by spaces; a word's vector is the mean of its tokens', read
 where they stand or one position before (LLM2Vec's word tasks, arXiv 2404.05961, section 4.1: a
@@ -13,6 +14,8 @@ frozen model and one linear layer). Texts are pooled as embeddings are (cross-en
 Cho 2019, arXiv 1901.04085). What is saved is transformers' ...ForTokenClassification or
 ...ForSequenceClassification where these compute the same; where they do not, the script says why.
 """
+
+import usage  # noqa: F401  --help ends here, without torch
 
 import math
 import os
@@ -37,7 +40,14 @@ from labels import join_texts, labels_of, read_examples, score_texts, score_word
 from model import Head
 from order import rows_of_step
 from pooling import Pool, pack, pool
-from tokenizer import Template, check_tokenizer, load_tokenizer, tokenize, tokenize_words
+from tokenizer import (
+    Template,
+    check_tokenizer,
+    load_tokenizer,
+    puts_end,
+    tokenize,
+    tokenize_words,
+)
 
 # ---- defaults ----
 out_dir = "out/classifier"  # like .+
@@ -309,7 +319,7 @@ if __name__ == "__main__":
         f"{s.data}: {len(examples):,} texts and {len(eval_examples):,} for evaluation, "
         f"{len(s.labels)} labels {' '.join(s.labels[:50])}\n"
         f"a step: {s.device_batch_size} texts x {n_micro} micro-batches x {s.world_size} ranks = "
-        f"{s.batch_size} texts; {s.stop_step:,} steps = "
+        f"{s.batch_size} texts\n{s.stop_step:,} steps = "
         f"{s.stop_step * s.batch_size / len(examples):.2f} epochs; warmup {s.warmup:,} steps"
     )
 
@@ -323,6 +333,8 @@ if __name__ == "__main__":
     check_tokenizer(tokenizer, model.config.vocab_size)
     if s.task == "texts" and s.separator is None:
         s.separator = tokenizer.sep_token or "\n"
+    if s.task == "texts" and s.pooling == "last" and not s.suffix and not puts_end(tokenizer):
+        print0("pooling='last' reads a text's last word: no end token, see the key suffix")
     head = model.head
     model.drop_head()
     lora.add_lora(model, s, last)
@@ -333,7 +345,7 @@ if __name__ == "__main__":
     if last:
         classifier.last_layers.load_state_dict(folders.read_classifier(last, s)[1])
     common.place(model, s)
-    print0(f"{model.describe()}, {s.compute_dtype} on {s.device}; the last layers train, too")
+    print0(f"{model.describe()}\n{s.compute_dtype} on {s.device}; the last layers train, too")
     print0(folders.describe_saved(model.config, s))
     if s.show_batch:
         show_texts(examples_of(0, examples, s)[:4], tokenizer, s)

@@ -1,9 +1,10 @@
 """
 Contrastive training of an embedder: queries near their passages, far from all the others.
 
-    python train_contrastive.py configs/contrastive_pydocs_tiny.py     # one GPU, a Mac or the CPU
-    torchrun --standalone --nproc_per_node=8 train_contrastive.py configs/contrastive_llm2vec.py
-    python train_contrastive.py configs/x.py --resume=True             # go on where it stopped
+    python train_contrastive.py configs/contrastive_pydocs_tiny.py  # one device
+    torchrun --standalone --nproc_per_node=8 train_contrastive.py \\
+        configs/contrastive_llm2vec.py
+    python train_contrastive.py configs/x.py --resume=True   # goes on where it stopped
 
 A batch may be much larger than the memory holds: its texts go through the model in chunks, and the
 gradient cache (Gao et al. 2021, arXiv 2101.06983) gives the gradient of the whole batch's loss.
@@ -11,9 +12,10 @@ LLM2Vec (arXiv 2404.05961), SimCSE (arXiv 2104.08821), NeoBERT (arXiv 2502.19587
 (arXiv 2507.11412), Anchor-Embedding and FlagEmbedding train their embedders like this.
 """
 
+import usage  # noqa: F401  --help ends here, without torch
+
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -319,7 +321,7 @@ def cached_step(wrapped, batch, step, s):
 
     batch = move(batch, s.device)
     single = len(batch.chunks) == 1  # it fits in memory: its graph is kept, one pass is enough
-    with nullcontext() if single else torch.no_grad():
+    with torch.set_grad_enabled(single):
         vectors = embed_all(embed, batch.chunks)
     loss, hits, d_vectors = loss_and_grad(vectors, batch, step, s)
     if single:
@@ -386,7 +388,7 @@ if __name__ == "__main__":
     n_queries = s.batch_size // s.world_size  # of a rank
     n_candidates = (s.batch_size if s.negatives_cross_device else n_queries) * s.group_size
     print0(f"a step: {n_queries} queries x {s.world_size} ranks, each among up to N = "
-           f"{n_candidates:,} candidates; evaluation on {len(eval_pairs):,} lines")  # fmt: skip
+           f"{n_candidates:,} candidates;\nevaluation on {len(eval_pairs):,} lines")  # fmt: skip
 
     # ---- model (+ LoRA) ----
     last = checkpoint.find(s)  # what to resume, or None
@@ -416,10 +418,9 @@ if __name__ == "__main__":
         print0(f"several instructions: {prompts} is saved, encode takes any other")
     if problem := embedder.st_problem():
         print0(f"saved for nanoembed alone; sentence-transformers would differ: {problem}")
-    print0(f"{model.describe()}, {s.pooling} pooling, {s.compute_dtype} on {s.device}")
+    print0(f"{model.describe()}\n{s.pooling} pooling, {s.compute_dtype} on {s.device}")
     if s.show_batch:
-        pairs, which = pairs_of_step(files, 0, choices, s)
-        show_pairs(pairs[:4], which, tokenizer, s)
+        show_pairs(*pairs_of_step(files, 0, choices, s), tokenizer, s)
         raise SystemExit
 
     # ---- compile, FSDP/DDP, optimizer, resume ----
@@ -468,8 +469,7 @@ if __name__ == "__main__":
         if math.isfinite(loss + gnorm):
             optim.update(optimizers, lr)
         else:
-            path = files[choices[step]].path
-            common.bad_step(s, step, loss, gnorm, f"Lines of {path}")
+            common.bad_step(s, step, loss, gnorm, f"Lines of {files[choices[step]].path}")
         embedder.zero_grad(set_to_none=True)
         step += 1
 

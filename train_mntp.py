@@ -1,9 +1,10 @@
 """
 Masked next-token prediction: a decoder learns to look both ways, with the head that it has.
 
-    python train_mntp.py configs/mntp_pydocs_tiny.py           # one GPU, a Mac or the CPU
-    torchrun --standalone --nproc_per_node=4 train_mntp.py configs/mntp_llm2vec.py
-    python train_mntp.py configs/x.py --resume=True            # go on where it stopped
+    python train_mntp.py configs/mntp_pydocs_tiny.py   # one GPU, a Mac or the CPU
+    torchrun --standalone --nproc_per_node=4 train_mntp.py \\
+        configs/mntp_llm2vec.py
+    python train_mntp.py configs/x.py --resume=True    # go on where it stopped
 
 Attention is bidirectional, tokens are masked, and masked token i is predicted from the hidden state
 at i - 1: a decoder's head reads the next token there, so nothing of it has to be learned anew. The
@@ -14,6 +15,8 @@ LoRA gives checkpoints that are PEFT folders, and at the end out_dir/merged, a m
 say that the model is bidirectional, and in mntp.json what its mask was.
 lora_rank=0 trains every weight, and each checkpoint is a model folder.
 """
+
+import usage  # noqa: F401  --help ends here, without torch
 
 import json
 import math
@@ -200,7 +203,7 @@ if __name__ == "__main__":
     model.set_dropout(out=s.out_dropout)
     lora.add_lora(model, s, last)
     common.place(model, s)
-    print0(f"{model.describe()}, {s.compute_dtype} on {s.device}")
+    print0(f"{model.describe()}\n{s.compute_dtype} on {s.device}")
 
     # ---- compile, FSDP/DDP, optimizer, resume ----
     wrapped = common.wrap(model, model.blocks, s)

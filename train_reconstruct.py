@@ -1,10 +1,11 @@
 """
 Anchor-Embedding, stage I: a causal model writes each side of a pair from the other's embedding.
 
-    python train_reconstruct.py configs/reconstruct_pydocs_tiny.py     # one GPU, a Mac or the CPU
-    torchrun --standalone --nproc_per_node=8 train_reconstruct.py configs/reconstruct_anchor.py
-    python train_reconstruct.py configs/x.py --resume=True             # go on where it stopped
-    python train_contrastive.py configs/contrastive_anchor.py          # stage II, from its folder
+    python train_reconstruct.py configs/reconstruct_pydocs_tiny.py  # one device
+    torchrun --standalone --nproc_per_node=8 train_reconstruct.py \\
+        configs/reconstruct_anchor.py
+    python train_reconstruct.py configs/x.py --resume=True   # go on where it stopped
+    python train_contrastive.py configs/contrastive_anchor.py  # stage II
 
 One packed forward encodes queries and documents: the embedding is the hidden state of the last
 token. A second one decodes: a text's row is [the other side's embedding ; its tokens], and the
@@ -16,6 +17,8 @@ memory are accumulated, and that is exact: sums over micro-batches and ranks, di
 targets of the whole step. (The original takes the mean over the tokens of each device's
 micro-batch, then the mean of these: there a token counts more beside short texts.)
 """
+
+import usage  # noqa: F401  --help ends here, without torch
 
 import math
 import time
@@ -306,7 +309,7 @@ if __name__ == "__main__":
             f"suffix={s.suffix!r}: texts would end in {tokenizer.decode([end])!r}, with no EOS to "
             f"learn; give it one, such as {tokenizer.eos_token!r}"
         )
-    print0(f"{model.describe()}, {s.compute_dtype} on {s.device}")
+    print0(f"{model.describe()}\n{s.compute_dtype} on {s.device}")
     if s.show_batch:
         pairs, which = pairs_of_step(files, 0, choices, s)
         show_rows(encode(pairs[:4], which, tokenizer, s), tokenizer)

@@ -2,16 +2,18 @@
 Token-level retrieval: for a query, the tokens of a long passage that matter. Keeping the best ones
 compresses the passage 4x to 16x before another model reads it.
 
-    python train_token_retrieval.py configs/token_retrieval_pydocs_tiny.py   # one GPU, Mac or CPU
+    python train_token_retrieval.py configs/token_retrieval_pydocs_tiny.py
     torchrun --standalone --nproc_per_node=8 train_token_retrieval.py \\
         configs/token_retrieval_acerag.py
-    python train_token_retrieval.py configs/x.py --resume=True       # go on where it stopped
+    python train_token_retrieval.py configs/x.py --resume=True   # go on where it stopped
 
 Lines are {"query", "passage", "spans": [[start, end], ..]}, characters of the raw passage, end
 exclusive. Following lines with the same passage are trained together: it is encoded once. Stage 1
 is passage retrieval, train_contrastive.py; evals/token_retrieval.py compares with baselines.
 TacZip / AceRAG (VectorSpaceLab).
 """
+
+import usage  # noqa: F401  --help ends here, without torch
 
 import math
 import time
@@ -220,7 +222,7 @@ if __name__ == "__main__":
     print0(
         f"{s.data}: {len(file):,} lines, {len(runs):,} runs with the same passage\na step: "
         f"{s.batch_size} queries over {s.world_size} ranks, about "
-        f"{s.batch_size * len(runs) / len(file):,.0f} passages; {s.stop_step:,} steps = "
+        f"{s.batch_size * len(runs) / len(file):,.0f} passages\n{s.stop_step:,} steps = "
         f"{s.stop_step * s.batch_size / len(file):.2f} epochs; warmup {s.warmup:,} steps"
     )
     if s.eval_data and s.eval_interval:
@@ -245,7 +247,7 @@ if __name__ == "__main__":
     prompts = {"query": s.query_instruction, "document": s.passage_instruction}
     embedder = Embedder(
         model, tokenizer, "last", s.template, prompts, max_length=s.query_max_length,
-        dtype=s.compute_dtype,
+        dtype=s.compute_dtype, token_scores=True,
     )  # fmt: skip
     s.causal = model.config.causal
     windows_of(0, s.passage_window, s.window_overlap, s.causal)  # complains of impossible windows
@@ -254,7 +256,7 @@ if __name__ == "__main__":
                f"overlap={s.window_overlap}) gives the scores that are trained")  # fmt: skip
     if problem := embedder.st_problem():
         print0(f"saved for nanoembed alone; sentence-transformers would differ: {problem}")
-    print0(f"{model.describe()}, {s.compute_dtype} on {s.device}")
+    print0(f"{model.describe()}\n{s.compute_dtype} on {s.device}")
     if s.show_batch:
         show_lines(lines_of_batch(0, runs, s)[:3], file, tokenizer, s)
         raise SystemExit

@@ -1,12 +1,16 @@
 """
 A saved classifier on a file of labelled words or texts, as it was trained.
 
-    python -m evals.classifier --model=out/classifier_pos_ud --eval_data=data/ud/test.jsonl
-    torchrun --standalone --nproc_per_node=8 -m evals.classifier --model=out/x --eval_data=...
+    python -m evals.classifier --model=out/classifier_pos_ud \\
+        --eval_data=data/ud/test.jsonl
+    torchrun --standalone --nproc_per_node=8 -m evals.classifier \\
+        --model=out/x --eval_data=...
 
 The metrics are those that train_classifier.py has at its end; out_dir/results.json gets them, as
 {file: {"task", "metrics"}}, beside those of other files.
 """
+
+import usage  # noqa: F401  --help ends here, without torch
 
 from types import SimpleNamespace
 

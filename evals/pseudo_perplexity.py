@@ -11,6 +11,8 @@ Of a causal model it is the perplexity, of all tokens but a text's first. Texts 
 val.bin with at least so many tokens, cut there; out_dir/results.json gets the table.
 """
 
+import usage  # noqa: F401  --help ends here, without torch
+
 import math
 from types import SimpleNamespace
 

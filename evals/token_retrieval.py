@@ -4,12 +4,15 @@ table with orders of the tokens that learn nothing.
 
     python -m evals.token_retrieval --model=out/token_retrieval_pydocs_tiny \
         --eval_data=data/pydocs/spans_test.jsonl
-    torchrun --standalone --nproc_per_node=8 -m evals.token_retrieval --model=out/x --eval_data=...
+    torchrun --standalone --nproc_per_node=8 -m evals.token_retrieval \
+        --model=out/x --eval_data=...
 
 The scores are those of use, embedder.score_tokens; passages are not cut. Lines are as in
 train_token_retrieval.py, the numbers are means of token_scores.token_metrics over the queries.
 out_dir gets results.json and results.md.
 """
+
+import usage  # noqa: F401  --help ends here, without torch
 
 import re
 from pathlib import Path
@@ -122,9 +125,9 @@ if __name__ == "__main__":
         n_queries = int(runs[:, 1].sum())
         facts = {"model": pinned(s.model), "eval_data": s.eval_data, "queries": n_queries}
         write_json(facts | {"results": found}, s.out_dir, "results.json")
-        names = list(found["random"])
-        rows = [["", *names], ["---"] * (1 + len(names))]
-        rows += [[order, *(f"{x[name]:.3f}" for name in names)] for order, x in found.items()]
+        rows = [["", *found], ["---"] + ["--:"] * len(found)]
+        for name in found["model"]:
+            rows.append([name, *(f"{x[name]:.3f}" if name in x else "" for x in found.values())])
         table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
         facts = ", ".join(f"{key} {value}" for key, value in facts.items())
         Path(s.out_dir, "results.md").write_text(f"{facts}\n\n{table}", "utf-8")

@@ -2,7 +2,8 @@
 Folders of classifiers: a model, its last layers and what makes its logits what they are.
 
 Where a class of transformers computes the same, the folder is that of its ...ForTokenClassification
-or ...ForSequenceClassification. nanoembed_classifier.json says in every case how it was trained.
+or ...ForSequenceClassification; where none does, its weights are nanoembed.safetensors, which all
+of them refuse. nanoembed_classifier.json says in every case how it was trained.
 results.json, which lies beside the checkpoints of a run, has the metrics of its evaluations.
 """
 
@@ -11,7 +12,14 @@ import re
 from pathlib import Path
 
 from formats import read_json, write_json
-from formats.huggingface import ARCHITECTURES, CLASSIFIERS, _read_tensors, finite, write_folder
+from formats.huggingface import (
+    ARCHITECTURES,
+    CLASSIFIERS,
+    OURS_ALONE,
+    _read_tensors,
+    finite,
+    write_folder,
+)
 
 # The settings that belong to a classifier and not to the run that trained it.
 SAVED = (
@@ -82,7 +90,9 @@ def save_classifier(folder, c, tokenizer, s, weights, last_layers):
     if s.task == "texts" and c.family == "modernbert":
         keys["classifier_pooling"] = s.pooling
     last_layers = {key.replace("linear.", layer): t for key, t in last_layers.items()}
-    write_folder(folder, c, weights, (last_layers, keys))
+    # any class of transformers would fill a last layer that it misses with random numbers
+    files = "model" if name else OURS_ALONE
+    write_folder(folder, c, weights, (last_layers, keys), files)
     tokenizer.save_pretrained(folder)
     notes = {key: getattr(s, key) for key in SAVED} | {"transformers": name, "problem": problem}
     write_json(notes, folder, "nanoembed_classifier.json")
@@ -93,7 +103,8 @@ def read_classifier(folder, s=None):
     folder that save_classifier did not write, SystemExit where s has other settings."""
     saved = read_json(folder, "nanoembed_classifier.json")
     if not saved:
-        raise ValueError(f"{folder}: no nanoembed_classifier.json: no classifier saved by us")
+        raise ValueError(f"{folder}: no nanoembed_classifier.json: no classifier saved by us, such "
+                         "as train_classifier.py makes")
     saved.setdefault("max_length", saved.get("max_seq_len"))  # its name in earlier versions
     changed = {key: saved[key] for key in SAVED if s and saved[key] != getattr(s, key)}
     if changed:

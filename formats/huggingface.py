@@ -101,6 +101,7 @@ KEYS = {
 }  # fmt: skip
 
 OURS = ("out", "data", "models", "configs", "runs")  # folders here, never owners on the hub
+OURS_ALONE = "nanoembed"  # weights of a classifier that transformers would fill up at random
 CLASSIFIERS = ("score.", "classifier.", "linear.")  # the last layer of a classifier's folder
 
 
@@ -254,10 +255,11 @@ def interleave_qkv(name, w, c, back):
     return w.reshape(*shape, c.head_dim, -1).transpose(0, 1).reshape(w.shape)
 
 
-def write_folder(folder, c, state, classifier=None):
+def write_folder(folder, c, state, classifier=None, weights="model"):
     """`state`: our names -> tensors, of any device. Writes config.json and safetensors.
     `classifier`: (tensors by transformers' names, keys of config.json) of a ...Classification
-    model, whose other names are those of a model with a head."""
+    model, whose other names are those of a model with a head. weights: what the files' names begin
+    with; those that begin otherwise than "model" no class of transformers loads."""
     bare = c.head == "none" and not classifier
     last_layers, keys = classifier or ({}, {})
     out = dict(last_layers)
@@ -272,7 +274,8 @@ def write_folder(folder, c, state, classifier=None):
     os.makedirs(folder, exist_ok=True)
     if c.family == "neobert":  # which transformers loads with trust_remote_code=True
         shutil.copy(Path(__file__).with_name("modeling_neobert.py"), folder)
-    save_torch_state_dict(out, folder, max_shard_size="5GB", metadata={"format": "pt"})
+    save_torch_state_dict(out, folder, filename_pattern=weights + "{suffix}.safetensors",
+                          max_shard_size="5GB", metadata={"format": "pt"})  # fmt: skip
     dtype = str(state["embed.weight"].dtype).removeprefix("torch.")
     write_json(config_to_hf(c) | {"dtype": dtype} | keys, folder, "config.json")
 
@@ -292,7 +295,8 @@ def newest_model(folder):
     # a save that is under way, or was killed, has a dot in front: glob leaves such names out
     found = [path for name in files for path in glob(f"*[0-9]/{name}", root_dir=folder)]
     if not found:
-        raise FileNotFoundError(f"{folder}: no config.json, and no checkpoint such as step500")
+        raise FileNotFoundError(f"{folder}: no config.json, and no checkpoint such as step500: "
+                                "expected a model's folder, or the out_dir of a run")
     newest = max(map(os.path.dirname, found), key=lambda n: int(re.search(r"\d+$", n)[0]))
     return os.path.join(folder, newest)
 
@@ -368,7 +372,8 @@ def finite(tensor, name, folder):
 def _read_tensors(folder):
     """{name: function that reads it} from safetensors, one file or sharded, or an old .bin."""
     readers, folder = {}, Path(folder)
-    paths = list(folder.glob("model*.safetensors")) or folder.glob("pytorch_model*.bin")
+    names = "model*.safetensors", f"{OURS_ALONE}*.safetensors", "pytorch_model*.bin"
+    paths = next(filter(None, (list(folder.glob(name)) for name in names)), [])
     for path in paths:
         readers |= open_tensors(path)
     if not readers:

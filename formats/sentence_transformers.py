@@ -25,6 +25,7 @@ PROJECTION = "1_Dense/model.safetensors"
 SETTINGS = {  # of nanoembed.json
     "pooling": str, "prompts": dict, "normalize": bool, "max_length": int,
     "pool_instruction": bool, "pool_bos": bool, "doc_max_length": int, "instructions": dict,
+    "token_scores": bool,
 }  # fmt: skip
 
 POOLINGS = {  # newer versions of sentence-transformers write "cls", "mean" and "weightedmean"
@@ -156,7 +157,8 @@ def read_settings(folder):
     if settings := read_json(folder, "nanoembed.json"):
         where = f"{folder}/nanoembed.json"
         # older files lack these
-        settings = dict(pool_bos=True, doc_max_length=None, instructions={}) | settings
+        missing = dict(pool_bos=True, doc_max_length=None, instructions={}, token_scores=False)
+        settings = missing | settings
         for key, kind in (SETTINGS | {"template": dict}).items():
             if key != "doc_max_length" or settings[key] is not None:
                 require(settings, key, kind, where, 0)

@@ -171,9 +171,9 @@ def assert_close(got, want, folder, weights=1e-3, **columns):
 def assert_compared(printed, out_dir, step, *names):
     """A run ends with the scores of step 0 and of the saved folder, which are those logged there.
     """
-    [line] = re.findall(rf"{out_dir}/step{step} loaded again, before -> after.*", printed)
+    [line] = re.findall(rf"{out_dir}/step{step} loaded again, before -> after.*\n.*", printed)
     for name in names:
-        before, after = map(float, re.search(rf"[ ,]{name} (\S+) -> ([^\s,]+)", line).groups())
+        before, after = map(float, re.search(rf"[ \n]{name} (\S+) -> ([^\s,]+)", line).groups())
         logged = losses(out_dir, f"eval_{name}")
         assert before == pytest.approx(logged[0], rel=1e-3), name
         assert after == pytest.approx(logged[step], rel=1e-3), name

@@ -29,6 +29,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 import checkpoint
 import common
 import optim
+from formats import write_json
 from harness import ROOT, raises, run_ranks
 from tools import plot
 
@@ -184,7 +185,8 @@ def test_help_prints_docstring_and_defaults(run, capsys):
 def test_saved_config_runs_again(run, tmp_path, capsys):
     args = ["--out_dir=it's", "--clip=0.5", "--betas=(0.1, 1e-30)", "--compile=True", "--scale=3"]
     config = run(*args)["config"]
-    assert "*compile=True" in capsys.readouterr().out
+    printed = capsys.readouterr().out  # what is not the default, and nothing else
+    assert "compile=True" in printed and "max_steps" not in printed
     common.save_config(config, tmp_path / "saved.py")
     assert run("saved.py")["config"] == config
     assert run("saved.py", "--scale=4")["config"] == config | {"scale": 4.0}
@@ -415,6 +417,36 @@ def test_log_line_and_csv(tmp_path, capsys, monkeypatch):
     assert float(two["loss"]) == 2.3456 and two["eval_loss"] == "" and float(two["eta"]) == 88.0
     assert float(three["eval_loss"]) == 1 / 3 and three["loss"] == "" and one["mfu"] == ""
     raises(KeyError, "los", log, 121, {"los": 1.0})
+
+
+def test_what_a_run_will_not_do_is_said(tmp_path, capsys):
+    s = dict(out_dir=str(tmp_path), stop_step=9, tracker="", dry_run=False, patience=0, rank=0)
+    for data, interval in (("", 5), ("val.jsonl", 0), ("val.jsonl", 5)):
+        given = dict(keep_best=True, save_interval=10, eval_interval=interval, eval_data=data)
+        common.open_log(types.SimpleNamespace(**s, **given, config=given), ["loss"])
+        said = capsys.readouterr().out
+        assert ("keep_best and patience do nothing" in said) == (not data or not interval)
+        assert "save_interval=10 is beyond this run" in said
+
+
+def test_errors_about_what_is_missing_say_what_makes_it(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for path, said in {
+        "data/pydocs/train.jsonl": "First: python data/pydocs/prepare.py",
+        "models/SmolLM2-135M-Instruct": "First: python data/smollm2/prepare.py",
+        "out/clm_pydocs_tiny/step3": "The first lines of configs/clm_pydocs_tiny.py",
+        "my/train.jsonl": "the form of its lines",
+    }.items():
+        assert said in common.made_by(path)
+    assert common.made_by("nowhere/model") == ""
+
+
+def test_loading_code_computes_in_fp32(tmp_path):
+    write_json({"model_type": "SentenceTransformer"}, tmp_path / "final",
+               "config_sentence_transformers.json")  # fmt: skip
+    for dtype, more in (("float32", ""), ("bfloat16", ", model_kwargs={'dtype': 'float32'}")):
+        write_json({"dtype": dtype}, tmp_path / "final", "config.json")
+        assert common.loading_code(str(tmp_path)).endswith(f"'{tmp_path}/final'{more})")
 
 
 def test_resumed_log_is_cut_back(tmp_path):

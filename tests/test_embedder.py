@@ -238,6 +238,13 @@ def test_order_and_odd_texts():
     raises(TypeError, "a list of texts, not one string", ours.encode, "the cat")
 
 
+@pytest.mark.parametrize(("tokens", "suffix", "told"), [
+    ("bare", "", True), ("eos", "", False), ("bare", "</s>", False)])  # fmt: skip
+def test_last_pooling_without_an_end_token_is_told(tokens, suffix, told, capsys):
+    make("qwen3", tokens, pooling="last", template=Template("", suffix))
+    assert ("no end token" in capsys.readouterr().out) == told
+
+
 def test_training_and_encoding_agree():
     ours = make("modernbert", "encoder", template=CHAT)
     ours.encode(TEXTS)  # what it leaves in caches must serve training, too

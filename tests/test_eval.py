@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -509,7 +510,11 @@ def test_script(tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["model"] for row in results["rows"]] == [f"st:{tmp_path}/st", "bm25", "random"]
     assert results["mteb"] == mteb.__version__
-    assert (tmp_path / "out" / "results.md").read_text() in printed
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert f"| st:{tmp_path}/st |" in table and table not in printed  # too wide for a screen
+    assert f"A: st:{tmp_path}/st\nB: bm25\nC: random\n| task | metric " in printed
+    cells = re.search(r"\| \w+ +\| ndcg_at_10 \|.*", printed)[0].split()
+    assert cells[5::2] == [f"{100 * row['score']:.2f}" for row in results["rows"]]
     assert results["rows"][0]["score"] == pytest.approx(expected, abs=1e-4)
     # and what compares several runs
     paths = [f"{tmp_path}/out/results.json"] * 2

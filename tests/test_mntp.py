@@ -333,7 +333,7 @@ def test_two_ranks_equal_one(tiny, tmp_path):
 def test_show_batch_and_dry_run(tiny, unbroken, tmp_path):
     shown, dry = harness.shown_and_dry(SCRIPT, tiny, unbroken, tmp_path)
     assert "--- text 1:" in shown and "[MASK]" in shown and "\033[7m" in shown
-    assert re.search(r"s/step, [\d,.]+ tok/s, peak .* device_batch_tokens up to .* fits", dry)
+    assert re.search(r"(?s)s/step, [\d,.]+ tok/s, peak .* device_batch_tokens up to .* fits", dry)
 
 
 def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path):

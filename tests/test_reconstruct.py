@@ -367,7 +367,7 @@ def test_show_batch_and_dry_run(tiny, unbroken, tmp_path):
     shown, dry = harness.shown_and_dry(SCRIPT, tiny, unbroken, tmp_path)
     assert "<document 0>[CLS]tan" in shown and "--- document 3:" in shown
     assert re.search(r"<query 1>\[CLS\]tan\x1b\[7m .* mos\[SEP\]\x1b\[0m", shown)
-    assert re.search(r"s/step, .* ex/s, .* peak memory .* GB; .* [\d,]+ fits", dry)
+    assert re.search(r"(?s)s/step, .* ex/s, .* peak memory .* GB;.* [\d,]+ fits", dry)
 
 
 def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path):

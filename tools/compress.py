@@ -52,7 +52,7 @@ def keep(scores, spans, passage, ratio, unit="words", neighbours=0):
     """
     if not ratio >= 1 or neighbours < 0:
         raise ValueError(f"expected {ratio=} >= 1 and {neighbours=} >= 0")
-    left = math.ceil(len(scores) / ratio)
+    left = math.ceil(len(scores) / ratio - 1e-9)  # n / (n / 3) may be more than 3
     units = units_of(passage, spans, unit)
     if min((end - first for first, end, _ in units), default=0) > left:
         units = units_of(passage, spans, "tokens")
@@ -80,13 +80,34 @@ def text_of(passage, spans):
     return text
 
 
+def keep_counted(tokenizer, scores, spans, passage, ratio, unit="words", neighbours=0):
+    """`keep`, of as many tokens that the text that comes out has no more of them than
+    ceil(the passage's / ratio) -> (kept spans, (tokens of that text, of the passage)).
+
+    The tokens of a text are not those of its pieces: a space between two words that are kept may
+    be a token, and a word that follows another one than before be split otherwise. So fewer are
+    kept until it is short enough."""
+
+    def count(text):
+        return len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+    n, total = math.inf, count(passage)
+    left, limit = math.ceil(len(scores) / ratio), math.ceil(total / ratio)
+    while n > limit:
+        kept = keep(scores, spans, passage, len(scores) / left if left > 0 else math.inf, unit,
+                    neighbours)  # fmt: skip
+        n = count(text_of(passage, kept))
+        left -= max(1, n - limit)
+    return kept, (n, total)
+
+
 def compress_text(
     embedder, query, passage, ratio, unit="words", neighbours=0, window=0, overlap=0
 ):  # fmt: skip
     """-> (kept text, kept spans [[start, end], ..]): the 1/ratio of a passage's tokens that matter
-    most for a query, in order; see `keep`, and `score_tokens` for windows."""
-    scores, of_tokens = score_tokens(embedder, [query], passage, window, overlap)
-    kept = keep(scores[0], of_tokens, passage, ratio, unit, neighbours)
+    most for a query, in order; see `keep_counted`, and `score_tokens` for windows."""
+    (scores,), spans = score_tokens(embedder, [query], passage, window, overlap)
+    kept, _ = keep_counted(embedder.tokenizer, scores, spans, passage, ratio, unit, neighbours)
     return text_of(passage, kept), kept
 
 
@@ -111,11 +132,12 @@ h1 { font-size: 1.4rem; line-height: 1.3 }
 """
 
 
-def page(query, passage, scores, of_tokens, kept, gold=()):
+def page(query, passage, scores, of_tokens, kept, counts, gold=()):
     """The passage as a heat map of its tokens' scores: one page of HTML that needs no other file.
 
     The ground of a token is the stronger, the higher its score: 10 steps from the median to the
-    best. Kept characters are bold, the others grey; gold spans are underlined.
+    best. Kept characters are bold, the others grey; gold spans are underlined. counts: how many
+    tokens the kept text has, and the passage.
     """
     heat = np.full(len(passage) + 1, -1)  # [characters], the step of each
     low, high = np.median(scores), scores.max()
@@ -130,8 +152,7 @@ def page(query, passage, scores, of_tokens, kept, gold=()):
         step, bold, underlined = state[:, start].tolist()
         names = [f"h{step}"] * (step > 0) + ["k"] * bold + ["g"] * underlined
         parts.append(f'<span class="{" ".join(names)}">{escape(passage[start:end])}</span>')
-    n_kept = sum(in_kept[start:end].any() for start, end in of_tokens)
-    facts = f"{n_kept:,} of {len(scores):,} tokens kept"
+    facts = "{:,} of {:,} tokens kept".format(*counts)
     facts += f"; of the gold {share_of(kept, gold):.0%}" if gold else ""
     ground = "".join(f".h{i} {{ background: rgb(var(--heat) / {i / 14:.2f}) }}" for i in range(10))
     legend = "<span class=k>bold: kept</span>, <span class=h9>ground: score</span>"
