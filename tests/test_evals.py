@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -271,7 +272,12 @@ def test_pseudo_perplexity_equals_transformers(family, folders, toy_tokens, tmp_
 
 
 # ---- an evaluation of all checkpoints ----
-def test_revisions_run_an_evaluation_once_for_each_checkpoint(toy_tokens, tmp_path, capsys):
+def test_revisions_run_an_evaluation_once_for_each_checkpoint(toy_tokens, tmp_path, monkeypatch):
+    def in_this_process(argv, check):
+        assert argv[:2] == [sys.executable, "-m"] and check
+        harness.execute([os.path.join(harness.ROOT, *argv[2].split(".")) + ".py", *argv[3:]])
+
+    monkeypatch.setattr(revisions.subprocess, "run", in_this_process)
     config = harness.write_config(
         tmp_path, data=toy_tokens, model_size="modernbert-tiny", vocab_size=512, max_seq_len=64,
         batch_tokens=128, device_batch_tokens=128, max_steps=2, eval_interval=0, save_interval=1,

@@ -91,8 +91,11 @@ def test_kernels_are_called_by_their_signatures(monkeypatch):
     inspect.signature(A.varlen_attn).bind(*range(7), window_size=(-1, 0), **GROUPED)
 
 
+SLOW_QWEN3 = pytest.param("qwen3-tiny", marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-@pytest.mark.parametrize("size", ["modernbert-tiny", *["qwen3-tiny"] * bool(GROUPED)])
+@pytest.mark.parametrize("size", ["modernbert-tiny", *[SLOW_QWEN3] * bool(GROUPED)])
 def test_a_block_is_one_graph_whatever_the_lengths(size, device, varlen_on_cpu):
     """fullgraph: without a break. Training with checkpoints, and evaluation, against sdpa without
     a compiler; texts reach beyond the window of 64."""

@@ -842,7 +842,7 @@ def test_checkpointing_changes_nothing(family, dropout):
 
 @pytest.mark.parametrize("family, compiler", [
     # the compiler's front half, which needs no C compiler: what is recompiled shows here
-    ("modernbert", "aot_eager"), ("qwen3", "aot_eager"),
+    ("modernbert", "aot_eager"), pytest.param("qwen3", "aot_eager", marks=pytest.mark.slow),
     pytest.param("modernbert", "inductor", marks=pytest.mark.slow),
     pytest.param("llama", "inductor", marks=pytest.mark.slow)])  # fmt: skip
 def test_compiled_blocks_change_nothing_and_are_compiled_once(family, compiler):

@@ -1,9 +1,8 @@
 """tools/verify.py: it passes on every family, and fails where the code or a folder is broken."""
 
 import math
+import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import attention as A
 import formats.huggingface as HF
+import harness
 import model as M
 from conftest import ROOT
 from embedder import Embedder
@@ -154,9 +154,10 @@ def test_verify_fails_on_names_that_transformers_does_not_know(folders, tmp_path
     assert figures["save -> reload"].count("Wo.weight") == 3
 
 
-def test_command(folders, broken):
+def test_command(folders, broken, capsys):
     write_json(read_json(broken, "config.json") | {"vocab_size": 500}, broken, "config.json")
-    command = [sys.executable, "-m", "tools.verify", broken]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 1 and "FAIL     the weights are read" in run.stdout, run.stdout
-    assert "0 passed, 1 failed, 0 skipped" in run.stdout and verify.main(folders["qwen3"]) == 0
+    with pytest.raises(SystemExit) as ended:
+        harness.execute([os.path.join(ROOT, "tools", "verify.py"), str(broken)])
+    out = capsys.readouterr().out
+    assert ended.value.code == 1 and "FAIL     the weights are read" in out
+    assert "0 passed, 1 failed, 0 skipped" in out and verify.main(folders["qwen3"]) == 0
