@@ -42,11 +42,12 @@ def permuted(index, n, seed, epoch):
 
 def rows_of_step(step, rows_per_step, n_rows, seed):
     """(epoch, row) of the global batch of `step`, which counts from 0: int64 [rows_per_step] each.
-    The endless sequence is epoch 0's permutation of the rows, then epoch 1's, and so on."""
+    The endless sequence is epoch 0's permutation of the rows, then epoch 1's, and so on; seed None:
+    the rows as they stand."""
     if n_rows < 1:
         raise ValueError("not one whole row of tokens: lower max_seq_len or prepare more text")
     position = step * rows_per_step + np.arange(rows_per_step, dtype=np.int64)
     epoch, row = np.divmod(position, n_rows)
-    for e in range(epoch[0], epoch[-1] + 1):
+    for e in range(epoch[0], epoch[-1] + 1) if seed is not None else ():
         row[epoch == e] = permuted(row[epoch == e], n_rows, seed, e)
     return epoch, row

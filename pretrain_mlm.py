@@ -111,7 +111,8 @@ seed = 1337  # >= 0 and < 1e18
 # look, and do not train
 dry_run = False  # two steps: memory, speed, time of the whole run, largest device_batch_tokens
 show_batch = False  # print the first row as a reader wants it
-dump_data_order = False  # write (input_ids, step) of the whole run to out_dir as .npy
+# (from, to): write (input_ids, step) of these steps to out_dir as .npy; data/order trains on them
+dump_data_order: tuple[int, ...] = ()  # >= 0
 
 
 # ---- objective ----
@@ -265,7 +266,7 @@ if __name__ == "__main__":
         if math.isfinite(loss + gnorm):
             optim.update(optimizers, lr)
         else:
-            rows = rows_of_step(step, s.rows_per_step, s.n_rows, s.seed)[1]
+            rows = rows_of_step(step, s.rows_per_step, s.n_rows, s.order_seed)[1]
             message = f"Rows of {s.data}/train.bin: {common.shown(rows.tolist())}"
             common.bad_step(s, step, loss, gnorm, message)
         model.zero_grad(set_to_none=True)

@@ -50,7 +50,8 @@ def make_batch(file, rows, epochs, corrupt, s, seed=None):
 
 def set_rows(file, s):
     """Adds to the settings how many rows the file has (n_rows), a step (rows_per_step), a forward
-    (rows_per_batch), and how many forwards a step (n_micro). SystemExit where they do not fit."""
+    (rows_per_batch), how many forwards a step (n_micro), and the seed of the rows' order (None: as
+    they stand). SystemExit where they do not fit."""
     s.n_rows = len(file.tokens) // s.max_seq_len
     s.rows_per_step = s.batch_tokens // s.max_seq_len
     s.rows_per_batch = s.device_batch_tokens // s.max_seq_len
@@ -60,6 +61,11 @@ def set_rows(file, s):
         raise SystemExit(f"device_batch_tokens={s.device_batch_tokens} must be a multiple of {row}")
     if s.n_rows == 0:
         raise SystemExit(f"{s.data}: {len(file.tokens)} tokens are no row of {row}")
+    published = file.meta.get("order")  # of a run whose order this one repeats: data/order
+    s.order_seed = None if published else s.seed
+    ours = {"max_seq_len": s.max_seq_len, "rows_per_step": s.rows_per_step}
+    if published and published != ours:
+        raise SystemExit(f"{s.data} has the order of a run with {published}, this one has {ours}")
 
 
 def describe_run(file, s):
@@ -89,7 +95,7 @@ def open_val(file, s):
 def train_batches(file, first_step, corrupt, s):
     """For each step, the list of this rank's micro-batches: every world_size-th row of the step."""
     for step in range(first_step, s.stop_step):
-        order = rows_of_step(step, s.rows_per_step, s.n_rows, s.seed)
+        order = rows_of_step(step, s.rows_per_step, s.n_rows, s.order_seed)
         epochs, rows = (x[s.rank :: s.world_size] for x in order)
         parts = [slice(i, i + s.rows_per_batch) for i in range(0, len(rows), s.rows_per_batch)]
         yield [make_batch(file, rows[part], epochs[part], corrupt, s) for part in parts]
@@ -118,7 +124,7 @@ def evaluate(model, file, n_rows, corrupt, s, mask_prob=None):
 def show_first_row(file, corrupt, s, tokenizer, mark=True):
     """Prints the first row of the run as a reader wants it: the texts and their borders. With mark,
     each token at whose place an answer is read stands inverted, the answer behind it."""
-    epochs, rows = rows_of_step(0, 1, s.n_rows, s.seed)
+    epochs, rows = rows_of_step(0, 1, s.n_rows, s.order_seed)
     batch = make_batch(file, rows, epochs, corrupt, s)
     answers = dict(zip(batch.rows.tolist(), batch.targets.tolist()))
     places = iter(range(s.max_seq_len))
@@ -133,15 +139,20 @@ def show_first_row(file, corrupt, s, tokenizer, mark=True):
 
 
 def write_data_order(file, s):
-    """data_order_input_ids.npy [rows, max_seq_len] and data_order_step.npy [rows] in out_dir: each
-    row of the run and the step (from 0) that trains on it, as Ettin publishes them."""
+    """order_FROM-TO_input_ids.npy [rows, max_seq_len] and order_FROM-TO_step.npy [rows] in out_dir:
+    each row of these steps of the run (from 0, TO is the first that is not in it) and the step that
+    trains on it, as Ettin publishes them."""
+    first, end = s.dump_data_order if len(s.dump_data_order) == 2 else (0, 0)
+    if not 0 <= first < end <= s.stop_step:
+        raise SystemExit(f"dump_data_order={s.dump_data_order}: expected (from, to) of steps, "
+                         f"0 <= from < to <= {s.stop_step}")  # fmt: skip
     os.makedirs(s.out_dir, exist_ok=True)
-    path, n = os.path.join(s.out_dir, "data_order_"), s.rows_per_step
-    shape = s.stop_step * n, s.max_seq_len
+    path, n = os.path.join(s.out_dir, f"order_{first}-{end}_"), s.rows_per_step
+    shape = (end - first) * n, s.max_seq_len
     ids = np.lib.format.open_memmap(path + "input_ids.npy", "w+", file.tokens.dtype, shape)
-    np.save(path + "step.npy", np.arange(s.stop_step).repeat(n))
-    for step in tqdm(range(s.stop_step), desc="data order", unit="step"):
-        rows = rows_of_step(step, n, s.n_rows, s.seed)[1]
-        for i, row in enumerate(rows, start=step * n):
+    np.save(path + "step.npy", np.arange(first, end).repeat(n))
+    for step in tqdm(range(first, end), desc="data order", unit="step"):
+        rows = rows_of_step(step, n, s.n_rows, s.order_seed)[1]
+        for i, row in enumerate(rows, start=(step - first) * n):
             ids[i] = read_row(file, row, s.max_seq_len)[0]
     print(f"wrote {path}input_ids.npy {shape} and {path}step.npy")

@@ -58,13 +58,15 @@ def write_tokens(folder: str, split: str, docs, vocab_size: int) -> dict:
     return {"docs": n_docs, "tokens": n_tokens}
 
 
-def write_meta(folder: str, tokenizer, name: str, splits: dict):
+def write_meta(folder: str, tokenizer, name: str, splits: dict, order: dict | None = None):
     """Save the tokenizer in folder/tokenizer and then, as the sign of a whole folder, meta.json.
 
-    `name` says where the tokenizer is from; `splits` is {split: what write_tokens returned}.
+    `name` says where the tokenizer is from; `splits` is {split: what write_tokens returned}; order:
+    {"max_seq_len", "rows_per_step"} where the rows are those of a run, in its order.
     """
     tokenizer.save_pretrained(os.path.join(folder, "tokenizer"))
     meta = _facts(tokenizer, folder) | {"tokenizer": name, "splits": splits}
+    meta |= {"order": order} if order else {}
     path = os.path.join(folder, "meta.json")
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         json.dump(meta, f, indent=1)

@@ -265,7 +265,7 @@ if __name__ == "__main__":
         if math.isfinite(loss + gnorm):
             optim.update(optimizers, lr)
         else:
-            rows = rows_of_step(step, s.rows_per_step, s.n_rows, s.seed)[1]
+            rows = rows_of_step(step, s.rows_per_step, s.n_rows, s.order_seed)[1]
             message = f"Rows of {s.data}/train.bin: {common.shown(rows.tolist())}"
             common.bad_step(s, step, loss, gnorm, message)
         model.zero_grad(set_to_none=True)

@@ -66,7 +66,9 @@ def settings(**changes):
     keys = dict(objective="mlm", max_seq_len=64, mask_prob=0.3, mask_all=False, mask_id=3, seed=5,
                 n_rows=20, ordinary=np.arange(4, 512), rows_per_step=4, rows_per_batch=4, rank=0,
                 world_size=1, stop_step=3)  # fmt: skip
-    return SimpleNamespace(**keys | changes)
+    s = SimpleNamespace(**keys | changes)
+    s.order_seed = s.seed
+    return s
 
 
 def test_ranks_share_the_rows_and_masks_of_one_rank(toy_tokens):
@@ -285,10 +287,11 @@ def test_bad_steps_are_forgiven_in_time(capsys):
 
 
 def test_data_order_is_what_the_run_sees(tiny, toy_tokens, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(tiny, tmp_path, "--dump_data_order=True")
-    ids = np.load(tmp_path / "data_order_input_ids.npy")
-    steps = np.load(tmp_path / "data_order_step.npy")
+    for span in ("0,5", "5,8"):
+        with pytest.raises(SystemExit):
+            run(tiny, tmp_path, f"--dump_data_order={span}")
+    ids, steps = (np.concatenate([np.load(tmp_path / f"order_{span}_{name}.npy")
+                  for span in ("0-5", "5-8")]) for name in ("input_ids", "step"))  # fmt: skip
     assert steps.tolist() == [step for step in range(8) for _ in range(6)]
     tokens = open_tokens(toy_tokens, "train")
     s = settings(objective="clm", seed=1337, n_rows=len(tokens.tokens) // 64, rows_per_step=6,
@@ -296,6 +299,30 @@ def test_data_order_is_what_the_run_sees(tiny, toy_tokens, tmp_path, capsys):
     for step, batches in enumerate(train_batches(tokens, 0, corrupt, s)):
         seen = torch.cat([batch.inputs for batch in batches]).view(6, 64)
         assert (ids[steps == step] == seen.numpy()).all()
+    harness.assert_refused("expected (from, to) of steps, 0 <= from < to <= 8", SCRIPT, tiny,
+                           tmp_path, "--dump_data_order=5,9")  # fmt: skip
+
+    # token files of that order, ours and as parquet: the batches of the run, its texts' borders too
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    rows = pyarrow.table({"input_ids": ids.tolist(), "step": steps})
+    write_table(rows, tmp_path / "rows.parquet")
+    for name, pattern in (("a", "order_*_input_ids.npy"), ("b", "rows.parquet")):
+        harness.execute([os.path.join(harness.ROOT, "data", "order", "prepare.py"), "--input",
+                         str(tmp_path / pattern), "--tokenizer", f"{toy_tokens}/tokenizer",
+                         "--out", str(tmp_path / name)])  # fmt: skip
+        kept, t = open_tokens(str(tmp_path / name), "train"), SimpleNamespace(**vars(s))
+        t.order_seed, t.n_rows = None, 48
+        for ours, theirs in zip(train_batches(tokens, 0, corrupt, s),
+                                train_batches(kept, 0, corrupt, t), strict=True):  # fmt: skip
+            assert torch.equal(ours[0].inputs, theirs[0].inputs)
+            assert ours[0].seqs.lengths == theirs[0].seqs.lengths
+    keys = [f"--data={tmp_path / 'a'}", "--max_steps=2", "--eval_interval=0", "--objective=clm"]
+    done = harness.run(SCRIPT, tiny, tmp_path / "run", *keys)
+    assert done.s.order_seed is None and done.s.n_rows == 48
+    harness.assert_refused("the order of a run with {'max_seq_len': 64, 'rows_per_step': 6}",
+                           SCRIPT, tiny, tmp_path / "x", *keys, "--batch_tokens=768")  # fmt: skip
 
 
 def test_show_batch_and_dry_run(tiny, unbroken, tmp_path):
