@@ -33,7 +33,7 @@ from common import get_rank, last_good, print0
 MAY_CHANGE = re.compile(
     "learning_rate|min_lr|weight_decay|beta[12]|adam_eps|grad_clip|schedule|(decay|warmup)_.*|"
     "max_steps|max_tokens|num_epochs|stop_step|patience|(eval|log|save)_.*|keep_.*|device_batch_.*|"
-    "attention_backend|dtype|compile|gradient_checkpointing|fsdp|zero1|deterministic|data|tracker|"
+    "attention_backend|dtype|compile.*|gradient_checkpointing|fsdp|zero1|deterministic|data|tracker|"
     "out_dir|checkpoint_prefix|dump_data_order"
 )
 

@@ -453,7 +453,8 @@ def wrap(module, blocks, s):
         # own. Past dynamo's limit of 8 blocks would run uncompiled, with no more than a warning.
         torch._dynamo.config.recompile_limit = 64
         for block in blocks:
-            block.compile()
+            block.compile(backend=getattr(s, "compile_backend", "inductor"),
+                          dynamic=getattr(s, "compile_dynamic", None))  # fmt: skip
     if s.fsdp:
         for block in blocks:
             fully_shard(block)

@@ -103,6 +103,8 @@ tracker = ""  # one of "", wandb, tensorboard
 # device
 dtype = "auto"  # one of auto, bf16, fp32; bf16 by autocast, weights in fp32; auto: if it is fast
 compile = False  # torch.compile of each block
+compile_backend = "inductor"  # one of inductor, cudagraphs, aot_eager, eager
+compile_dynamic: bool | None = None  # code for any shape; None: where one has changed
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, 1/3 slower
 fsdp = ""  # one of "", full; full shards weights, gradients and optimizer state
 zero1 = False  # shard the optimizer state only

@@ -139,6 +139,15 @@ def test_compile_raises_the_limit_past_which_blocks_would_run_uncompiled():
         assert torch._dynamo.config.recompile_limit >= 64
 
 
+def test_keys_choose_the_compiler(monkeypatch):
+    given, s = [], SimpleNamespace(compile=True, fsdp="", world_size=1)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **more: given.append(more))
+    common.wrap(None, [torch.nn.Linear(2, 2)], s)
+    s.compile_backend, s.compile_dynamic = "aot_eager", True
+    common.wrap(None, [torch.nn.Linear(2, 2)], s)
+    assert given == [dict(backend="inductor", dynamic=None), dict(backend="aot_eager", dynamic=True)]
+
+
 def test_move_pins_what_a_gpu_copies_and_keeps_the_rest(monkeypatch):
     """Tensors of lists and dataclasses; lists of numbers stay as they are."""
     pinned, copies, seqs = [], [], make_seqs([2, 3])
