@@ -20,6 +20,7 @@ from huggingface_hub import HfApi
 
 from common import loading_code
 from formats import read_json
+from formats.huggingface import OURS
 
 CARD = """---
 library_name: {library}
@@ -71,9 +72,10 @@ def card(folder, repo, number, count):
         library = "sentence-transformers"
     elif os.path.exists(f"{folder}/adapter_config.json"):
         library, start = "peft", read_json(folder, "adapter_config.json")["base_model_name_or_path"]
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", start) and start.split("/")[0] not in OURS
     return CARD.format(
         library=library, tag=tag, repo=repo, number=number, count=count, settings=settings,
-        base=f"base_model: {start}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", start) else "",
+        base=f"base_model: {start}\n" if on_hub else "",
         code=loading_code(out_dir).replace(f"{out_dir}/final", repo).replace(out_dir, repo),
         columns=" | ".join(columns), rule="---|" * len(columns) + "---",
         rows="\n".join(f"| | {line} |" for line in lines),
