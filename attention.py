@@ -46,11 +46,11 @@ def move(x, device):
     has done all that it was given before."""
     if is_dataclass(x):
         return replace(x, **{name: move(part, device) for name, part in vars(x).items()})
-    if type(x) in (list, tuple) and x and type(x[0]) is not int:
+    if type(x) in (list, tuple) and x and type(x[0]) is not int:  # not the lengths, on the host
         return type(x)(move(part, device) for part in x)
     if not torch.is_tensor(x):
         return x
-    if torch.device(device).type != "cuda":
+    if torch.device(device).type != "cuda" or x.is_cuda:
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 

@@ -116,13 +116,18 @@ def _read_state(folder):  # mmap: the ranks of a host share the pages
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def load_state(last, optimizers, first=""):
+def load_moments(folder, optimizers, s):
+    """A new run's optimizers begin with the state of a checkpoint of an earlier one."""
+    state = _read_state(folder)
+    if (then := state["config"].get("optimizer")) != s.optimizer:
+        raise SystemExit(f"init_state=True: {folder} has {then}'s state, not {s.optimizer}'s")
+    load_optimizer_state(optimizers, state["optimizers"])
+    print0(f"the optimizer goes on from {folder}")
+
+
+def load_state(last, optimizers):
     """-> (step, best) of a checkpoint, its optimizer state loaded; of a run that begins, too. best:
-    the lowest evaluation loss so far, and the checkpoint that has it. first: the checkpoint that a
-    new run takes its optimizer state from, "" for none."""
-    if not last and first:
-        load_optimizer_state(optimizers, _read_state(first)["optimizers"])
-        print0(f"the optimizer goes on from {first}")
+    the lowest evaluation loss so far, and the checkpoint that has it."""
     if not last:
         return 0, {"loss": math.inf, "folder": ""}
     state = _read_state(last)

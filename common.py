@@ -81,8 +81,8 @@ def _fits(value, rule):
 
 def _accept(key, value, kinds, item, rule):
     """The value in a type the key takes. Converted are an int to float, a list to a tuple, and one
-    string to a tuple of strings. kinds, item: types of the value, and of a tuple's items."""
-    if type(value) is str is item:
+    string or int to a tuple of it. kinds, item: types of the value, and of a tuple's items."""
+    if type(value) is item and item in (str, int):
         value = (value,)
     for kind, wanted in ((int, float), (list, tuple)):
         if type(value) is kind and kind not in kinds and wanted in kinds:

@@ -166,8 +166,12 @@ if __name__ == "__main__":
     s = common.start(common.configure(globals()))
     if s.lora_rank and s.init_from == "scratch":
         raise SystemExit("LoRA needs a base in init_from, not 'scratch'")
-    if s.init_state and s.init_from == "scratch":
-        raise SystemExit("init_state=True needs a checkpoint in init_from, not 'scratch'")
+    if s.init_state and (s.init_from == "scratch" or s.lora_rank):
+        raise SystemExit("init_state=True needs a checkpoint in init_from, and no LoRA")
+    for key in ("keep_models", "keep_states"):
+        if getattr(s, key) % s.save_interval:
+            raise SystemExit(f"{key}={getattr(s, key)} is no multiple of save_interval="
+                             f"{s.save_interval}: of which checkpoints?")  # fmt: skip
     if s.zero1 and (s.fsdp or s.optimizer == "muon"):
         raise SystemExit("zero1 goes with adamw and stable_adamw, and not with fsdp")
     if s.fsdp and s.optimizer == "muon":
@@ -216,7 +220,9 @@ if __name__ == "__main__":
     wrapped = common.wrap(model, model.blocks, s)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = optim.make_optimizers(model, s, s.optimizer, s.zero1, s.decay_all)
-    step, best = checkpoint.load_state(last, optimizers, base if s.init_state else "")
+    step, best = checkpoint.load_state(last, optimizers)
+    if s.init_state and not last:
+        checkpoint.load_moments(base, optimizers, s)
 
     def save():
         weights = checkpoint.full_state_dict(model)

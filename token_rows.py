@@ -141,7 +141,7 @@ def show_first_row(file, corrupt, s, tokenizer, mark=True):
 def write_data_order(file, s):
     """order_FROM-TO_input_ids.npy [rows, max_seq_len] and order_FROM-TO_step.npy [rows] in out_dir:
     each row of these steps of the run (from 0, TO is the first that is not in it) and the step that
-    trains on it, as Ettin publishes them."""
+    trains on it, the columns of Ettin's."""
     first, end = s.dump_data_order if len(s.dump_data_order) == 2 else (0, 0)
     if not 0 <= first < end <= s.stop_step:
         raise SystemExit(f"dump_data_order={s.dump_data_order}: expected (from, to) of steps, "

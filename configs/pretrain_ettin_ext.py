@@ -21,6 +21,4 @@ decay_shape = "sqrt"
 decay_ratio = 1.0
 init_state = True  # with empty moments StableAdamW's first updates are as large as the rate
 warmup_tokens = 0
-keep_models = 3300  # about 8.5B tokens
-keep_states = 33_000
 min_lr = learning_rate / 2

@@ -22,14 +22,14 @@ from tqdm import tqdm
 
 import common
 from attention import make_seqs
-from formats import write_json
+from formats import read_json, write_json
 from formats.huggingface import from_pretrained, resolve_folder
 from tokenizer import check_tokenizer
 from tokens import open_tokens, tokenizer_of
 
 # ---- defaults ----
 out_dir = "out/pseudo_perplexity"  # like .+
-model = ""  # a model folder, an out_dir or a hub id owner/name[@revision]
+model = ""  # a model's folder, an out_dir or a hub id owner/name[@revision]; no adapter
 data = "data/pydocs"  # a folder of val.bin, meta.json, tokenizer/: see data/*/prepare.py
 lengths: tuple[int, ...] = (128, 256, 512, 1024)  # >= 2; in tokens
 n_texts = 50  # >= 1; of each length, drawn from the seed
@@ -68,10 +68,12 @@ if __name__ == "__main__":
     s = SimpleNamespace(**common.configure(globals()))
     if not s.model:
         raise SystemExit("give --model=...")
-    s.rank, s.world_size, _, device = common.setup_distributed()
+    device = common.setup_distributed()[3]
     file, tokenizer = open_tokens(s.data, "val"), tokenizer_of(s.data)
-    dtype = common.dtype_of(s.dtype, device)
-    model = from_pretrained(resolve_folder(s.model), dtype=dtype).to(device).eval()
+    dtype, folder = common.dtype_of(s.dtype, device), resolve_folder(s.model)
+    if read_json(folder, "mntp.json"):
+        raise SystemExit(f"{folder} is of train_mntp.py, read one place before the masked token")
+    model = from_pretrained(folder, dtype=dtype).to(device).eval()
     check_tokenizer(tokenizer, model.config.vocab_size)
     if not model.config.causal and tokenizer.mask_token_id is None:
         raise SystemExit(f"{s.data}: its tokenizer has no mask token")
@@ -97,8 +99,9 @@ if __name__ == "__main__":
                 model, ids, places, tokenizer.mask_token_id, s.device_batch_tokens
             )
             count += len(places)
-        value = math.exp(total / count) if count else math.nan
+        value = math.exp(total / count) if count else None
         rows.append({"length": length, "texts": len(documents), "tokens": count, "value": value})
-        print(f"{length:6,} tokens: {value:10.2f}   {len(documents)} texts, {count:,} predictions")
+        print(f"{length:6,} tokens: {value or math.nan:10.2f}   {len(documents)} texts, "
+              f"{count:,} predictions")  # fmt: skip
     name = "perplexity" if model.config.causal else "pseudo-perplexity"
     write_json({"model": s.model, "measure": name, "rows": rows}, s.out_dir, "results.json")

@@ -6,8 +6,9 @@ Any evaluation over the checkpoints of a run, or of its phases, as a table and a
     python -m evals.revisions out/x out/x-ext --keys=rows:0:score -- eval_mteb --local=my_tasks
 
 What stands behind the -- is run once for each checkpoint, with its --model= and --out_dir= added,
-but not where its results.json is there already. All numbers of these files go to revisions.csv in
-out_dir, under their places in the file (rows:0:score); those in --keys to revisions.png.
+but not where the results of that very command are there already. All numbers of its results.json
+go to revisions.csv in out_dir, under their places in the file (rows:0:score); those in --keys to
+revisions.png.
 """
 
 import argparse
@@ -19,8 +20,8 @@ import sys
 
 import matplotlib
 
-from formats import read_json
-from tools.publish import checkpoints
+from formats import read_json, write_json
+from formats.huggingface import checkpoints
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -42,10 +43,11 @@ def main(runs, out_dir, keys, command):
     for run in map(os.path.normpath, runs):
         for folder in checkpoints(run):
             step = first + int(re.search(r"\d+$", folder)[0])
-            out = os.path.join(out_dir, os.path.basename(run), os.path.basename(folder))
-            if not os.path.exists(f"{out}/results.json"):
-                added = [f"--model={folder}", f"--out_dir={out}"]
-                subprocess.run([sys.executable, "-m", *command, *added], check=True)
+            out = os.path.join(out_dir, folder.replace(os.sep, "_"))
+            argv = [*command, f"--model={folder}", f"--out_dir={out}"]
+            if read_json(out, "command.json") != {"argv": argv}:
+                subprocess.run([sys.executable, "-m", *argv], check=True)
+                write_json({"argv": argv}, out, "command.json")
             row = {"checkpoint": folder, "step": step}
             rows.append(row | numbers(read_json(out, "results.json")))
         first = step
@@ -76,8 +78,8 @@ if __name__ == "__main__":
     parser.add_argument("--keys", default="", help="places of results.json to plot: rows:0:score")
     parser.add_argument("--out_dir", default="out/revisions")
     argv = sys.argv[1:]
-    if "--" not in argv[:-1]:
+    if "--" not in argv[:-1] and not {"-h", "--help"} & set(argv):
         parser.error("the evaluation stands behind --, as: -- eval_mteb --local=my_tasks")
-    args = parser.parse_args(argv[: argv.index("--")])
+    args = parser.parse_args(argv[: argv.index("--") if "--" in argv else None])
     keys = [key for key in args.keys.split(",") if key]
     main(args.runs, args.out_dir, keys, argv[argv.index("--") + 1 :])

@@ -301,6 +301,14 @@ def newest_model(folder):
     return os.path.join(folder, newest)
 
 
+def checkpoints(out_dir):
+    """The whole checkpoints of a run, in the order of their steps."""
+    found = [os.path.dirname(path) for path in glob(f"{out_dir}/*[0-9]/complete.json")]
+    if not found:
+        raise SystemExit(f"{out_dir}: no checkpoint such as step500 with its complete.json")
+    return sorted(found, key=lambda path: int(re.search(r"\d+$", path)[0]))
+
+
 def pinned(name):
     """The folder that a local name means now: of an out_dir its newest checkpoint, of a link (such
     as out_dir/final) the folder behind it. A hub id stays as it is."""
@@ -339,7 +347,7 @@ def snapshot(repo, revision, patterns):
     for 4 s. Then, as without a network, what an earlier download has left is taken."""
     silent = None
     try:
-        revision = HfApi().repo_info(repo, revision=revision, timeout=4).sha
+        HfApi().repo_info(repo, revision=revision, timeout=4)
     except Exception as error:  # its kinds differ by version
         silent = error
     try:

@@ -5,6 +5,7 @@
 #   bash runs/acerag.sh path/to/qed      # and on QED: a folder with train.jsonl.gz and dev.jsonl.gz
 # Runs that are done are not done again. PYTHON=python bash ... takes your own environment.
 set -euo pipefail
+trap 'exit 130' INT TERM  # a stage that is stopped saves and ends well: the next one must not begin
 cd "$(dirname "$0")/.."
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 python=${PYTHON:-.venv/bin/python}

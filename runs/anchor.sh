@@ -5,6 +5,7 @@
 # questions.jsonl (or .jsonl.gz): lines of {"question", "paragraph"} from another domain, such as
 # the dev part of google-research-datasets/QED. Started again it goes on where it stopped.
 set -euo pipefail
+trap 'exit 130' INT TERM  # a stage that is stopped saves and ends well: the next one must not begin
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 questions=${1:-}

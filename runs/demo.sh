@@ -2,6 +2,7 @@
 # A decoder that continues texts becomes one that finds them: SmolLM2-135M and Python's
 # documentation, on two CPU cores. Where SmolLM2 cannot be had, runs/from_scratch.sh trains a model.
 set -euo pipefail
+trap 'exit 130' INT TERM  # a stage that is stopped saves and ends well: the next one must not begin
 cd "$(dirname "$0")/.."
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 python=.venv/bin/python

@@ -5,6 +5,7 @@
 #   TINY=1 bash runs/ettin.sh                            # data/pydocs, minutes on two cores
 # Killed? Run the same command again: each phase goes on where it stopped.
 set -euo pipefail
+trap 'exit 130' INT TERM  # a stage that is stopped saves and ends well: the next one must not begin
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 size=${SIZE:-ettin-17m} objectives=${OBJECTIVES:-mlm clm}
@@ -18,7 +19,8 @@ if [ -n "${TINY:-}" ]; then
     phase1=(--vocab_size=8192 --max_seq_len=256 --max_steps=250 --max_tokens=None
         --warmup_tokens=20480 --learning_rate=1e-3)
     phase2=(--max_seq_len=1024 --max_steps=100 --max_tokens=None --learning_rate=1e-3)
-    phase3=(--max_seq_len=1024 --max_steps=100 --max_tokens=None --learning_rate=5e-4)
+    phase3=(--max_seq_len=1024 --max_steps=100 --max_tokens=None --learning_rate=5e-4
+        --weight_decay=0.3 --min_lr=2e-5)
     cross=("${phase3[@]}" --warmup_tokens=20480 --decay_tokens=40960)
 fi
 

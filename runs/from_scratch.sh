@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a search over Python's documentation, on two CPU cores.
 set -euo pipefail
+trap 'exit 130' INT TERM  # a stage that is stopped saves and ends well: the next one must not begin
 cd "$(dirname "$0")/.."
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 python=.venv/bin/python

@@ -4,6 +4,7 @@
 # The decoder is trained once, the steps behind it with three seeds. What is there is used again:
 # after a change of steps or of the treebank, remove out/llm2vec and data/ud first.
 set -euo pipefail
+trap 'exit 130' INT TERM  # a stage that is stopped saves and ends well: the next one must not begin
 ud=${1:+$(realpath -m "$1")}
 cd "$(dirname "$0")/.."
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }

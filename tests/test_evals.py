@@ -275,8 +275,10 @@ def test_pseudo_perplexity_equals_transformers(family, folders, toy_tokens, tmp_
 def test_revisions_run_an_evaluation_once_for_each_checkpoint(toy_tokens, tmp_path, monkeypatch):
     def in_this_process(argv, check):
         assert argv[:2] == [sys.executable, "-m"] and check
+        ran.append(argv)
         harness.execute([os.path.join(harness.ROOT, *argv[2].split(".")) + ".py", *argv[3:]])
 
+    ran = []
     monkeypatch.setattr(revisions.subprocess, "run", in_this_process)
     config = harness.write_config(
         tmp_path, data=toy_tokens, model_size="modernbert-tiny", vocab_size=512, max_seq_len=64,
@@ -287,12 +289,13 @@ def test_revisions_run_an_evaluation_once_for_each_checkpoint(toy_tokens, tmp_pa
     command = ["evals.pseudo_perplexity", "--lengths=12,", f"--data={toy_tokens}", "--n_texts=2"]
     for _ in range(2):  # the second time there is nothing left to run
         revisions.main([run], out, ["rows:0:value"], command)
-        command = ["no.such.module"]
+    assert len(ran) == 2
     with open(f"{out}/revisions.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert [row["step"] for row in rows] == ["1", "2"]
     for row in rows:
-        (want,) = read_json(out, "run", f"step{row['step']}", "results.json")["rows"]
+        folder = row["checkpoint"].replace(os.sep, "_")
+        (want,) = read_json(out, folder, "results.json")["rows"]
         assert float(row["rows:0:value"]) == want["value"] and row["rows:0:length"] == "12"
     assert os.path.getsize(f"{out}/revisions.png") > 5000
     with pytest.raises(SystemExit, match="no rows:9, the results have rows:0:length"):

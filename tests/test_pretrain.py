@@ -272,7 +272,7 @@ def test_a_phase_begins_with_the_moments_of_the_last(tiny, tmp_path):
     for carried, fresh, state in zip(*moments, old.values(), strict=True):
         torch.testing.assert_close(carried, 0.9 * state["exp_avg"] + fresh)
     for more, message in (([], "training_state.pt is missing: this checkpoint has no optimizer's"),
-                          (["--optimizer=muon"], "tensors per group")):  # fmt: skip
+                          (["--optimizer=muon"], "has adamw's state, not muon's")):  # fmt: skip
         begin = f"--init_from={tmp_path / 'a' / ('step4' if more else 'step6')}"
         harness.assert_refused(message, SCRIPT, tiny, tmp_path / "d", begin, "--init_state=True",
                                *more)  # fmt: skip
@@ -348,6 +348,7 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops(tiny, tmp_path):
     (["--schedule=cosin"], "schedule"), (["--init_from=nowhere/at/all"], "no such folder"),
     (["--num_epochs=3"], "max_steps=8, num_epochs=3.0; expected one"),
     (["--lora_rank=4"], "LoRA needs a base"), (["--init_state=True"], "needs a checkpoint in init"),
+    (["--keep_models=6"], "keep_models=6 is no multiple of save_interval=4"),
     (["--train_also=norm"], "train_also='norm' goes with LoRA"),
     (["--zero1=True"], "start with torchrun"), (["--fsdp=full"], "start with torchrun"),
     (["--fsdp=True"], "fsdp takes one of \"\", full, not 'True'"),

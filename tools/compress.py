@@ -92,7 +92,9 @@ def keep_counted(tokenizer, scores, spans, passage, ratio, unit="words", neighbo
         return len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
     n, total = math.inf, count(passage)
-    left, limit = math.ceil(len(scores) / ratio), math.ceil(total / ratio)
+    if ratio < 1:
+        raise ValueError(f"ratio {ratio}, expected 1 or more")
+    left, limit = (math.ceil(x / ratio - 1e-9) for x in (len(scores), total))
     while n > limit:
         kept = keep(scores, spans, passage, len(scores) / left if left > 0 else math.inf, unit,
                     neighbours)  # fmt: skip

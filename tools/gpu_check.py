@@ -296,6 +296,8 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.profile:
         return print(json.dumps(profiled(device, args.small)))
+    if not [row for row in ROWS if row.name.startswith(tuple(args.only.split(",")))]:
+        parser.error(f"--only={args.only}: the rows are {', '.join(row.name for row in ROWS)}")
     s = SimpleNamespace(device=device, out_dir=args.out_dir, deadline=begin + 60 * args.minutes)
     os.makedirs(s.out_dir, exist_ok=True)
     Path(s.out_dir, "log.txt").write_text("", "utf-8")

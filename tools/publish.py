@@ -14,14 +14,14 @@ import csv
 import os
 import re
 import runpy
-from glob import glob
 
 from huggingface_hub import HfApi
 
 from common import loading_code
 from formats import read_json
-from formats.huggingface import OURS
+from formats.huggingface import OURS, checkpoints
 
+NOT_PUBLISHED = ["training_state.pt", "complete.json", "README.md"]  # the card is made anew
 CARD = """---
 library_name: {library}
 {base}tags: [nanoembed, {tag}]
@@ -48,14 +48,6 @@ its name: `from_pretrained({repo!r}, revision={tag!r})`.
 """
 
 
-def checkpoints(out_dir):
-    """The whole checkpoints of a run, in the order of their steps."""
-    found = [os.path.dirname(path) for path in glob(f"{out_dir}/*[0-9]/complete.json")]
-    if not found:
-        raise SystemExit(f"{out_dir}: no checkpoint such as step500 with its complete.json")
-    return sorted(found, key=lambda path: int(re.search(r"\d+$", path)[0]))
-
-
 def card(folder, repo, number, count):
     """The text of README.md for one checkpoint."""
     out_dir, tag = os.path.split(folder)
@@ -72,11 +64,14 @@ def card(folder, repo, number, count):
         library = "sentence-transformers"
     elif os.path.exists(f"{folder}/adapter_config.json"):
         library, start = "peft", read_json(folder, "adapter_config.json")["base_model_name_or_path"]
+    code = loading_code(out_dir).replace(f"{out_dir}/final", repo).replace(out_dir, repo)
+    if library == "peft":
+        code = f"from embedder import Embedder; model = Embedder.load({repo!r})"
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", start) and start.split("/")[0] not in OURS
     return CARD.format(
         library=library, tag=tag, repo=repo, number=number, count=count, settings=settings,
         base=f"base_model: {start}\n" if on_hub else "",
-        code=loading_code(out_dir).replace(f"{out_dir}/final", repo).replace(out_dir, repo),
+        code=code,
         columns=" | ".join(columns), rule="---|" * len(columns) + "---",
         rows="\n".join(f"| | {line} |" for line in lines),
     )  # fmt: skip
@@ -95,10 +90,9 @@ def publish(runs, repo, private):
         if tag in there:
             print(f"{tag}: has its tag already")
             continue
-        # what an earlier checkpoint had and this one has not goes; the card follows
-        ours = ["training_state.pt", "complete.json", "README.md"]
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=tag, delete_patterns="*",
-                          ignore_patterns=ours)  # fmt: skip
+        # weights that an earlier checkpoint had and this one has not go; the card follows
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=tag,
+                          delete_patterns="*.safetensors", ignore_patterns=NOT_PUBLISHED)
         text = card(folder, repo, number, len(folders)).encode()
         api.upload_file(repo_id=repo, path_or_fileobj=text, path_in_repo="README.md",
                         commit_message=f"card of {tag}")  # fmt: skip

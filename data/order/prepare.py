@@ -1,8 +1,7 @@
 """
-Token files that keep a published order of training, as Ettin's: rows of input_ids with their steps.
+Token files that keep the order of a run that has been: rows of input_ids with their steps.
 
-    python data/order/prepare.py --input 'order/*.parquet' --tokenizer answerdotai/ModernBERT-base \
-        --out data/ettin_order
+    python data/order/prepare.py --input 'order/*.parquet' --tokenizer owner/name --out data/y
     python data/order/prepare.py --input 'out/x/*_ids.npy' --tokenizer data/x/tokenizer --out data/y
 
 A .parquet has the columns input_ids and step, an input_ids.npy its step.npy beside it. Files are
@@ -50,7 +49,11 @@ def parts_of(path):
 def rows_of(paths, seen):
     """Yield each row [max_seq_len]. `seen` is filled with {"max_seq_len", "steps": {step: rows}}.
     ValueError where steps or lengths are not those that one run has."""
-    starts = {path: next(parts_of(path))[1][0] for path in paths}
+    starts = {}
+    for path in paths:
+        if not len(first := next(parts_of(path), ([], []))[1]):
+            raise ValueError(f"{path}: no rows")
+        starts[path] = first[0]
     for path in sorted(paths, key=starts.get):
         for ids, steps in parts_of(path):
             for row, step in zip(ids, steps.tolist()):
