@@ -372,6 +372,7 @@ def documents(folder, split, tokenizer):
     return [tokenizer.decode(file.tokens[a:b], skip_special_tokens=True) for a, b in ends]
 
 
+@pytest.mark.slow
 def test_text_killed_and_resumed_is_text_unbroken(tmp_path, tokenizer, capsys):
     (tmp_path / "in").mkdir()
     texts = make_corpus(tmp_path / "in", files=60, docs_a_file=100)

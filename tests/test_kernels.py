@@ -162,6 +162,7 @@ def test_move_pins_what_a_gpu_copies_and_keeps_the_rest(monkeypatch):
     assert len(pinned) == 3 and copies[3:] == [("cpu", {})] * 2
 
 
+@pytest.mark.slow
 def test_gpu_check_goes_on_past_a_row_that_fails_and_names_the_open_ones(tmp_path, monkeypatch):
     def command(s, code):
         return {"figure": gpu_check.run(s, "-c", code).strip()}

@@ -170,6 +170,7 @@ def test_a_torn_checkpoint_is_skipped(tiny, unbroken, tmp_path, capsys):
     assert_equal_bits(tmp_path, unbroken)
 
 
+@pytest.mark.slow
 def test_three_ranks_killed_and_resumed_are_bit_equal(tiny, tmp_path):
     # Qwen's gradients arrive in another order than its parameters are listed: DDP reorders its
     # buckets after the first backward

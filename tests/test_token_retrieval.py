@@ -341,6 +341,7 @@ for n in (2500, 5000, 10000):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_grows_with_the_length_of_a_passage():
     """Training steps on LoRA with gradient checkpointing, on passages of 2,500, 5,000 and 10,000
