@@ -15,7 +15,7 @@ max_tokens = 16_666_666_667 if _size == "1b" else 50_000_000_000
 learning_rate = _peaks[_size] / 2
 min_lr = 0.02 * learning_rate
 weight_decay = _decays[_size] / learning_rate  # a fresh optimizer: its peak is this one
-local_rope_theta = None
+local_rope_theta = None  # 160,000 for all, as theirs, though some decays end with 10,000
 warmup_tokens = 1_000_000_000 if _size == "1b" else 3_000_000_000
 decay_ratio = None
 decay_tokens = 3_333_000_000 if _size == "1b" else 10_000_000_000
