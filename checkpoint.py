@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import get_rank, last_good, print0
+from formats.huggingface import step_of
 
 # keys that a run may change when it goes on; all others, and the data, must be what they were
 MAY_CHANGE = re.compile(
@@ -140,7 +141,7 @@ def is_patience_over(s, step, best):
     """Is the lowest evaluation loss s.patience evaluations old? Says so before the run ends."""
     if not s.patience or not best["folder"]:
         return False
-    age = (step - int(re.search(r"\d+$", best["folder"])[0])) / s.eval_interval
+    age = (step - step_of(best["folder"])) / s.eval_interval
     if age >= s.patience:
         print0(f"no lower evaluation loss since {best['folder']}, {best['loss']:.4f}: the run ends")
     return age >= s.patience
@@ -306,7 +307,7 @@ def prune_checkpoints(out_dir, prefix, keep_last, keep_models, keep_states, *bes
         kept, best = 0, [os.path.basename(path) for path in best]
         for path in _numbered(out_dir, prefix) if keep_last else []:
             files, _ = _inspect(path)
-            step = int(re.search(r"\d+$", path)[0])
+            step = step_of(path)
             if kept < keep_last:
                 kept += "training_state.pt" in files
             elif os.path.basename(path) in best or (keep_states and step % keep_states == 0):

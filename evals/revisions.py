@@ -14,14 +14,13 @@ revisions.png.
 import argparse
 import csv
 import os
-import re
 import subprocess
 import sys
 
 import matplotlib
 
 from formats import read_json, write_json
-from formats.huggingface import checkpoints
+from formats.huggingface import checkpoints, step_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -42,7 +41,7 @@ def main(runs, out_dir, keys, command):
     rows, first = [], 0  # phases follow one another on the axis of steps
     for run in map(os.path.normpath, runs):
         for folder in checkpoints(run):
-            step = first + int(re.search(r"\d+$", folder)[0])
+            step = first + step_of(folder)
             out = os.path.join(out_dir, folder.replace(os.sep, "_"))
             argv = [*command, f"--model={folder}", f"--out_dir={out}"]
             if read_json(out, "command.json") != {"argv": argv}:

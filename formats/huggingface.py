@@ -297,8 +297,12 @@ def newest_model(folder):
     if not found:
         raise FileNotFoundError(f"{folder}: no config.json, and no checkpoint such as step500: "
                                 "expected a model's folder, or the out_dir of a run")
-    newest = max(map(os.path.dirname, found), key=lambda n: int(re.search(r"\d+$", n)[0]))
-    return os.path.join(folder, newest)
+    return os.path.join(folder, max(map(os.path.dirname, found), key=step_of))
+
+
+def step_of(checkpoint):
+    """The number that the name of a checkpoint ends in: 500 of out/x/step500."""
+    return int(re.search(r"\d+$", checkpoint)[0])
 
 
 def checkpoints(out_dir):
@@ -306,7 +310,7 @@ def checkpoints(out_dir):
     found = [os.path.dirname(path) for path in glob(f"{out_dir}/*[0-9]/complete.json")]
     if not found:
         raise SystemExit(f"{out_dir}: no checkpoint such as step500 with its complete.json")
-    return sorted(found, key=lambda path: int(re.search(r"\d+$", path)[0]))
+    return sorted(found, key=step_of)
 
 
 def pinned(name):

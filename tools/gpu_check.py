@@ -296,7 +296,8 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.profile:
         return print(json.dumps(profiled(device, args.small)))
-    if not [row for row in ROWS if row.name.startswith(tuple(args.only.split(",")))]:
+    chosen = [row for row in ROWS if row.name.startswith(tuple(args.only.split(",")))]
+    if not chosen:
         parser.error(f"--only={args.only}: the rows are {', '.join(row.name for row in ROWS)}")
     s = SimpleNamespace(device=device, out_dir=args.out_dir, deadline=begin + 60 * args.minutes)
     os.makedirs(s.out_dir, exist_ok=True)
@@ -308,7 +309,7 @@ def main():
     print(machine, flush=True)
     with tempfile.TemporaryDirectory() as s.work:
         make_data(s)
-        for row in (r for r in ROWS if r.name.startswith(tuple(args.only.split(",")))):
+        for row in chosen:
             start, left = time.monotonic(), s.deadline - time.monotonic()
             print(f"{row.name} (up to {row.seconds} s of {left:.0f} s): ", end="", flush=True)
             found = verdict_of(row, s)

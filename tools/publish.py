@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 
 from common import loading_code
 from formats import read_json
-from formats.huggingface import OURS, checkpoints
+from formats.huggingface import OURS, checkpoints, step_of
 
 NOT_PUBLISHED = ["training_state.pt", "complete.json", "README.md"]  # the card is made anew
 CARD = """---
@@ -57,8 +57,8 @@ def card(folder, repo, number, count):
     with open(os.path.join(out_dir, "log.csv"), encoding="utf-8", newline="") as f:
         rows = [row for row in csv.DictReader(f) if any(row[k] for k in row if "eval" in k)]
     columns = ["step", *(key for key in (rows or [{}])[0] if key.startswith("eval_"))]
-    last = int(re.search(r"\d+$", tag)[0])
-    lines = [" | ".join(row[key] for key in columns) for row in rows if int(row["step"]) <= last]
+    rows = [row for row in rows if int(row["step"]) <= step_of(tag)]
+    lines = [" | ".join(row[key] for key in columns) for row in rows]
     library = "transformers"
     if os.path.exists(f"{folder}/modules.json"):
         library = "sentence-transformers"
