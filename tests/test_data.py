@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ import pairs
 import tokens
 from attention import make_seqs
 from conftest import ROOT
+from formats.texts import parts_of_files, texts_of
 from formats.tiktoken_bpe import fast_encode, tiktoken_for
 from harness import raises, read_jsonl, script, write_jsonl
 from tokenizer import check_tokenizer, load_tokenizer
@@ -417,7 +417,7 @@ def test_text_from_a_dataset_takes_its_own_validation(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("kind, txt", [("txt", "blank"), ("txt", "line"), ("jsonl", "blank")])
-def test_parts_of_a_file_are_the_file(tmp_path, monkeypatch, kind, txt):
+def test_parts_of_a_file_are_the_file(tmp_path, kind, txt):
     rng, path = random.Random(0), tmp_path / f"a.{kind}"
     docs = ["\n".join(["caf\u00e9 " * rng.randint(1, 30)] * rng.randint(1, 3)) for _ in range(100)]
     docs = [f"{i} {doc.strip()}" for i, doc in enumerate(docs)]
@@ -426,25 +426,26 @@ def test_parts_of_a_file_are_the_file(tmp_path, monkeypatch, kind, txt):
     path.write_text(written, encoding="utf-8")
     if txt == "line":
         docs = [line.strip() for line in written.split("\n") if line]
-    args = SimpleNamespace(field="text", txt=txt, streaming=False)
     for size in (1 << 20, 1000, 50, 7):
-        monkeypatch.setattr(text, "PART_BYTES", size)
-        parts = text.plan_of_files([str(path)], txt)
+        parts = parts_of_files([str(path)], txt=txt, part_bytes=size)
         assert len(parts) > 5 or size > 1000
-        assert [t for part in parts for t in text.texts_of(part, args) if t] == docs
+        assert [t for part in parts for t in texts_of(part) if t] == docs
 
 
-def test_text_names_the_line_in_a_later_part(tmp_path, monkeypatch):
+def test_text_names_the_line_in_a_later_part(tmp_path):
+    import pyarrow
+    from pyarrow.parquet import write_table
+
     lines = [{"text": f"document {i}"} for i in range(40)] + [{"txt": 1}]
     path = write_jsonl(tmp_path / "a.jsonl", lines)
-    monkeypatch.setattr(text, "PART_BYTES", 100)
-    parts, args = text.plan_of_files([path], "blank"), SimpleNamespace(field="text")
+    parts = parts_of_files([path], part_bytes=100)
     with pytest.raises(ValueError, match=r"a\.jsonl line 41: field 'text' is missing"):
-        [t for part in parts[1:] for t in text.texts_of(part, args)]
+        [t for part in parts[1:] for t in texts_of(part)]
     with pytest.raises(FileNotFoundError, match="nothing.txt: there is no such file"):
-        text.plan_of_files([str(tmp_path / "nothing.txt")], "blank")
-    with pytest.raises(ValueError, match="no column 'text' .*it has body"):
-        list(text.column({"body": ["x"]}, "text", "corpus"))
+        parts_of_files([str(tmp_path / "nothing.txt")])
+    write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet: no column 'text', it has body"):
+        list(texts_of(*parts_of_files([str(tmp_path / "a.parquet")])))
 
 
 # ---- data/pydocs/prepare.py ----

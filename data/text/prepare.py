@@ -15,7 +15,6 @@ at random: fast on an SSD, or where the shards fit the page cache.
 """
 
 import argparse
-import glob
 import hashlib
 import json
 import multiprocessing
@@ -31,156 +30,34 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the project
-from data import read_jsonl, require  # noqa: E402
+from formats.texts import eval_split_of, parts_of_dataset, parts_of_files, texts_of  # noqa: E402
 from formats.tiktoken_bpe import fast_encode  # noqa: E402
 from order import permuted  # noqa: E402
 from tokenizer import load_tokenizer, vocab_size_of  # noqa: E402
 from tokens import write_meta, write_tokens  # noqa: E402
 
-PART_BYTES = 32 << 20
-PART_ROWS = 50_000
 GATHER_TOKENS = 64 << 20
-EVAL_SPLITS = ("validation", "valid", "val", "eval", "test", "dev")  # the first that a data set has
 
 
 # ---- pass 1: the plan, a list of parts that say where their texts are ----
 
 
-def plan_of_files(patterns: list[str], txt: str) -> list[dict]:
-    parts = []
-    for pattern in patterns:
-        paths = sorted(glob.glob(pattern, recursive=True)) or [pattern]
-        for path in paths:
-            if not os.path.isfile(path):
-                raise FileNotFoundError(f"--input {pattern}: there is no such file")
-            kind = os.path.splitext(path)[1][1:]
-            if kind == "parquet":
-                from pyarrow.parquet import ParquetFile
-
-                borders = range(ParquetFile(path).num_row_groups + 1)
-            elif kind in ("txt", "jsonl"):
-                borders = cuts_of(path, blank_line=kind == "txt" and txt == "blank")
-            else:
-                raise ValueError(f"{path}: expected a .txt, .jsonl or .parquet file")
-            stat = {"size": os.path.getsize(path), "changed": os.stat(path).st_mtime_ns}
-            for start, end in zip(borders[:-1], borders[1:], strict=True):
-                place = {"kind": kind, "path": path, "start": start, "end": end}
-                parts.append({"split": "train", **place, **stat})
-    return parts
-
-
-def cuts_of(path: str, blank_line: bool) -> list[int]:
-    """Byte offsets that cut a file about every PART_BYTES, after a line or after a blank line."""
-    cuts, size = [0], os.path.getsize(path)
-    with open(path, "rb") as f:
-        while cuts[-1] + PART_BYTES < size:
-            f.seek(cuts[-1] + PART_BYTES)
-            line = f.readline()  # the rest of one
-            while blank_line and line:
-                line = f.readline()
-                if not line.strip():
-                    break
-            cuts.append(f.tell())
-    return [*cuts, size] if cuts[-1] < size else cuts
-
-
-def hub_dataset(args, split: str):
-    from datasets import load_dataset
-
-    return load_dataset(args.dataset, args.config, split=split, streaming=args.streaming)
-
-
-def plan_of_dataset(args) -> list[dict]:
-    from datasets import get_dataset_split_names
-
-    names = get_dataset_split_names(args.dataset, args.config)
-    train_split = args.split.split("[")[0]  # of "train[:1%]"
-    if train_split not in names:
-        raise ValueError(f"{args.dataset} has no split {train_split!r}, only {', '.join(names)}")
-    held_out = next((name for name in EVAL_SPLITS if name in names and name != train_split), None)
-    wanted = {"train": args.split}
+def plan_of(args):
+    """-> [(split, part)]."""
+    if args.input:
+        return [("train", part) for part in parts_of_files(args.input, args.field, args.txt)]
+    splits, held_out = {"train": args.split}, eval_split_of(args.dataset, args.config, args.split)
     if held_out and args.val_docs:
         print(f"val is the data set's own split {held_out!r}")
-        wanted["val"] = held_out
-    parts = []
-    for split, name in wanted.items():
-        dataset = hub_dataset(args, name)
-        if args.streaming:  # cut by its files
-            borders = range(dataset.num_shards + 1)
-        else:
-            borders = [*range(0, len(dataset), PART_ROWS), len(dataset)]
-        for start, end in zip(borders[:-1], borders[1:], strict=True):
-            of = {"kind": "hub", "hub_split": name, "start": start, "end": end}
-            parts.append({"split": split, **of, "of": borders[-1]})
-    return parts
+        splits["val"] = held_out
+    return [
+        (split, part)
+        for split, name in splits.items()
+        for part in parts_of_dataset(args.dataset, args.config, name, args.field, args.streaming)
+    ]
 
 
 # ---- pass 2: tokens of a part ----
-
-
-def texts_of(part: dict, args):
-    """Yield the texts of a part. ValueError says where something else is."""
-    if part["kind"] == "hub":
-        dataset = hub_dataset(args, part["hub_split"])
-        if args.streaming:
-            dataset = dataset.shard(part["of"], part["start"])
-        else:
-            dataset = dataset.select(range(part["start"], part["end"]))
-        for batch in dataset.iter(1024):
-            yield from column(batch, args.field, f"{args.dataset}, split {part['hub_split']}")
-    elif part["kind"] == "parquet":
-        from pyarrow.parquet import ParquetFile
-
-        file = ParquetFile(part["path"])
-        columns = [args.field] if args.field in file.schema_arrow.names else None
-        for batch in file.iter_batches(1024, [part["start"]], columns):
-            yield from column(batch.to_pydict(), args.field, part["path"])
-    else:
-        lines, at = [], part["start"]
-        with open(part["path"], "rb") as f:
-            f.seek(at)
-            while at < part["end"]:
-                line = f.readline()
-                at += len(line)
-                if part["kind"] == "jsonl":
-                    yield text_of_json(line, part["path"], args.field)
-                elif args.txt == "line":
-                    yield text_of_txt(line, part["path"])
-                elif line.strip():
-                    lines.append(line)
-                elif lines:
-                    yield text_of_txt(b"".join(lines), part["path"])
-                    lines = []
-        if lines:
-            yield text_of_txt(b"".join(lines), part["path"])
-
-
-def column(batch: dict, field: str, source: str):
-    if field not in batch:
-        raise ValueError(f"{source}: no column '{field}' (--field), it has {', '.join(batch)}")
-    for text in batch[field]:
-        if not isinstance(text, str | None):
-            raise ValueError(f"{source}: column '{field}' has {text!r:.60}, expected a text")
-        yield text or ""  # a missing text is an empty one
-
-
-def text_of_txt(text: bytes, path: str) -> str:
-    try:
-        return text.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {error}, in {text[:60]!r}") from None
-
-
-def text_of_json(line: bytes, path: str, field: str) -> str:
-    if not line.strip():
-        return ""
-    try:
-        return require(json.loads(line), field, str, path, 0)
-    except (ValueError, TypeError):
-        # A part does not know its line numbers: find the line again from the top of the file.
-        for number, record in read_jsonl(path):
-            require(record, field, str, path, number)
-        raise
 
 
 def set_up(args, parent: int | None):
@@ -200,14 +77,14 @@ def set_up(args, parent: int | None):
     return tokenizer
 
 
-def make_shard(folder: str, number: int, part: dict, args):
+def make_shard(folder: str, number: int, part: dict):
     """Tokenize a part. The .json with its counts comes last: it says that the shard is whole."""
     empty = 0
 
     def docs():
         nonlocal empty
         texts, size = [], 0
-        for text in texts_of(part, args):
+        for text in texts_of(part):
             if not text.strip():
                 empty += 1
                 continue
@@ -279,13 +156,12 @@ def main(args):
     if args.workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core for each worker
     tokenizer = set_up(args, None)
-    parts = plan_of_dataset(args) if args.dataset else plan_of_files(args.input, args.txt)
+    splits_of, parts = zip(*plan_of(args), strict=True)
 
     # shards that an earlier run has left are good if it had the same plan
     folder = os.path.join(args.out, "shards")
     os.makedirs(folder, exist_ok=True)
-    settings = [args.field, args.txt, args.dataset, args.config, args.streaming]
-    plan = json.dumps([tokenizer.backend_tokenizer.to_str(), settings, parts])
+    plan = json.dumps([tokenizer.backend_tokenizer.to_str(), splits_of, parts])
     plan = hashlib.sha256(plan.encode()).hexdigest()
     plan_path = os.path.join(folder, "plan.txt")
     if os.path.exists(plan_path):
@@ -302,14 +178,14 @@ def main(args):
     with tqdm(total=len(parts), initial=len(parts) - len(todo), unit="shard") as bar:
         if args.workers == 1:
             for i in todo:
-                make_shard(folder, i, parts[i], args)
+                make_shard(folder, i, parts[i])
                 bar.update()
         else:
             # spawn: threads of the libraries in this process do not survive a fork
             context = multiprocessing.get_context("spawn")
             pool = ProcessPoolExecutor(args.workers, context, set_up, (args, os.getpid()))
             try:
-                made = [pool.submit(make_shard, folder, i, parts[i], args) for i in todo]
+                made = [pool.submit(make_shard, folder, i, parts[i]) for i in todo]
                 for future in as_completed(made):
                     future.result()
                     bar.update()
@@ -321,7 +197,7 @@ def main(args):
     for i, path in enumerate(paths):
         with open(path) as f:
             counts = json.load(f)
-        shards[parts[i]["split"]].append((i, counts))
+        shards[splits_of[i]].append((i, counts))
         empty += counts["empty"]
     n_docs = {split: sum(c["docs"] for _, c in shards[split]) for split in shards}
     if shards["val"]:
