@@ -40,33 +40,37 @@ def write_tokens(folder: str, split: str, docs, vocab_size: int) -> dict:
     """
     path, idx_path = (os.path.join(folder, f"{split}.{kind}") for kind in ("bin", "idx"))
     dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
+    tmp = f".tmp{os.getpid()}"  # one that was killed may have a worker that still writes its own
     n_docs = n_tokens = 0
-    with open(path + ".tmp", "wb") as bin_file, open(idx_path + ".tmp", "wb") as idx_file:
+    with open(path + tmp, "wb") as bin_file, open(idx_path + tmp, "wb") as idx_file:
         for ids in docs:
-            ids = np.asarray(ids, np.int64)
+            ids = np.asarray(ids)
             if not ids.size or ids.min() < 0 or ids.max() >= vocab_size:
                 got = f"ids {ids.min()}..{ids.max()}" if ids.size else "no tokens"
                 raise ValueError(
                     f"{path}: document {n_docs} has {got}, expected some in 0..{vocab_size - 1}"
                 )
             idx_file.write(n_tokens.to_bytes(8, "little"))
-            bin_file.write(ids.astype(dtype).tobytes())
+            bin_file.write(ids.astype(dtype, copy=False).tobytes())
             n_docs, n_tokens = n_docs + 1, n_tokens + ids.size
         idx_file.write(n_tokens.to_bytes(8, "little"))
     for written in (path, idx_path):
-        os.replace(written + ".tmp", written)
+        os.replace(written + tmp, written)
     return {"docs": n_docs, "tokens": n_tokens}
 
 
-def write_meta(folder: str, tokenizer, name: str, splits: dict, order: dict | None = None):
+def write_meta(folder, tokenizer, name: str, splits: dict, order: dict | None = None, row_tokens=0):
     """Save the tokenizer in folder/tokenizer and then, as the sign of a whole folder, meta.json.
 
-    `name` says where the tokenizer is from; `splits` is {split: what write_tokens returned}; order:
-    {"max_seq_len", "rows_per_step"} where the rows are those of a run, in its order.
+    `name` says where the tokenizer is from; `splits` is {split: what write_tokens returned}, and
+    for files in shards their sums with "shards": [what it returned for each]; order:
+    {"max_seq_len", "rows_per_step"} where the rows are those of a run, in its order; row_tokens:
+    where rows are whole documents, how many tokens they have at most.
     """
     tokenizer.save_pretrained(os.path.join(folder, "tokenizer"))
     meta = _facts(tokenizer, folder) | {"tokenizer": name, "splits": splits}
     meta |= {"order": order} if order else {}
+    meta |= {"row_tokens": row_tokens} if row_tokens else {}
     path = os.path.join(folder, "meta.json")
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         json.dump(meta, f, indent=1)

@@ -1,6 +1,7 @@
 """
-Texts of a corpus of any kind: .txt, .jsonl and .parquet files, or a data set of the hub. It is cut
-into parts, dicts that say where texts are and go through JSON, so that workers read them apart:
+Texts of a corpus of any kind: .txt, .jsonl and .parquet files, MDS folders, or a data set of the
+hub. It is cut into parts, dicts that say where texts are and go through JSON, so that workers read
+them apart:
 
     for part in parts_of_files(["corpus/*.jsonl"]):
         for text in texts_of(part):
@@ -12,6 +13,7 @@ import json
 import os
 
 from data import read_jsonl, require
+from formats.mds import mds_folders, read_index, read_shard
 
 PART_BYTES = 32 << 20
 PART_ROWS = 50_000
@@ -21,10 +23,17 @@ EVAL_SPLITS = ("validation", "valid", "val", "eval", "test", "dev")  # the first
 def parts_of_files(patterns, field="text", txt="blank", part_bytes=PART_BYTES):
     """-> the parts of all files of the patterns, in the order of their names. A document is the
     field of a line of .jsonl, the value of the column of a .parquet, and of a .txt what stands
-    between blank lines (txt="blank") or a line ("line"). A row group of a .parquet is a part."""
+    between blank lines (txt="blank") or a line ("line"). A row group of a .parquet is a part, and
+    a shard of an MDS folder."""
     parts = []
     for pattern in patterns:
         for path in sorted(glob.glob(pattern, recursive=True)) or [pattern]:
+            for folder in mds_folders(path) if os.path.isdir(path) else []:
+                for shard in read_index(folder):
+                    part = {"kind": "mds", "path": shard["path"], "field": field, "shard": shard}
+                    parts.append({**part, "changed": os.stat(shard["path"]).st_mtime_ns})
+            if os.path.isdir(path):
+                continue
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"{pattern}: there is no such file")
             kind = os.path.splitext(path)[1][1:]
@@ -91,8 +100,8 @@ def _open_dataset(part):
 
 
 def texts_of(part):
-    """Yield the texts of a part; what is missing or blank is "". ValueError says where something
-    else is."""
+    """Yield the texts of a part; what is missing or blank is "". A column of an MDS folder may hold
+    token ids instead: arrays of integers. ValueError says where something else is."""
     if part["kind"] == "hub":
         dataset = _open_dataset(part)
         if part["streaming"]:
@@ -101,6 +110,13 @@ def texts_of(part):
             dataset = dataset.select(range(part["start"], part["end"]))
         for batch in dataset.iter(1024):
             yield from _column(batch, part["field"], f"{part['path']}, split {part['split']}")
+    elif part["kind"] == "mds":
+        for (value,) in read_shard(part["shard"], [part["field"]]):
+            if isinstance(value, str) or hasattr(value, "dtype") and value.dtype.kind in "iu":
+                yield value
+            else:
+                what = f"column '{part['field']}' has {value!r:.60}, expected a text or token ids"
+                raise ValueError(f"{part['path']}: {what}")
     elif part["kind"] == "parquet":
         from pyarrow.parquet import ParquetFile
 

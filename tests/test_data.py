@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,9 +23,10 @@ import pairs
 import tokens
 from attention import make_seqs
 from conftest import ROOT
+from formats.mds import read_index, read_shard
 from formats.texts import parts_of_files, texts_of
 from formats.tiktoken_bpe import fast_encode, tiktoken_for
-from harness import raises, read_jsonl, script, write_jsonl
+from harness import execute, raises, read_jsonl, script, write_jsonl
 from tokenizer import check_tokenizer, load_tokenizer
 
 pydocs, text = script("data/pydocs/prepare.py"), script("data/text/prepare.py")
@@ -372,34 +374,117 @@ def documents(folder, split, tokenizer):
     return [tokenizer.decode(file.tokens[a:b], skip_special_tokens=True) for a, b in ends]
 
 
+def written(folder, split, tokenizer):
+    """Texts of the documents of a split, one file or shards, and the tokens of each row (.rows)."""
+    counts = json.loads((folder / "meta.json").read_text())["splits"][split]
+    texts, rows, shards = [], [], counts.get("shards")
+    names = [f"{split}_{i:05d}" for i in range(len(shards))] if shards else [split]
+    for name, count in zip(names, shards or [counts], strict=True):
+        ids = np.fromfile(folder / f"{name}.bin", "<u2")
+        starts = np.fromfile(folder / f"{name}.idx", "<i8")
+        assert starts[0] == 0 and starts[-1] == len(ids) == count["tokens"]
+        assert len(starts) - 1 == count["docs"] > 0
+        docs = np.split(ids, starts[1:-1])
+        texts += [tokenizer.decode(doc, skip_special_tokens=True) for doc in docs]
+        if "rows" in count:
+            borders = np.fromfile(folder / f"{name}.rows", "<i8")
+            assert len(borders) - 1 == count["rows"] and set(borders) <= set(starts)
+            assert borders[0] == 0 and borders[-1] == starts[-1]
+            rows += np.diff(borders).tolist()
+    for key, values in {"docs": texts, "rows": rows}.items():
+        assert counts.get(key, 0) == len(values)
+    return texts, rows
+
+
+def in_order_of_keys(places, seed=0):
+    """The texts of [(part, place in it, text)] by the hash of (seed, part, place)."""
+    def key(part, place):
+        first = np.random.SeedSequence([seed, part]).generate_state(1, np.uint64)
+        return order.mix(first + np.uint64(place))[0]
+
+    return [text for *_, text in sorted(places, key=lambda x: key(*x[:2]))]
+
+
 @pytest.mark.slow
 def test_text_killed_and_resumed_is_text_unbroken(tmp_path, tokenizer, capsys):
+    """Killed in pass 2 and in pass 3: the same bytes, and the documents in the order of keys."""
     (tmp_path / "in").mkdir()
     texts = make_corpus(tmp_path / "in", files=60, docs_a_file=100)
     tokenizer.save_pretrained(str(tmp_path / "tok"))
     args = ["--tokenizer", str(tmp_path / "tok"), "--val_docs", "50", "--input"]
     args += [str(tmp_path / "in" / f"*.{kind}") for kind in ("txt", "jsonl", "parquet")]
-
-    killed, shards = prepare_text(tmp_path / "b", *args, "--workers", "1"), tmp_path / "b/shards"
-    while not list(shards.glob("00000[2-9].json")):
-        assert killed.poll() is None, killed.communicate()
-        time.sleep(0.001)
-    killed.kill()
-    killed.communicate()
-    done, n_parts = len(list(shards.glob("*.json"))), 20 + 20 + 20 * 3  # .parquet: 3 row groups
-    assert 3 <= done < n_parts
+    args += ["--shard_tokens", "4000", "--seed", "3"]
+    parts, n_parts, done = tmp_path / "b" / "parts", 20 + 20 + 20 * 3, []  # .parquet: 3 row groups
+    for pattern, workers in ("0000[0-9][2-9].json", "1"), ("train_0000[2-9].json", "2"):
+        killed = prepare_text(tmp_path / "b", *args, "--workers", workers)
+        while not list(parts.glob(pattern)):
+            assert killed.poll() is None, killed.communicate()
+            time.sleep(0.001)
+        killed.kill()
+        killed.communicate()
+        done.append(len(list(parts.glob(pattern[0] + "*.json"))))
+        if pattern[0] == "t":
+            assert len(list(parts.glob("0*.json"))) == n_parts
+    assert 1 <= done[0] < n_parts and 1 <= done[1] < 30
+    assert not (tmp_path / "b" / "meta.json").exists()
+    other = prepare_text(tmp_path / "b", *args, "--min_tokens", "9")
+    assert "is of a run with other input or settings" in other.communicate()[1]
 
     resumed = prepare_text(tmp_path / "b", *args, "--workers", "2")
     text.main(text.arguments([*args, "--out", str(tmp_path / "a"), "--workers", "1"]))
-    assert "40 empty documents were left out" in capsys.readouterr().out
-    assert f"{done} of {n_parts} shards are there already" in finished(resumed)
-    for name in ("train.bin", "train.idx", "val.bin", "val.idx", "meta.json"):
+    assert "40 empty, 0 short and 0 long documents were left out" in capsys.readouterr().out
+    out = finished(resumed)
+    assert f"{n_parts} of {n_parts} parts are there already" in out
+    assert "shards are there already" in out
+    names = sorted(os.listdir(tmp_path / "a"))
+    assert len(names) > 60 and names == sorted(os.listdir(tmp_path / "b"))
+    for name in set(names) - {"tokenizer"}:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert not shards.exists()
 
-    train, val = (documents(tmp_path / "a", split, tokenizer) for split in ("train", "val"))
-    places = order.permuted(np.arange(len(texts)), len(texts), 0, 0)
-    assert len(val) == 50 and val + train == [texts[i] for i in places]
+    train, val = (written(tmp_path / "a", split, tokenizer)[0] for split in ("train", "val"))
+    parts = text.plan_of(text.arguments([*args, "--out", "x"]))
+    places = [(i, j, t) for i, (_, part) in enumerate(parts) for j, t in enumerate(texts_of(part))]
+    assert [t for *_, t in places if t] == texts
+    assert len(val) == 50 and val + train == in_order_of_keys([x for x in places if x[2]], 3)
+
+
+def test_text_in_shards_by_length_and_in_rows_of_whole_documents(tmp_path, tokenizer):
+    rng = random.Random(0)
+    texts = [f"{i} {' '.join(rng.choices(WORDS[:-1], k=int(rng.lognormvariate(3, 1))))}".strip()
+             for i in range(900)]  # fmt: skip
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in texts])
+    tokenizer.save_pretrained(str(tmp_path / "tok"))
+    args = ["--input", path, "--tokenizer", str(tmp_path / "tok"), "--workers", "1"]
+    args += ["--val_docs", "30", "--out", str(tmp_path / "out")]
+    lengths = {t: len(ids) for t, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True)}
+    keyed = in_order_of_keys([(0, i, t) for i, t in enumerate(texts)])
+
+    def prepared(*more):
+        text.main(text.arguments([*args, *more]))
+        assert not (tmp_path / "out/parts").exists()
+        return [written(tmp_path / "out", split, tokenizer) for split in ("val", "train")]
+
+    size = ["--shard_tokens", str(-(-sum(lengths.values()) // 7))]
+    for more in ([], size):
+        (val, _), (train, _) = prepared(*more)
+        assert (tmp_path / "out/train_00006.bin").exists() == bool(more) and len(val) == 30
+        assert val + train == keyed
+    assert not (tmp_path / "out/train_00007.bin").exists()
+    (val, _), (train, _) = prepared("--min_tokens", "20", "--max_tokens", "50")
+    assert val + train == [t for t in keyed if 20 <= lengths[t] <= 50]  # the rest, as it stood
+
+    pieces = [lengths[t] for t in keyed[30:]]
+    pieces = sorted(min(100, n - i) for n in pieces for i in range(0, n, 100))
+    for more in ([], size):
+        (_, val_rows), (train, rows) = prepared("--whole", "100", *more)
+        assert json.loads((tmp_path / "out/meta.json").read_text())["row_tokens"] == 100
+        names = sorted((tmp_path / "out").glob("train_*.idx" if more else "train.idx"))
+        assert sorted(n for name in names for n in np.diff(np.fromfile(name, "<i8"))) == pieces
+        fits = [t for t in keyed[30:] if lengths[t] <= 100]
+        assert set(fits) <= set(train) and train != fits
+        for each in (rows, val_rows):
+            assert max(each) <= 100
+        assert sum(rows) == sum(pieces) and sum(rows) / len(rows) > 95
 
 
 def test_text_from_a_dataset_takes_its_own_validation(tmp_path, tokenizer):
@@ -411,9 +496,10 @@ def test_text_from_a_dataset_takes_its_own_validation(tmp_path, tokenizer):
     args += ["--field", "body", "--val_docs", "4", "--workers", "1"]
     process = prepare_text(tmp_path / "out", *args)
     assert "own split 'test'" in finished(process)
-    train, val = (documents(tmp_path / "out", split, tokenizer) for split in ("train", "val"))
+    train, val = (written(tmp_path / "out", split, tokenizer)[0] for split in ("train", "val"))
     assert sorted(train) == sorted(f"train document {i}" for i in range(30))
-    assert len(set(val)) == 4 and all(doc.startswith("test document") for doc in val)
+    tests = [(1, i, f"test document {i}") for i in range(10)]  # part 0 is that of train
+    assert val == in_order_of_keys(tests)[:4]
 
 
 @pytest.mark.parametrize("kind, txt", [("txt", "blank"), ("txt", "line"), ("jsonl", "blank")])
@@ -446,6 +532,90 @@ def test_text_names_the_line_in_a_later_part(tmp_path):
     write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="a.parquet: no column 'text', it has body"):
         list(texts_of(*parts_of_files([str(tmp_path / "a.parquet")])))
+
+
+MDS = Path(ROOT, "tests", "mds")
+
+
+@pytest.mark.parametrize("kind", ["plain", "zstd"])
+def test_mds_is_what_its_library_reads(kind):
+    """tests/mds/make.py wrote both, with mosaicml-streaming 0.13.0, and what it reads from them."""
+    expected = json.loads((MDS / "samples.json").read_text())["zstd"]
+    shards = read_index(MDS / kind)
+    assert len(shards) > 1
+    columns = sorted(expected[0])
+    got = [dict(zip(columns, values)) for s in shards for values in read_shard(s, columns)]
+    for sample in got:
+        for key, value in sample.items():
+            if isinstance(value, np.ndarray):
+                sample[key] = [value.dtype.name, value.tolist()]
+            elif isinstance(value, bytes):
+                sample[key] = list(value)
+    assert got == expected
+
+
+def test_text_and_order_from_mds(tmp_path, tokenizer):
+    """A folder of such folders, of texts and of ids; rows of ids with their steps."""
+    tokenizer.save_pretrained(str(tmp_path / "tok"))
+    expected = json.loads((MDS / "samples.json").read_text())
+    args = ["--tokenizer", str(tmp_path / "tok"), "--out", str(tmp_path / "order")]
+    execute([os.path.join(ROOT, "data/order/prepare.py"), "--input", str(MDS / "order"), *args])
+    rows = np.fromfile(tmp_path / "order" / "train.bin", "<u2").reshape(6, 4)
+    assert rows.tolist() == [sample["input_ids"][1] for sample in expected["order"]]
+    meta = json.loads((tmp_path / "order" / "meta.json").read_text())
+    assert meta["order"] == {"max_seq_len": 4, "rows_per_step": 2}
+
+    for kind in ("plain", "zstd"):
+        shutil.copytree(MDS / kind, tmp_path / "in" / kind)
+    for field in ("text", "ids"):
+        args = ["--input", str(tmp_path / "in"), "--field", field, "--val_docs", "0", "--tokenizer"]
+        args += [str(tmp_path / "tok"), "--workers", "1", "--out", str(tmp_path / field)]
+        text.main(text.arguments(args))
+        ids, starts = (np.fromfile(tmp_path / field / f"train.{kind}", dtype)
+                       for kind, dtype in (("bin", "<u2"), ("idx", "<i8")))  # fmt: skip
+        values = [s["ids"][1] if field == "ids" else tokenizer(s["text"])["input_ids"]
+                  for s in expected["zstd"] if field == "ids" or s["text"]] * 2  # fmt: skip
+        docs = [doc.tolist() for doc in np.split(ids, starts[1:-1])]
+        assert docs != values and sorted(docs) == sorted(values)
+    args = text.arguments([*args[:3], "input_ids", *args[4:]])
+    raises(ValueError, "mds: column 'input_ids' has array.*float16.*a text or token ids",
+           text.main, args)  # fmt: skip
+    toy = script("data/text/prepare.py")
+    toy.set_up(args, None)
+    toy.vocab_size = 50
+    part = next(p for p in parts_of_files([str(MDS / "plain")], "ids"))
+    with pytest.raises(ValueError, match=r"mds: a document has ids .*expected some in 0\.\.49"):
+        list(toy.ids_of(part))
+
+
+def test_bad_mds_is_named(tmp_path):
+    def spoiled(change, file="shard.00000.mds", kind="plain", column="text"):
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+        shutil.copytree(MDS / kind, tmp_path / "x")
+        old = (tmp_path / "x" / file).read_bytes()
+        new = change(old)
+        assert new != old
+        (tmp_path / "x" / file).write_bytes(new)
+        return [v for shard in read_index(tmp_path / "x") for v in read_shard(shard, [column])]
+
+    raises(FileNotFoundError, "no index.json in it or below", parts_of_files, [str(tmp_path)])
+    index = "index.json"
+    for told, change, *more in [
+        (r"mds has \d+ bytes, by .*index.json it should have", lambda b: b[:-1]),
+        (r"zstd has \d+ bytes, by .*it should", lambda b: b[:-1], "shard.00000.mds.zstd", "zstd"),
+        ("not .* bytes by zstd", lambda b: b"\0" * 9 + b[9:], "shard.00000.mds.zstd", "zstd"),
+        ("00000.mds: no column 'body', it has grid, ids",
+         lambda b: b + b" ", "index.json", "plain", "body"),
+        ("column 'text' of pil: this encoding", lambda b: b.replace(b'"str"', b'"pil"'), index),
+        ("samples, by index.json it", lambda b: b.replace(b'samples": ', b'samples": 1'), index),
+        (r"sample 0 has .* bytes of values at", lambda b: b[:4] + b"\xff" + b[5:]),
+        ("compression 'br', expected", lambda b: b.replace(b'"zstd"', b'"br"'), index, "zstd"),
+        ("a shard of .*'json'", lambda b: b.replace(b'"mds"', b'"json"'), "index.json"),
+        ("sample 0, column 'grid' of ndarray:int16:2,4: cannot reshape",
+         lambda b: b.replace(b":2,3", b":2,4"), "index.json", "plain", "grid"),
+        ("index.json: not JSON", lambda b: b[:-3], "index.json"),
+    ]:  # fmt: skip
+        raises(ValueError, told, spoiled, change, *more)
 
 
 # ---- data/pydocs/prepare.py ----

@@ -4,9 +4,9 @@ Token files that keep the order of a run that has been: rows of input_ids with t
     python data/order/prepare.py --input 'order/*.parquet' --tokenizer owner/name --out data/y
     python data/order/prepare.py --input 'out/x/*_ids.npy' --tokenizer data/x/tokenizer --out data/y
 
-A .parquet has the columns input_ids and step, an input_ids.npy its step.npy beside it. Files are
-taken in the order of their steps. Training on --out takes the rows as they stand, and wants the
-same max_seq_len and rows a step.
+A .parquet and an MDS folder have the columns input_ids and step, an input_ids.npy its step.npy
+beside it. Files are taken in the order of their steps. Training on --out takes the rows as they
+stand, and wants the same max_seq_len and rows a step.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the project
+from formats.mds import mds_folders, read_index, read_shard  # noqa: E402
 from tokenizer import load_tokenizer, vocab_size_of  # noqa: E402
 from tokens import write_meta, write_tokens  # noqa: E402
 
@@ -32,9 +33,11 @@ def parts_of(path):
             raise ValueError(f"{path}: no column {', '.join(sorted(missing))}")
         for batch in file.iter_batches(1024, columns=["input_ids", "step"]):
             rows = batch.to_pydict()
-            if len(lengths := {len(row) for row in rows["input_ids"]}) > 1:
-                raise ValueError(f"{path}: rows of {sorted(lengths)} tokens, expected one length")
-            yield np.array(rows["input_ids"]), np.array(rows["step"])
+            yield rows_and_steps(path, rows["input_ids"], rows["step"])
+    elif os.path.isdir(path):
+        for shard in (shard for folder in mds_folders(path) for shard in read_index(folder)):
+            samples = list(read_shard(shard, ["input_ids", "step"]))
+            yield rows_and_steps(shard["path"], *zip(*samples))
     elif path.endswith("input_ids.npy"):
         ids = np.load(path, mmap_mode="r")
         steps = np.load(path.removesuffix("input_ids.npy") + "step.npy")
@@ -43,7 +46,13 @@ def parts_of(path):
         for i in range(0, len(ids), 1024):
             yield ids[i : i + 1024], steps[i : i + 1024]
     else:
-        raise ValueError(f"{path}: expected a .parquet or an input_ids.npy")
+        raise ValueError(f"{path}: expected a .parquet, an input_ids.npy or an MDS folder")
+
+
+def rows_and_steps(path, rows, steps):
+    if len(lengths := {len(row) for row in rows}) > 1:
+        raise ValueError(f"{path}: rows of {sorted(lengths)} tokens, expected one length")
+    return np.array(rows), np.array(steps)
 
 
 def rows_of(paths, seen):
