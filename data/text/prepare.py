@@ -203,42 +203,40 @@ def write_whole(path: str, data):
 
 
 def make(function, folder: str, name: str, *args):
-    """A task of a pass. The .json with its counts comes last: it says that its files are whole."""
+    """A task of a pass -> seconds of CPU. The .json comes last: it says that all is whole."""
+    start = time.process_time()
     counts = function(folder, name, *args)
     write_whole(os.path.join(folder, name + ".json"), json.dumps(counts).encode())
+    return time.process_time() - start
 
 
-def run_pass(what: str, function, folder: str, tasks: dict, args) -> dict:
+def run_pass(what: str, pool, function, folder: str, tasks: dict, args) -> dict:
     """Do {name: arguments of function} where it has not been done. -> {name: its counts}."""
     paths = {name: os.path.join(folder, name + ".json") for name in tasks}
     todo = {name: task for name, task in tasks.items() if not os.path.exists(paths[name])}
     if len(todo) < len(tasks):
         print(f"{len(tasks) - len(todo)} of {len(tasks)} {what} are there already")
-    before = sum(os.times()[:4])  # of this process and of workers that have ended
     with tqdm(total=len(tasks), initial=len(tasks) - len(todo), desc=what, unit="") as bar:
+        calls, seconds = [(function, folder, name, *task, args) for name, task in todo.items()], 0.0
         if args.workers == 1:
-            for name, task in todo.items():
-                make(function, folder, name, *task, args)
+            for call in calls:
+                seconds += make(*call)
                 bar.update()
         else:
-            # spawn: threads of the libraries in this process do not survive a fork
-            context = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(args.workers, context, set_up, (args, os.getpid()))
             try:
-                made = [pool.submit(make, function, folder, n, *t, args) for n, t in todo.items()]
-                for future in as_completed(made):
-                    future.result()
+                for future in as_completed([pool.submit(make, *call) for call in calls]):
+                    seconds += future.result()
                     bar.update()
-            finally:
+            except BaseException:
                 pool.shutdown(cancel_futures=True)
+                raise
     counts = {}
     for name, path in paths.items():
         with open(path) as f:
             counts[name] = json.load(f)
-    seconds, done = sum(os.times()[:4]) - before, sum(counts[name]["tokens"] for name in todo)
     if todo:
-        rate = f"{seconds:,.1f} s of CPU, {done / max(seconds, 0.01):,.0f} tokens/s a core"
-        print(f"{what}: {done:,} tokens in {rate}")
+        n = sum(counts[name]["tokens"] for name in todo)
+        print(f"{what}: {n:,} tokens, {n / max(seconds, 0.001):,.0f} a second of a core")
     return counts
 
 
@@ -272,6 +270,9 @@ def main(args):
     if args.workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core for each worker
     tokenizer, plan = set_up(args, None), plan_of(args)
+    # spawn: threads of the libraries in this process do not survive a fork
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(args.workers, context, set_up, (args, os.getpid()))
 
     # what an earlier run has left is good if it had the same plan
     folder = os.path.join(args.out, "parts")
@@ -291,7 +292,7 @@ def main(args):
     for number, (split, part) in enumerate(plan):
         name = names[split].setdefault(number // group, f"{number:06d}")
         tasks.setdefault(name, ([],))[0].append((number, part))
-    made = run_pass("parts", make_runs, folder, tasks, args)
+    made = run_pass("parts", pool, make_runs, folder, tasks, args)
     parts = {split: {name: made[name] for name in names[split].values()} for split in names}
     runs = {s: [f"{n}.{i}" for n, c in parts[s].items() for i in range(c["runs"])] for s in parts}
     n_docs, n_tokens = (sum(c[key] for c in parts["train"].values()) for key in ("docs", "tokens"))
@@ -310,7 +311,8 @@ def main(args):
     borders = [first + (KEY_END - first) * i // n for i in range(n + 1)]
     train = [f"train_{i:05d}" for i in range(n)] if n > 1 else ["train"]
     tasks |= {name: (runs["train"], *borders[i : i + 2]) for i, name in enumerate(train)}
-    counts = run_pass("shards", make_shard, folder, tasks, args)
+    counts = run_pass("shards", pool, make_shard, folder, tasks, args)
+    pool.shutdown()
 
     if os.path.exists(meta := os.path.join(args.out, "meta.json")):
         os.remove(meta)  # an earlier result is no longer whole
