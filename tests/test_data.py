@@ -449,16 +449,20 @@ def test_text_killed_and_resumed_is_text_unbroken(tmp_path, tokenizer, capsys):
     assert len(val) == 50 and val + train == in_order_of_keys(places, 3)
 
 
-def test_text_in_shards_by_length_and_in_rows_of_whole_documents(tmp_path, tokenizer):
+def test_text_in_shards_by_length_and_in_rows_of_whole_documents(tmp_path, tokenizer, monkeypatch):
+    """Of 5 parts that share 2 groups, with several runs in each."""
+    monkeypatch.setattr(text, "MAX_RUNS", 2)
+    monkeypatch.setattr(text, "RUN_TOKENS", 3000)
     rng = random.Random(0)
     texts = [f"{i} {' '.join(rng.choices(WORDS[:-1], k=int(rng.lognormvariate(3, 1))))}".strip()
              for i in range(900)]  # fmt: skip
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in texts])
+    for i in range(5):
+        write_jsonl(tmp_path / f"{i}.jsonl", [{"text": t} for t in texts[180 * i : 180 * (i + 1)]])
     tokenizer.save_pretrained(str(tmp_path / "tok"))
-    args = ["--input", path, "--tokenizer", str(tmp_path / "tok"), "--workers", "1"]
-    args += ["--val_docs", "30", "--out", str(tmp_path / "out")]
+    args = ["--input", str(tmp_path / "*.jsonl"), "--tokenizer", str(tmp_path / "tok")]
+    args += ["--workers", "1", "--val_docs", "30", "--out", str(tmp_path / "out")]
     lengths = {t: len(ids) for t, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True)}
-    keyed = in_order_of_keys([(0, i, t) for i, t in enumerate(texts)])
+    keyed = in_order_of_keys([(i // 180, i % 180, t) for i, t in enumerate(texts)])
 
     def prepared(*more):
         text.main(text.arguments([*args, *more]))
