@@ -15,11 +15,11 @@ all="" phase1="" phase2="" phase3="" cross=""  # keys of each; words, as no valu
 if [ -n "${TINY:-}" ]; then
     launch=${LAUNCH:-$python} out=out/ettin-tiny
     all="--data=data/pydocs --batch_tokens=2048 --device_batch_tokens=2048 --compile=False
-        --eval_interval=25 --eval_tokens=16384 --save_interval=25 --keep_models=25 --log_interval=5"
-    phase1="--vocab_size=8192 --max_seq_len=256 --max_steps=250 --max_tokens=None
+        --eval_interval=20 --eval_tokens=8192 --save_interval=20 --keep_models=20 --log_interval=5"
+    phase1="--vocab_size=8192 --max_seq_len=256 --max_steps=200 --max_tokens=None
         --warmup_tokens=20480 --learning_rate=1e-3"
-    phase2="--max_seq_len=1024 --max_steps=100 --max_tokens=None --learning_rate=1e-3"
-    phase3="--max_seq_len=1024 --max_steps=100 --max_tokens=None --learning_rate=5e-4
+    phase2="--max_seq_len=1024 --max_steps=60 --max_tokens=None --learning_rate=1e-3"
+    phase3="--max_seq_len=1024 --max_steps=60 --max_tokens=None --learning_rate=5e-4
         --weight_decay=0.3 --min_lr=2e-5"
     cross="$phase3 --warmup_tokens=20480 --decay_tokens=40960"
 fi
