@@ -135,7 +135,7 @@ def rows_of(rows, step, n, s):
 def name_rows(rows, step, s):
     """The rows that a step trains on, for messages."""
     found = (locate(rows, n) for n in rows_of(rows, step, s.rows_per_step, s)[1])
-    return f"Rows: {shown([f'{file.path} {row}' for file, row in found])}"
+    return f"Rows of train: {shown([f'{file.path} {row}' for file, row in found])}"
 
 
 def set_rows(rows, s):

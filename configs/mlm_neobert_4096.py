@@ -7,8 +7,8 @@
 base = "mlm_neobert.py"
 init_from = "out/neobert-250m/step1000000"
 out_dir = "out/neobert-250m-4096"
-# 20 % of all documents, 40 % of those of 1,024 tokens and more, 40 % of those of 2,048 and more. The
-# published code draws one of the three for each forward (8 rows a GPU), we mix the rows of a step.
+# 20 % of all documents, 40 % of those of 1,024 tokens and more, 40 % of those of 2,048 and more.
+# The published code draws one of the three for each forward of 8 rows; here each step is mixed.
 data = {"data/refinedweb": 0.2, "data/refinedweb_1024": 0.4, "data/refinedweb_2048": 0.4}
 
 # 8 GPUs x 16 rows x 4 micro-batches x 4,096 tokens = 2,097,152 tokens/step

@@ -178,7 +178,8 @@ def test_the_data_order_bad_steps_and_evaluation_of_a_mixture(tiny, corpus, tmp_
     assert (ids == seen.view(-1, 64).numpy()).all()
     number = token_rows.rows_of(done.train, 2, 6, s)[1][0]
     file, row = token_rows.locate(done.train, number)
-    assert token_rows.name_rows(done.train, 2, s).startswith(f"Rows: ['{file.path} {row}', ")
+    named = token_rows.name_rows(done.train, 2, s)
+    assert named.startswith(f"Rows of train: ['{file.path} {row}', ")
     # small has no val.bin: all is of shards; of both by weights where both have one
     assert list(done.val.weights) == [corpus.shards] and done.eval_rows == list(range(10))
     both = open_rows({corpus.one: 1, corpus.shards: 3}, "train", 64)
