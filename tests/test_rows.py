@@ -154,6 +154,7 @@ def test_a_mixture_killed_and_resumed_is_bit_equal(tiny, tmp_path):
                                                    "--max_steps=20")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_compiled_run_of_whole_documents(tiny, corpus, tmp_path):
     """T is another at each step: the code of a block is made for any."""
     keys = [f"--data={corpus.whole}", "--out_dropout=0.0", "--max_steps=3", "--eval_interval=0"]
