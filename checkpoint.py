@@ -36,6 +36,7 @@ MAY_CHANGE = re.compile(
     "attention_backend|dtype|compile.*|gradient_checkpointing|fsdp|zero1|deterministic|data|tracker|"
     "out_dir|checkpoint_prefix|dump_data_order"
 )
+SHARD = re.compile(r"train(_\d{5})?\.(bin|rows)")
 
 
 def find(s):
@@ -54,6 +55,8 @@ def find(s):
         raise SystemExit(f"{last} exists: --resume=True goes on, or choose another out_dir")
     paths = [s.data] if isinstance(s.data, str) else s.data
     s.files = _shared(get_rank() == 0 and [_fingerprint(path) for path in paths])
+    if isinstance(s.data, dict):  # of another mixture the rows come otherwise
+        s.files = [f"{s.data[path]} x {text}" for path, text in zip(paths, s.files)]
     if last:
         _compare(last, s)
     s.saved = last
@@ -79,14 +82,20 @@ def _compare(last, s):
 
 
 def _fingerprint(path):
-    """Of a data file, or a folder of tokens: its size, and the hash of 1,024 MiB of it or all."""
-    path = os.path.join(path, "train.bin") if os.path.isdir(path) else path
-    size, digest = os.path.getsize(path), hashlib.sha256()
-    with open(path, "rb") as f:
-        for start in range(0, size, max(2**20, size // 1024)):
-            f.seek(start)
-            digest.update(f.read(2**20))
-    return f"{size:,} bytes with sha256 {digest.hexdigest()[:16]}"
+    """Of a data file, or all shards in a folder of tokens: the size, and the hash of 1,024 MiB of
+    it or all; of more shards than that of something of each."""
+    paths = [path]
+    if os.path.isdir(path):
+        names = sorted(os.listdir(path))
+        paths = [os.path.join(path, name) for name in names if SHARD.fullmatch(name)]
+    sizes, digest = [os.path.getsize(path) for path in paths], hashlib.sha256()
+    part = 2**30 // max(1024, len(paths))
+    for path, size in zip(paths, sizes):
+        with open(path, "rb") as f:
+            for start in range(0, size, max(2**20, sum(sizes) // 1024)):
+                f.seek(start)
+                digest.update(f.read(part))
+    return f"{sum(sizes):,} bytes with sha256 {digest.hexdigest()[:16]}"
 
 
 def _lock(out_dir):

@@ -30,9 +30,8 @@ import token_rows
 from common import prefetch, print0
 from formats.huggingface import save_pretrained
 from model import from_scratch
-from order import rows_of_step
 from tokenizer import check_tokenizer
-from tokens import open_tokens, tokenizer_of
+from tokens import tokenizer_of
 
 # ---- defaults ----
 out_dir = "out/mlm"  # like .+
@@ -54,7 +53,9 @@ lora_dropout = 0.0  # >= 0 and < 1
 lora_targets = "all"  # or names: "q_proj,v_proj"
 train_also = ""  # trained whole beside LoRA: any of "embed,norm,head"
 # data and objective
-data = "data/pydocs"  # a folder of train.bin, val.bin, meta.json, tokenizer/: see data/*/prepare.py
+# a folder of train.bin, val.bin, meta.json, tokenizer/ (see data/*/prepare.py), or a mixture
+# {folder: weight}: exactly these shares of each 10,000 rows
+data: str | dict = "data/pydocs"
 objective = "mlm"  # one of mlm, clm; masked tokens and both sides, or the next token (causal)
 mask_prob = 0.3  # > 0 and <= 1; of the tokens that are not special
 mask_all = False  # all become the mask; else 80 % do, 10 % a random token, 10 % stay
@@ -181,8 +182,8 @@ if __name__ == "__main__":
         )
 
     # ---- data ----
-    train = open_tokens(s.data, "train")
-    tokenizer = tokenizer_of(s.data)
+    train = token_rows.open_rows(s.data, "train", s.max_seq_len)
+    tokenizer = tokenizer_of(train.folder)
     token_rows.set_rows(train, s)
     optim.set_lengths(s, s.n_rows * s.max_seq_len, s.batch_tokens)
     s.mask_id = train.meta["mask_id"]
@@ -190,7 +191,7 @@ if __name__ == "__main__":
     if s.objective == "mlm" and s.mask_id is None:
         raise SystemExit(f"{s.data}: its tokenizer has no mask token, as objective='mlm' needs")
     val, eval_rows = token_rows.open_val(train, s)
-    print0(token_rows.describe_run(train, s), f"\nevaluation on {eval_rows:,} rows of val.bin")
+    print0(token_rows.describe_run(train, s), f"\nevaluation on {len(eval_rows):,} rows of val.bin")
     if s.show_batch:
         token_rows.show_first_row(train, corrupt, s, tokenizer, mark=s.objective == "mlm")
         raise SystemExit
@@ -235,7 +236,7 @@ if __name__ == "__main__":
                 tokenizer.save_pretrained(folder)
 
     def trial(n):  # forward and backward of n rows, for DDP's buckets and the dry run
-        batch = token_rows.make_batch(train, np.arange(n) % s.n_rows, [0] * n, corrupt, s)
+        batch = token_rows.first_batch(train, n, corrupt, s)
         with s.autocast():
             wrapped(*batch.to(s.device))[0].backward()
         wrapped.zero_grad(set_to_none=True)
@@ -244,7 +245,7 @@ if __name__ == "__main__":
     columns = ["loss", "acc", "gnorm", "lr", "tok_s", "mfu", "eval_loss", "eval_ppl", "eval_acc"]
     log, rates = common.open_log(s, columns, step), common.Rates()
     peak = common.peak_flops(s.device)
-    flops_per_token = model.flops_per_token(len(train.tokens) / (len(train.starts) - 1))
+    flops_per_token = model.flops_per_token(train.mean_length)
     stop_requested = common.catch_stop(s)
     batches = prefetch(token_rows.train_batches(train, step, corrupt, s))
     common.settle_buckets(wrapped, trial, s.rows_per_batch)
@@ -274,9 +275,7 @@ if __name__ == "__main__":
         if math.isfinite(loss + gnorm):
             optim.update(optimizers, lr)
         else:
-            rows = rows_of_step(step, s.rows_per_step, s.n_rows, s.order_seed)[1]
-            message = f"Rows of {s.data}/train.bin: {common.shown(rows.tolist())}"
-            common.bad_step(s, step, loss, gnorm, message)
+            common.bad_step(s, step, loss, gnorm, token_rows.name_rows(train, step, s))
         model.zero_grad(set_to_none=True)
         step += 1
 

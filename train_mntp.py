@@ -22,7 +22,6 @@ import json
 import math
 import os
 import time
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -34,9 +33,8 @@ import optim
 import token_rows
 from common import prefetch, print0
 from formats.huggingface import resolve_folder, save_pretrained
-from order import rows_of_step
 from tokenizer import check_tokenizer, load_tokenizer, vocab_size_of
-from tokens import open_tokens, tokenizer_of
+from tokens import tokenizer_of
 
 # ---- defaults ----
 out_dir = "out/mntp"  # like .+
@@ -55,7 +53,9 @@ train_also = ""  # trained whole beside LoRA: any of "embed,norm,head"; a tied h
 out_dropout: float | None = None  # >= 0 and < 1; of the attention block's output; None: model's own
 save_merged = True  # under LoRA: at the end the merged model in out_dir/merged
 # data and objective
-data = "data/pydocs"  # a folder of train.bin, val.bin, meta.json, tokenizer/: see data/*/prepare.py
+# a folder of train.bin, val.bin, meta.json, tokenizer/ (see data/*/prepare.py), or a mixture
+# {folder: weight}: exactly these shares of each 10,000 rows
+data: str | dict = "data/pydocs"
 chunks = False  # True: a row is one text, documents run on; False: no document sees another
 mask_token = "_"  # a token of the vocabulary; or eos, own (the tokenizer's) or new (adds <mask>)
 mask_prob = 0.2  # > 0 and <= 1; of the tokens that are not special
@@ -157,11 +157,6 @@ def choose_mask(tokenizer, mask_token):
     return vocab[mask_token]
 
 
-def rows_as_texts(file, s):
-    """The token file with the rows in the place of its documents, which run on within them."""
-    return replace(file, starts=np.arange(0, len(file.tokens) + 1, s.max_seq_len))
-
-
 if __name__ == "__main__":
     # ---- configure, ranks and seed ----
     s = common.start(common.configure(globals()))
@@ -169,9 +164,9 @@ if __name__ == "__main__":
         raise SystemExit("mask_token='new': its row must train, too: train_also='embed'")
 
     # ---- data ----
-    train = open_tokens(s.data, "train")
+    train = token_rows.open_rows(s.data, "train", s.max_seq_len, s.chunks)
     tokenizer = load_tokenizer(s.tokenizer or resolve_folder(s.init_from))
-    data_vocab = tokenizer_of(s.data).get_vocab()
+    data_vocab = tokenizer_of(train.folder).get_vocab()
     if not data_vocab.items() <= tokenizer.get_vocab().items():
         raise SystemExit(f"{s.data} has another tokenizer than {s.init_from}: prepare it with that")
     s.mask_id = choose_mask(tokenizer, s.mask_token)
@@ -180,12 +175,10 @@ if __name__ == "__main__":
     token_rows.set_rows(train, s)
     optim.set_lengths(s, s.n_rows * s.max_seq_len, s.batch_tokens)
     val, eval_rows = token_rows.open_val(train, s)
-    if s.chunks:
-        train, val = rows_as_texts(train, s), val and rows_as_texts(val, s)
     mask = tokenizer.convert_ids_to_tokens(s.mask_id)
     kind = "one text" if s.chunks else "whole documents and cut ends"
     print0(token_rows.describe_run(train, s), f"\neach row is {kind}; the mask is {mask!r}, id "
-           f"{s.mask_id}; evaluation on {eval_rows:,} rows of val.bin")  # fmt: skip
+           f"{s.mask_id}; evaluation on {len(eval_rows):,} rows of val.bin")  # fmt: skip
     if s.show_batch:
         token_rows.show_first_row(train, mask_next, s, tokenizer)
         raise SystemExit
@@ -228,7 +221,7 @@ if __name__ == "__main__":
                 save_notes(folder)
 
     def trial(n):  # forward and backward of n rows, for DDP's buckets and the dry run
-        batch = token_rows.make_batch(train, np.arange(n) % s.n_rows, [0] * n, mask_next, s)
+        batch = token_rows.first_batch(train, n, mask_next, s)
         with s.autocast():
             wrapped(*batch.to(s.device))[0].backward()
         wrapped.zero_grad(set_to_none=True)
@@ -265,9 +258,7 @@ if __name__ == "__main__":
         if math.isfinite(loss + gnorm):
             optim.update(optimizers, lr)
         else:
-            rows = rows_of_step(step, s.rows_per_step, s.n_rows, s.order_seed)[1]
-            message = f"Rows of {s.data}/train.bin: {common.shown(rows.tolist())}"
-            common.bad_step(s, step, loss, gnorm, message)
+            common.bad_step(s, step, loss, gnorm, token_rows.name_rows(train, step, s))
         model.zero_grad(set_to_none=True)
         step += 1
 
