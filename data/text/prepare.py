@@ -17,6 +17,7 @@ in pass 2 at most 128M tokens, in pass 3 a shard. Disk: the tokens twice, until 
 """
 
 import argparse
+import glob
 import hashlib
 import json
 import multiprocessing
@@ -314,8 +315,9 @@ def main(args):
     counts = run_pass("shards", pool, make_shard, folder, tasks, args)
     pool.shutdown()
 
-    if os.path.exists(meta := os.path.join(args.out, "meta.json")):
-        os.remove(meta)  # an earlier result is no longer whole
+    for kind in ("meta.json", "train*.bin", "train*.idx", "train*.rows"):  # of an earlier result
+        for path in glob.glob(os.path.join(glob.escape(args.out), kind)):
+            os.remove(path)  # meta.json first: it is no longer whole
     for name in (f"{name}.{kind}" for name in tasks for kind in ("bin", "idx", "rows")):
         if os.path.exists(path := os.path.join(folder, name)):
             os.replace(path, os.path.join(args.out, name))
