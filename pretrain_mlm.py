@@ -235,7 +235,7 @@ if __name__ == "__main__":
                 tokenizer.save_pretrained(folder)
 
     def trial(n):  # forward and backward of n rows, for DDP's buckets and the dry run
-        batch = token_rows.make_batch(train, np.arange(n) % s.n_rows, [0] * n, corrupt, s)
+        batch = token_rows.first_batch(train, n, corrupt, s)
         with s.autocast():
             wrapped(*batch.to(s.device))[0].backward()
         wrapped.zero_grad(set_to_none=True)

@@ -35,17 +35,28 @@ class Batch:
         return move([self.inputs, self.seqs, self.rows, self.targets], device)
 
 
-def make_batch(file, rows, epochs, corrupt, s, seed=None):
-    """-> Batch, on the CPU. What is drawn for a row is a function of (seed, epoch, row) alone."""
-    arrays, lengths = [], []
-    for row, epoch in zip(rows, epochs):
-        ids, row_lengths = read_row(file, row, s.max_seq_len)
-        rng = np.random.default_rng((s.seed if seed is None else seed, epoch, row))
+def make_batch(rows, corrupt, s, seed=None):
+    """-> Batch, on the CPU, of rows ((epoch, row), ids, lengths of its texts), wherever they are
+    from. What is drawn for a row is a function of (seed, epoch, row) alone."""
+    arrays, lengths, total = [], [], 0
+    for key, ids, row_lengths in rows:
+        rng = np.random.default_rng((s.seed if seed is None else seed, *key))
         inputs, labels, targets = corrupt(ids, row_lengths, rng, s)
-        arrays.append((inputs, labels + len(arrays) * s.max_seq_len, targets))
-        lengths += row_lengths
+        arrays.append((inputs, labels + total, targets))
+        lengths, total = lengths + row_lengths, total + len(ids)
     inputs, labels, targets = (torch.from_numpy(np.concatenate(x)) for x in zip(*arrays))
     return Batch(inputs, make_seqs(lengths), labels, targets)
+
+
+def read_rows(file, epochs, rows, s):
+    """Yields ((epoch, row), ids, lengths of its texts) of each, for make_batch."""
+    for epoch, row in zip(epochs, rows):
+        yield (epoch, row), *read_row(file, row, s.max_seq_len)
+
+
+def first_batch(file, n, corrupt, s):
+    """The file's first n rows, over again where it has fewer, to try a forward with."""
+    return make_batch(read_rows(file, [0] * n, np.arange(n) % s.n_rows, s), corrupt, s)
 
 
 def set_rows(file, s):
@@ -98,7 +109,7 @@ def train_batches(file, first_step, corrupt, s):
         order = rows_of_step(step, s.rows_per_step, s.n_rows, s.order_seed)
         epochs, rows = (x[s.rank :: s.world_size] for x in order)
         parts = [slice(i, i + s.rows_per_batch) for i in range(0, len(rows), s.rows_per_batch)]
-        yield [make_batch(file, rows[part], epochs[part], corrupt, s) for part in parts]
+        yield [make_batch(read_rows(file, epochs[i], rows[i], s), corrupt, s) for i in parts]
 
 
 @torch.no_grad()
@@ -111,7 +122,7 @@ def evaluate(model, file, n_rows, corrupt, s, mask_prob=None):
     share, n = range(s.rank, n_rows, s.world_size), s.rows_per_batch
     for i in range(0, -(-n_rows // s.world_size), n):
         rows = share[i : i + n] or [0]  # an idle rank, as FSDP's forward is collective
-        batch = make_batch(file, rows, [0] * len(rows), corrupt, s, seed=0)
+        batch = make_batch(read_rows(file, [0] * len(rows), rows, s), corrupt, s, seed=0)
         with s.autocast():
             loss, hits = model(*batch.to(s.device))
         if i < len(share):
@@ -125,7 +136,7 @@ def show_first_row(file, corrupt, s, tokenizer, mark=True):
     """Prints the first row of the run as a reader wants it: the texts and their borders. With mark,
     each token at whose place an answer is read stands inverted, the answer behind it."""
     epochs, rows = rows_of_step(0, 1, s.n_rows, s.order_seed)
-    batch = make_batch(file, rows, epochs, corrupt, s)
+    batch = make_batch(read_rows(file, epochs, rows, s), corrupt, s)
     answers = dict(zip(batch.rows.tolist(), batch.targets.tolist()))
     places = iter(range(s.max_seq_len))
     for i, n in enumerate(batch.seqs.lengths):

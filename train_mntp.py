@@ -228,7 +228,7 @@ if __name__ == "__main__":
                 save_notes(folder)
 
     def trial(n):  # forward and backward of n rows, for DDP's buckets and the dry run
-        batch = token_rows.make_batch(train, np.arange(n) % s.n_rows, [0] * n, mask_next, s)
+        batch = token_rows.first_batch(train, n, mask_next, s)
         with s.autocast():
             wrapped(*batch.to(s.device))[0].backward()
         wrapped.zero_grad(set_to_none=True)

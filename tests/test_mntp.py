@@ -73,7 +73,11 @@ def test_targets_are_those_of_a_plain_loop(toy_tokens, chunks):
     """Where documents have borders, and where they run on."""
     documents, s = open_tokens(toy_tokens, "train"), settings(mask_all=True)
     tokens = train_mntp.rows_as_texts(documents, s) if chunks else documents
-    make_batch = partial(token_rows.make_batch, tokens, corrupt=train_mntp.mask_next, s=s)
+
+    def make_batch(rows, epochs):
+        rows = token_rows.read_rows(tokens, epochs, rows, s)
+        return token_rows.make_batch(rows, train_mntp.mask_next, s)
+
     batch = make_batch([3, 7], [0, 1])
     expected, first, firsts = [], 0, set()
     for row in (3, 7):
@@ -99,8 +103,9 @@ def test_loss_and_gradients_are_those_of_transformers_document_by_document(
 ):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokens = open_tokens(toy_tokens, "train")
-    batch = token_rows.make_batch(tokens, [2, 9], [0, 0], train_mntp.mask_next, settings())
+    s, tokens = settings(), open_tokens(toy_tokens, "train")
+    rows = token_rows.read_rows(tokens, [0, 0], [2, 9], s)
+    batch = token_rows.make_batch(rows, train_mntp.mask_next, s)
     ours = from_pretrained(folders[family], "bidirectional", dtype=torch.float64).eval()
     loss, _ = ours(*batch.to("cpu"))
     loss.backward()
