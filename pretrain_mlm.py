@@ -30,9 +30,7 @@ import token_rows
 from common import prefetch, print0
 from formats.huggingface import save_pretrained
 from model import from_scratch
-from order import rows_of_step
 from tokenizer import check_tokenizer
-from tokens import open_tokens, tokenizer_of
 
 # ---- defaults ----
 out_dir = "out/mlm"  # like .+
@@ -54,7 +52,10 @@ lora_dropout = 0.0  # >= 0 and < 1
 lora_targets = "all"  # or names: "q_proj,v_proj"
 train_also = ""  # trained whole beside LoRA: any of "embed,norm,head"
 # data and objective
-data = "data/pydocs"  # a folder of train.bin, val.bin, meta.json, tokenizer/: see data/*/prepare.py
+# a folder of train.bin, val.bin, meta.json, tokenizer/: see data/*/prepare.py; or texts that are
+# tokenized on the way, "stream:corpus/*.jsonl" or "hf:owner/name": docs/scale.md
+data = "data/pydocs"
+tokenizer = ""  # of a stream: a folder or hub id; "": that of init_from; token files have their own
 objective = "mlm"  # one of mlm, clm; masked tokens and both sides, or the next token (causal)
 mask_prob = 0.3  # > 0 and <= 1; of the tokens that are not special
 mask_all = False  # all become the mask; else 80 % do, 10 % a random token, 10 % stay
@@ -181,8 +182,9 @@ if __name__ == "__main__":
         )
 
     # ---- data ----
-    train = open_tokens(s.data, "train")
-    tokenizer = tokenizer_of(s.data)
+    train, tokenizer = token_rows.open_train(s)
+    if s.tokenizer and not s.stream:
+        raise SystemExit(f"tokenizer={s.tokenizer!r} is for a stream: {s.data} has its own")
     token_rows.set_rows(train, s)
     optim.set_lengths(s, s.n_rows * s.max_seq_len, s.batch_tokens)
     s.mask_id = train.meta["mask_id"]
@@ -190,7 +192,7 @@ if __name__ == "__main__":
     if s.objective == "mlm" and s.mask_id is None:
         raise SystemExit(f"{s.data}: its tokenizer has no mask token, as objective='mlm' needs")
     val, eval_rows = token_rows.open_val(train, s)
-    print0(token_rows.describe_run(train, s), f"\nevaluation on {eval_rows:,} rows of val.bin")
+    print0(token_rows.describe_run(train, s), f"\nevaluation on {eval_rows:,} rows held out")
     if s.show_batch:
         token_rows.show_first_row(train, corrupt, s, tokenizer, mark=s.objective == "mlm")
         raise SystemExit
@@ -274,9 +276,7 @@ if __name__ == "__main__":
         if math.isfinite(loss + gnorm):
             optim.update(optimizers, lr)
         else:
-            rows = rows_of_step(step, s.rows_per_step, s.n_rows, s.order_seed)[1]
-            message = f"Rows of {s.data}/train.bin: {common.shown(rows.tolist())}"
-            common.bad_step(s, step, loss, gnorm, message)
+            common.bad_step(s, step, loss, gnorm, token_rows.name_rows(step, s))
         model.zero_grad(set_to_none=True)
         step += 1
 

@@ -16,9 +16,9 @@ import torch
 from tqdm import tqdm
 
 from attention import Seqs, make_seqs, move
-from common import all_reduce_sum, count_micro_batches
+from common import all_reduce_sum, count_micro_batches, shown
 from order import rows_of_step
-from tokens import open_tokens, read_row
+from tokens import open_tokens, read_row, tokenizer_of
 
 
 @dataclass
@@ -59,6 +59,16 @@ def first_batch(file, n, corrupt, s):
     return make_batch(read_rows(file, [0] * n, np.arange(n) % s.n_rows, s), corrupt, s)
 
 
+def open_train(s):
+    """-> (the file to train on, the tokenizer): of a folder of token files, or of a stream, where
+    the file is of the texts to evaluate on, and s.stream gives the rows."""
+    if isinstance(s.data, str) and s.data.startswith(("stream:", "hf:")):
+        from scale.streams import open_stream
+
+        return open_stream(s)
+    return open_tokens(s.data, "train"), tokenizer_of(s.data)
+
+
 def set_rows(file, s):
     """Adds to the settings how many rows the file has (n_rows), a step (rows_per_step), a forward
     (rows_per_batch), how many forwards a step (n_micro), and the seed of the rows' order (None: as
@@ -81,19 +91,24 @@ def set_rows(file, s):
 
 def describe_run(file, s):
     """The batch's arithmetic and the length of the run, in three lines."""
+    size = f"{len(file.tokens):,} tokens = {s.n_rows:,} rows of {s.max_seq_len}"
+    epochs = f" = {s.stop_step * s.rows_per_step / s.n_rows:.2f} epochs"
+    if s.stream:
+        size, epochs = f"{len(s.stream.parts):,} parts, read in {s.stream.n_lanes} lanes", ""
     return (
-        f"{s.data}: {len(file.tokens):,} tokens = {s.n_rows:,} rows of {s.max_seq_len}\n"
+        f"{s.data}: {size}\n"
         f"a step: {s.rows_per_batch} rows x {s.n_micro} micro-batches x {s.world_size} ranks = "
         f"{s.batch_tokens:,} tokens\n{s.stop_step:,} steps = {s.stop_step * s.batch_tokens:,} "
-        f"tokens = {s.stop_step * s.rows_per_step / s.n_rows:.2f} epochs; warmup {s.warmup:,} steps"
+        f"tokens{epochs}; warmup {s.warmup:,} steps"
     )
 
 
 def open_val(file, s):
-    """-> (val.bin, how many of its rows are evaluated on), (None, 0) where there is none to do."""
+    """-> (val.bin, or what a stream holds out; how many of its rows are evaluated on), or (None, 0)
+    where there is none to do."""
     if not s.eval_interval or "val" not in file.meta["splits"]:
         return None, 0
-    val = open_tokens(s.data, "val")
+    val = file if s.stream else open_tokens(s.data, "val")
     n_rows = min(s.eval_tokens, len(val.tokens)) // s.max_seq_len
     if n_rows < 1:
         raise SystemExit(
@@ -104,12 +119,30 @@ def open_val(file, s):
 
 
 def train_batches(file, first_step, corrupt, s):
-    """For each step, the list of this rank's micro-batches: every world_size-th row of the step."""
-    for step in range(first_step, s.stop_step):
-        order = rows_of_step(step, s.rows_per_step, s.n_rows, s.order_seed)
-        epochs, rows = (x[s.rank :: s.world_size] for x in order)
-        parts = [slice(i, i + s.rows_per_batch) for i in range(0, len(rows), s.rows_per_batch)]
-        yield [make_batch(read_rows(file, epochs[i], rows[i], s), corrupt, s) for i in parts]
+    """For each step, the list of this rank's micro-batches."""
+    for rows in rows_of_rank(file, first_step, s):
+        parts = [islice(rows, s.rows_per_batch) for _ in range(s.n_micro)]
+        yield [make_batch(part, corrupt, s) for part in parts]
+
+
+def rows_of_rank(file, first_step, s):
+    """For each step an iterator of this rank's rows, for make_batch: every world_size-th of it."""
+    if s.stream:
+        from scale.streams import rows_of_steps
+
+        yield from map(iter, rows_of_steps(first_step, s))
+    else:
+        for step in range(first_step, s.stop_step):
+            order = rows_of_step(step, s.rows_per_step, s.n_rows, s.order_seed)
+            yield read_rows(file, *(x[s.rank :: s.world_size] for x in order), s)
+
+
+def name_rows(step, s):
+    """The rows that a step trains on, for a message."""
+    if s.stream:
+        return f"Rows {step * s.rows_per_step:,} and on of {s.data}"
+    rows = rows_of_step(step, s.rows_per_step, s.n_rows, s.order_seed)[1]
+    return f"Rows of {s.data}/train.bin: {shown(rows.tolist())}"
 
 
 @torch.no_grad()
@@ -135,8 +168,7 @@ def evaluate(model, file, n_rows, corrupt, s, mask_prob=None):
 def show_first_row(file, corrupt, s, tokenizer, mark=True):
     """Prints the first row of the run as a reader wants it: the texts and their borders. With mark,
     each token at whose place an answer is read stands inverted, the answer behind it."""
-    epochs, rows = rows_of_step(0, 1, s.n_rows, s.order_seed)
-    batch = make_batch(read_rows(file, epochs, rows, s), corrupt, s)
+    batch = make_batch(islice(next(rows_of_rank(file, 0, s)), 1), corrupt, s)
     answers = dict(zip(batch.rows.tolist(), batch.targets.tolist()))
     places = iter(range(s.max_seq_len))
     for i, n in enumerate(batch.seqs.lengths):
@@ -162,8 +194,10 @@ def write_data_order(file, s):
     shape = (end - first) * n, s.max_seq_len
     ids = np.lib.format.open_memmap(path + "input_ids.npy", "w+", file.tokens.dtype, shape)
     np.save(path + "step.npy", np.arange(first, end).repeat(n))
-    for step in tqdm(range(first, end), desc="data order", unit="step"):
-        rows = rows_of_step(step, n, s.n_rows, s.order_seed)[1]
-        for i, row in enumerate(rows, start=(step - first) * n):
-            ids[i] = read_row(file, row, s.max_seq_len)[0]
+    s = SimpleNamespace(**vars(s) | {"rank": 0, "world_size": 1})  # all rows
+    start = 0 if s.stream else first  # a stream has no other way to get there
+    steps = tqdm(range(start, end), desc="data order", unit="step")
+    for step, rows in zip(steps, rows_of_rank(file, start, s)):
+        if step >= first:
+            ids[(step - first) * n : (step - first + 1) * n] = [row for _, row, _ in rows]
     print(f"wrote {path}input_ids.npy {shape} and {path}step.npy")

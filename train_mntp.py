@@ -34,9 +34,7 @@ import optim
 import token_rows
 from common import prefetch, print0
 from formats.huggingface import resolve_folder, save_pretrained
-from order import rows_of_step
 from tokenizer import check_tokenizer, load_tokenizer, vocab_size_of
-from tokens import open_tokens, tokenizer_of
 
 # ---- defaults ----
 out_dir = "out/mntp"  # like .+
@@ -55,7 +53,9 @@ train_also = ""  # trained whole beside LoRA: any of "embed,norm,head"; a tied h
 out_dropout: float | None = None  # >= 0 and < 1; of the attention block's output; None: model's own
 save_merged = True  # under LoRA: at the end the merged model in out_dir/merged
 # data and objective
-data = "data/pydocs"  # a folder of train.bin, val.bin, meta.json, tokenizer/: see data/*/prepare.py
+# a folder of train.bin, val.bin, meta.json, tokenizer/: see data/*/prepare.py; or texts that are
+# tokenized on the way, "stream:corpus/*.jsonl" or "hf:owner/name": docs/scale.md
+data = "data/pydocs"
 chunks = False  # True: a row is one text, documents run on; False: no document sees another
 mask_token = "_"  # a token of the vocabulary; or eos, own (the tokenizer's) or new (adds <mask>)
 mask_prob = 0.2  # > 0 and <= 1; of the tokens that are not special
@@ -169,10 +169,9 @@ if __name__ == "__main__":
         raise SystemExit("mask_token='new': its row must train, too: train_also='embed'")
 
     # ---- data ----
-    train = open_tokens(s.data, "train")
+    train, data_tokenizer = token_rows.open_train(s)
     tokenizer = load_tokenizer(s.tokenizer or resolve_folder(s.init_from))
-    data_vocab = tokenizer_of(s.data).get_vocab()
-    if not data_vocab.items() <= tokenizer.get_vocab().items():
+    if not data_tokenizer.get_vocab().items() <= tokenizer.get_vocab().items():
         raise SystemExit(f"{s.data} has another tokenizer than {s.init_from}: prepare it with that")
     s.mask_id = choose_mask(tokenizer, s.mask_token)
     never_masked = [*train.meta["special_ids"], s.mask_id]
@@ -185,7 +184,7 @@ if __name__ == "__main__":
     mask = tokenizer.convert_ids_to_tokens(s.mask_id)
     kind = "one text" if s.chunks else "whole documents and cut ends"
     print0(token_rows.describe_run(train, s), f"\neach row is {kind}; the mask is {mask!r}, id "
-           f"{s.mask_id}; evaluation on {eval_rows:,} rows of val.bin")  # fmt: skip
+           f"{s.mask_id}; evaluation on {eval_rows:,} rows held out")  # fmt: skip
     if s.show_batch:
         token_rows.show_first_row(train, mask_next, s, tokenizer)
         raise SystemExit
@@ -265,9 +264,7 @@ if __name__ == "__main__":
         if math.isfinite(loss + gnorm):
             optim.update(optimizers, lr)
         else:
-            rows = rows_of_step(step, s.rows_per_step, s.n_rows, s.order_seed)[1]
-            message = f"Rows of {s.data}/train.bin: {common.shown(rows.tolist())}"
-            common.bad_step(s, step, loss, gnorm, message)
+            common.bad_step(s, step, loss, gnorm, token_rows.name_rows(step, s))
         model.zero_grad(set_to_none=True)
         step += 1
 

@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, count, islice
 from types import SimpleNamespace
 
@@ -29,14 +28,13 @@ from formats.texts import eval_split_of, parts_of_dataset, parts_of_files, texts
 from formats.tiktoken_bpe import fast_encode
 from order import permuted
 from tokenizer import load_tokenizer, vocab_size_of
-from tokens import TokenFile
+from tokens import TokenFile, token_dtype
 
 MAX_LANES = 64  # a power of 2, as the number of ranks often is: each holds lanes of its own then
 PART_BYTES = 4 << 20
 BLOCK = 1024, 1 << 20  # documents that are shuffled together, or fewer with as many characters
 GROUP = 32, 1 << 16  # documents that are tokenized together, or fewer with as many characters
-HELD_OUT = 1000, 1 << 23  # documents to evaluate on, or fewer with as many characters
-THREADS = 2  # that make the rows of a step
+HELD_OUT = 1000, 1 << 22  # documents to evaluate on, or fewer with as many characters
 SAMPLES = 4096, 1 << 16  # of all files together that are hashed, and the bytes of each
 
 
@@ -55,20 +53,19 @@ def open_stream(s):
     tokenizer = load_tokenizer(s.tokenizer or resolve_folder(s.init_from))
     parts, eval_parts = parts_of(s.data)
     held_out = take(chain.from_iterable(map(documents_of, eval_parts)), *HELD_OUT)
-    if held_out:
-        first, parts = split_off(parts, 0, s.data)
-    else:
-        held_out, parts = split_off(parts, *HELD_OUT, s.data)
+    first, parts = split_off(parts, *((0, 0) if held_out else HELD_OUT), s.data)
     encode = fast_encode(tokenizer, verbose=s.rank == 0)
-    docs = [ids for ids in encode(held_out) if ids]
+    docs = [ids for ids in encode(held_out or first) if ids]
     s.stream = SimpleNamespace(
         parts=parts, encode=encode, n_lanes=2 ** (min(len(parts), MAX_LANES).bit_length() - 1),
-        fingerprint=lambda: fingerprint(parts, tokenizer), lanes={},
+        fingerprint=lambda _: fingerprint(parts, tokenizer), lanes={},
     )  # fmt: skip
-    meta = {"vocab_size": vocab_size_of(tokenizer), "mask_id": tokenizer.mask_token_id,
+    vocab_size = vocab_size_of(tokenizer)
+    meta = {"vocab_size": vocab_size, "mask_id": tokenizer.mask_token_id,
             "special_ids": tokenizer.all_special_ids, "splits": ["val"]}  # fmt: skip
+    tokens = np.fromiter(chain.from_iterable(docs), token_dtype(vocab_size))
     starts = np.cumsum([0, *map(len, docs)])
-    return TokenFile(s.data, np.concatenate(docs), starts, meta), tokenizer
+    return TokenFile(s.data, tokens, starts, meta), tokenizer
 
 
 # ---- parts and documents ----
@@ -135,7 +132,7 @@ def fingerprint(parts, tokenizer):
     of their version, and the tokenizer. Not of paths: a corpus may move."""
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     for part in parts:
-        facts = {key: part[key] for key in sorted(part.keys() - {"path", "changed"})}
+        facts = {key: part[key] for key in sorted(part.keys() - {"path", "changed", "shard"})}
         digest.update(json.dumps(facts).encode())
     if parts[0]["kind"] == "hub":
         from datasets import load_dataset_builder
@@ -160,7 +157,8 @@ def fingerprint(parts, tokenizer):
 def rows_of_lane(lane, place, s):
     """Yield without end (ids int64 [max_seq_len], lengths of the texts in it, the place behind it):
     the rows of a lane from a place on."""
-    stream, pieces, room = s.stream, [], s.max_seq_len
+    stream, n, chunks = s.stream, s.max_seq_len, getattr(s, "chunks", False)  # MNTP's
+    pieces, room = [], n
     first, first_group, at = map(int, place)
     for position in count(first, stream.n_lanes):
         epoch, part = divmod(position, len(stream.parts))
@@ -175,8 +173,9 @@ def rows_of_lane(lane, place, s):
                     pieces.append(ids[at : min(at + room, end)])
                     at, room = at + len(pieces[-1]), room - len(pieces[-1])
                     if room == 0:
-                        yield np.concatenate(pieces), [*map(len, pieces)], (position, group, at)
-                        pieces, room = [], s.max_seq_len
+                        lengths = [n] if chunks else [*map(len, pieces)]
+                        yield np.concatenate(pieces), lengths, (position, group, at)
+                        pieces, room = [], n
             at = 0
 
 
@@ -186,25 +185,18 @@ def rows_of_steps(first_step, s):
     lanes, n_lanes = s.stream.lanes, s.stream.n_lanes
     n_shares = math.gcd(s.world_size, n_lanes)  # a rank makes the rows of lanes that it needs
     mine = np.arange(s.rank % n_shares, n_lanes, n_shares)
-    if first_step not in lanes:
-        lanes[first_step] = np.stack([np.arange(n_lanes), *np.zeros((2, n_lanes), int)], axis=1)
+    begin = [[lane, 0, 0] for lane in range(n_lanes)]
     places = np.full((n_lanes, 3), -1)
-    places[mine] = lanes[first_step][mine]
-    readers = {lane: rows_of_lane(lane, places[lane], s) for lane in mine}
-    with ThreadPoolExecutor(THREADS) as pool:
-        for step in count(first_step):
-            numbers = np.arange(step * s.rows_per_step, (step + 1) * s.rows_per_step)
-            numbers = {lane: numbers[numbers % n_lanes == lane] for lane in mine}
-            found = {
-                lane: pool.submit(lambda lane: [next(readers[lane]) for _ in numbers[lane]], lane)
-                for lane in mine
-            }
-            places, rows = places.copy(), {}
-            for lane in mine:
-                for number, (ids, lengths, places[lane]) in zip(
-                    numbers[lane], found[lane].result()
-                ):
-                    rows[int(number)] = (0, int(number)), ids, lengths
-            lanes[step + 1] = places
-            lanes.pop(step - 8, None)  # what is read ahead is less
-            yield [rows[i] for i in sorted(rows) if i % s.world_size == s.rank]
+    places[mine] = np.reshape(lanes.get(first_step, begin), (n_lanes, 3))[mine]
+    lanes[first_step] = places
+    readers = {int(lane): rows_of_lane(lane, places[lane], s) for lane in mine}
+    for step in range(first_step, s.stop_step):
+        rows, places = [], places.copy()
+        for number in range(step * s.rows_per_step, (step + 1) * s.rows_per_step):
+            if (lane := number % n_lanes) in readers:
+                ids, lengths, places[lane] = next(readers[lane])
+                if number % s.world_size == s.rank:
+                    rows.append(((0, number), ids, lengths))
+        lanes[step + 1] = places
+        lanes.pop(step - 8, None)  # what is read ahead is less
+        yield rows
