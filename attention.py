@@ -7,6 +7,7 @@ Shapes: B texts, T tokens of the packed row, H heads, D head_dim.
 
 import inspect
 import math
+from contextlib import suppress
 from dataclasses import dataclass, is_dataclass, replace
 from functools import lru_cache, partial
 from itertools import groupby
@@ -15,14 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-try:  # each is optional: see choose_backend
-    from flash_attn import flash_attn_varlen_func
-except ImportError:
-    flash_attn_varlen_func = None
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
+flash_attn_varlen_func = varlen_attn = None  # each is optional: see choose_backend
+if torch.cuda.is_available():  # to import them takes half as long as torch itself
+    with suppress(ImportError):
+        from flash_attn import flash_attn_varlen_func
+    with suppress(ImportError):
+        from torch.nn.attention.varlen import varlen_attn
 
 # ---- the packed row ----
 
@@ -127,7 +126,6 @@ def attention(q, k, v, seqs, causal, window, dropout_p=0.0, backend="sdpa"):
     return varlen_attn(q, k, v, cu, cu, n, n, window_size=window, **grouped)
 
 
-@torch.compiler.disable  # a loop over lengths, which change with every batch
 def sdpa_packed(q, k, v, seqs, causal, window, dropout_p):
     """torch's scaled_dot_product_attention text by text; neighbours of equal length in one call.
 

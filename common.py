@@ -26,9 +26,9 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import attention
 from formats import read_json
 
 # ---- config: the script's defaults, then config files, then --key=value ----
@@ -452,10 +452,14 @@ def wrap(module, blocks, s):
         # Texts of another number or length, evaluation and each kind of layer have code of their
         # own. Past dynamo's limit of 8 blocks would run uncompiled, with no more than a warning.
         torch._dynamo.config.recompile_limit = 64
+        # a loop over lengths, which change with every batch, is no graph
+        attention.sdpa_packed = torch.compiler.disable(attention.sdpa_packed)
         for block in blocks:
             block.compile(backend=getattr(s, "compile_backend", "inductor"),
                           dynamic=getattr(s, "compile_dynamic", None))  # fmt: skip
     if s.fsdp:
+        from torch.distributed.fsdp import fully_shard  # slow to import
+
         for block in blocks:
             fully_shard(block)
         return fully_shard(module)
@@ -469,7 +473,7 @@ def sync_gradients(wrapped, now):
     last backward, is enough."""
     if isinstance(wrapped, DDP):
         wrapped.require_backward_grad_sync = now
-    elif isinstance(wrapped, FSDPModule):
+    elif hasattr(wrapped, "set_requires_gradient_sync"):  # FSDP
         wrapped.set_requires_gradient_sync(now)
 
 

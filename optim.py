@@ -5,8 +5,6 @@ Optimizers, the learning rate of a step, and how long a run is.
 import math
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Partial
 
 # ---- lengths and the learning rate ----
 
@@ -90,6 +88,8 @@ def make_optimizers(model, s, kind="adamw", zero1=False, decay_all=False):
     if cls is torch.optim.AdamW:
         settings["fused"] = s.device.type in ("cuda", "cpu")
     if zero1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
         return [ZeroRedundancyOptimizer(groups, optimizer_class=cls, **settings)]
     optimizers = [cls(groups, **settings)]
     if matrices:  # scaled to AdamW's update size, so that one learning rate serves both
@@ -103,7 +103,7 @@ def make_optimizers(model, s, kind="adamw", zero1=False, decay_all=False):
 def clip_gradients(parameters, max_norm):
     """Scales the gradient down to max_norm (0: it is left alone) -> its norm before that."""
     gnorm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
-    return (gnorm.full_tensor() if isinstance(gnorm, DTensor) else gnorm).item()
+    return (gnorm.full_tensor() if hasattr(gnorm, "full_tensor") else gnorm).item()
 
 
 def update(optimizers, lr):
@@ -156,8 +156,10 @@ class StableAdamW(torch.optim.Optimizer):
             torch._foreach_reciprocal_(u)
             torch._foreach_mul_(u, g)
             sums = torch.stack(torch._foreach_norm(u)).square()  # [tensors]
-            sharded = [i for i, p in enumerate(params) if isinstance(p, DTensor)]
+            sharded = [i for i, p in enumerate(params) if hasattr(p, "placements")]
             if sharded:  # on one mesh, as fully_shard has them: one all-reduce for all
+                from torch.distributed.tensor import DTensor, Partial
+
                 p = params[sharded[0]]
                 parts = [Partial() if x.is_shard() else x for x in p.placements]
                 total = DTensor.from_local(sums[sharded], p.device_mesh, parts)
@@ -175,4 +177,4 @@ class StableAdamW(torch.optim.Optimizer):
 
 
 def _local(tensors):
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.varlen import varlen_attn
 
 import attention as A
 import common
@@ -18,6 +19,7 @@ from model import from_scratch
 from tools import gpu_check
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+A.varlen_attn = varlen_attn  # without a GPU it is not imported
 # torch 2.11 may have no grouped heads there: choose_backend then takes another
 GROUPED = {"enable_gqa": True} if "enable_gqa" in str(inspect.signature(A.varlen_attn)) else {}
 CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, NO_GPU])

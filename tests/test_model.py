@@ -4,6 +4,7 @@ run every backend that is there."""
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention as A
+import common
 import formats.huggingface as HF
 import model as M
 from attention import make_seqs
@@ -856,8 +858,8 @@ def test_compiled_blocks_change_nothing_and_are_compiled_once(family, compiler):
     torch._dynamo.reset()
     model = tiny(family, n_layer=10, layer_kinds=(["global", "local", "local"] * 4)[:10], window=3)
     plain = [train_gradients(model, lengths=n) for n in (DOCS, [114], [57, 57])]
-    for block in model.blocks:
-        block.compile(backend=compiler)
+    s = SimpleNamespace(compile=True, compile_backend=compiler, fsdp="", world_size=1)
+    common.wrap(model, model.blocks, s)
     # ten blocks of a few kinds: past dynamo's limit of recompiles the rest would run uncompiled
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         found = [train_gradients(model)]
