@@ -40,8 +40,9 @@ SAMPLES = 4096, 1 << 16  # of all files together that are hashed, and the bytes 
 
 def open_stream(s):
     """-> (the texts to evaluate on, as a token file in memory, and the tokenizer). Adds to the
-    settings s.stream: the parts to train on, the number of lanes, encode(texts), fingerprint(), and
-    {step: the places of the lanes before it}. SystemExit or ValueError for what cannot be streamed.
+    settings s.stream: the parts to train on, the number of lanes, encode(texts), what
+    checkpoint.find calls as fingerprint(data), and {step: the places of the lanes before it}.
+    SystemExit or ValueError for what cannot be streamed.
 
     The texts to evaluate on are those of the data set's own split for it, or else the first ones,
     which no run trains on: whether and how often a run is evaluated does not change its order."""
@@ -58,7 +59,7 @@ def open_stream(s):
     docs = [ids for ids in encode(held_out or first) if ids]
     s.stream = SimpleNamespace(
         parts=parts, encode=encode, n_lanes=2 ** (min(len(parts), MAX_LANES).bit_length() - 1),
-        fingerprint=lambda _: fingerprint(parts, tokenizer), lanes={},
+        fingerprint=lambda data: fingerprint(parts, tokenizer), lanes={},
     )  # fmt: skip
     vocab_size = vocab_size_of(tokenizer)
     meta = {"vocab_size": vocab_size, "mask_id": tokenizer.mask_token_id,
@@ -88,8 +89,18 @@ def parts_of(data):
 
 
 def documents_of(part):
-    """The texts of a part that are not blank, without those that are held out."""
-    return islice(filter(str.strip, texts_of(part)), part.get("held_out", 0), None)
+    """The texts of a part that are not blank, without those that are held out. ValueError for ids,
+    which MDS folders may have."""
+
+    def texts():
+        for text in texts_of(part):
+            if not isinstance(text, str):
+                raise ValueError(f"{part['path']}: '{part['field']}' has token ids, and a stream "
+                                 "takes texts; data/text/prepare.py takes both")  # fmt: skip
+            if text.strip():
+                yield text
+
+    return islice(texts(), part.get("held_out", 0), None)
 
 
 def take(texts, n, n_characters):

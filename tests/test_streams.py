@@ -137,7 +137,7 @@ def test_each_document_comes_once_an_epoch_but_those_held_out(settings, corpus, 
     assert orders[0] != orders[1]
 
 
-def test_a_data_set_with_a_split_to_evaluate_on(settings, tmp_path):
+def test_a_data_set_with_a_split_to_evaluate_on(settings, tmp_path, monkeypatch):
     train, held_out = documents(60, 1), documents(9, 2)
     for i in range(3):
         rows = [{"body": text} for text in train[20 * i : 20 * i + 20]]
@@ -154,6 +154,8 @@ def test_a_data_set_with_a_split_to_evaluate_on(settings, tmp_path):
         f.write('{"body": "more"}\n')
     assert settings(data=f"hf:{tmp_path}#body")[0].stream.fingerprint("") != before
     harness.raises(ValueError, "no column 'text', it has body", settings, data=f"hf:{tmp_path}")
+    monkeypatch.setattr(streams, "texts_of", lambda part: [np.arange(3)])  # of an MDS folder
+    harness.raises(ValueError, "'text' has token ids, and a stream takes texts", settings)
 
 
 # ---- runs ----
