@@ -120,17 +120,17 @@ def open_val(file, s):
 
 def train_batches(file, first_step, corrupt, s):
     """For each step, the list of this rank's micro-batches."""
-    for rows in rows_of_rank(file, first_step, s):
-        parts = [islice(rows, s.rows_per_batch) for _ in range(s.n_micro)]
+    for rows in map(list, rows_of_rank(file, first_step, s)):
+        parts = [rows[i : i + s.rows_per_batch] for i in range(0, len(rows), s.rows_per_batch)]
         yield [make_batch(part, corrupt, s) for part in parts]
 
 
 def rows_of_rank(file, first_step, s):
-    """For each step an iterator of this rank's rows, for make_batch: every world_size-th of it."""
+    """For each step this rank's rows, as make_batch takes them: every world_size-th of the step."""
     if s.stream:
         from scale.streams import rows_of_steps
 
-        yield from map(iter, rows_of_steps(first_step, s))
+        yield from rows_of_steps(first_step, s)
     else:
         for step in range(first_step, s.stop_step):
             order = rows_of_step(step, s.rows_per_step, s.n_rows, s.order_seed)
