@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import all_reduce_sum, get_rank, last_good, print0
 from formats.huggingface import step_of
@@ -36,6 +37,7 @@ MAY_CHANGE = re.compile(
     "attention_backend|dtype|compile.*|gradient_checkpointing|fsdp|zero1|deterministic|data|tracker|"
     "out_dir|checkpoint_prefix|dump_data_order"
 )
+SHARD = re.compile(r"train(_\d{5})?\.(bin|rows)")
 
 
 def find(s):
@@ -55,6 +57,8 @@ def find(s):
     paths = [s.data] if isinstance(s.data, str) else s.data
     fingerprint = s.stream.fingerprint if s.stream else _fingerprint
     s.files = _shared(get_rank() == 0 and [fingerprint(path) for path in paths])
+    if isinstance(s.data, dict):  # of another mixture the rows come otherwise
+        s.files = [f"{s.data[path]} x {text}" for path, text in zip(paths, s.files)]
     if last:
         saved = _compare(last, s)
         if s.stream and saved["files"] == s.files:  # another one begins at its start
@@ -84,14 +88,20 @@ def _compare(last, s):
 
 
 def _fingerprint(path):
-    """Of a data file, or a folder of tokens: its size, and the hash of 1,024 MiB of it or all."""
-    path = os.path.join(path, "train.bin") if os.path.isdir(path) else path
-    size, digest = os.path.getsize(path), hashlib.sha256()
-    with open(path, "rb") as f:
-        for start in range(0, size, max(2**20, size // 1024)):
-            f.seek(start)
-            digest.update(f.read(2**20))
-    return f"{size:,} bytes with sha256 {digest.hexdigest()[:16]}"
+    """Of a data file, or all shards in a folder of tokens: the size, and the hash of 1,024 MiB of
+    it or all; of more shards than that of something of each."""
+    paths = [path]
+    if os.path.isdir(path):
+        names = sorted(os.listdir(path))
+        paths = [os.path.join(path, name) for name in names if SHARD.fullmatch(name)]
+    sizes, digest = [os.path.getsize(path) for path in paths], hashlib.sha256()
+    part = 2**30 // max(1024, len(paths))
+    for path, size in zip(paths, sizes):
+        with open(path, "rb") as f:
+            for start in range(0, size, max(2**20, sum(sizes) // 1024)):
+                f.seek(start)
+                digest.update(f.read(part))
+    return f"{sum(sizes):,} bytes with sha256 {digest.hexdigest()[:16]}"
 
 
 def _lock(out_dir):
@@ -331,7 +341,7 @@ def prune_checkpoints(out_dir, prefix, keep_last, keep_models, keep_states, *bes
 
 def _full(value):
     """On rank 0 the whole of a sharded tensor, on the CPU; None elsewhere. Collective."""
-    if hasattr(value, "full_tensor"):  # a DTensor, whose module is slow to import
+    if isinstance(value, DTensor):
         value = value.full_tensor().clone()  # uneven shards: a view of padded storage otherwise
     if get_rank() != 0:
         return None
@@ -385,8 +395,6 @@ def load_optimizer_state(optimizers, states):
 
 def _shard_like(value, param):
     """This rank's part of a full tensor where the parameter is sharded. A step count stays."""
-    if hasattr(param, "placements") and torch.is_tensor(value) and value.shape == param.shape:
-        from torch.distributed.tensor import distribute_tensor
-
+    if isinstance(param, DTensor) and torch.is_tensor(value) and value.shape == param.shape:
         return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
     return value

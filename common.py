@@ -42,7 +42,7 @@ from formats import read_json
 COMPARE = {
     ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "!=": operator.ne
 }  # fmt: skip
-KINDS = {k.__name__: k for k in (int, float, bool, str, tuple)} | {"None": type(None)}
+KINDS = {k.__name__: k for k in (int, float, bool, str, tuple, dict)} | {"None": type(None)}
 RENAMED = {  # keys of earlier versions, where the script has the new one and not the old
     "data_dir": "data", "batch_size": "batch_tokens", "device_batch_size": "device_batch_tokens",
     "chunk_tokens": "device_batch_tokens", "batch_tokens": "device_batch_tokens",
@@ -148,8 +148,9 @@ def configure(script_globals):
 
     Keys are the names that the script's top level assigns an int, float, bool, str, tuple or None,
     but for a leading _. A key takes its default's type, or what its annotation says
-    (`x: float | None = None`), and of that what the comment says. Command-line values hold while
-    the files run, so what a file derives from them follows. Returns the resolved {key: value}.
+    (`x: float | None = None`, `x: str | dict = ""`), and of that what the comment says.
+    Command-line values hold while the files run, so what a file derives from them follows. Returns
+    the resolved {key: value}.
     SystemExit on an unknown key or a wrong value. --help prints the docstring and the commented
     defaults; --traceback=True shows where an error was raised, which is one line otherwise."""
     with open(script_globals["__file__"], encoding="utf-8") as f:
@@ -162,7 +163,7 @@ def configure(script_globals):
         rule = re.match(r" *# ((?:one of|like|[<>!]=?) .*?)(?:[;:] |$)", comment)
         for name in [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]:
             kind = type(script_globals.get(name, ...))
-            if name.startswith("_") or kind not in KINDS.values():
+            if name.startswith("_") or kind not in KINDS.values() or kind is dict and not hint:
                 continue
             if kind is type(None) and not hint:
                 raise TypeError(f"{name} = None needs a type: `{name}: float | None = None`")
@@ -192,7 +193,8 @@ def configure(script_globals):
             raise SystemExit(f"{arg}: options are written --key=value")
         kinds, item, _ = keys[key]
         value = text  # of strings as it is: a text may be long, and have quotes
-        if str not in kinds and not (item is str and text[:1] not in "(["):
+        is_text = str in kinds or item is str and text[:1] not in "(["
+        if not is_text or dict in kinds and text[:1] == "{":
             with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 value = ast.literal_eval(text)
         elif text == "None":

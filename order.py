@@ -5,6 +5,8 @@ the seed and the step alone, so that any number of ranks, and a resumed run, see
 
 import numpy as np
 
+BLOCK = 10_000  # rows of a mixture in which each source has its exact share
+
 
 def mix(x):
     """A hash of each uint64 (the finalizer of splitmix64), of 63 bits: adding to it cannot wrap."""
@@ -47,7 +49,39 @@ def rows_of_step(step, rows_per_step, n_rows, seed):
     if n_rows < 1:
         raise ValueError("not one whole row of tokens: lower max_seq_len or prepare more text")
     position = step * rows_per_step + np.arange(rows_per_step, dtype=np.int64)
+    return _in_epochs(position, n_rows, seed)
+
+
+def _in_epochs(position, n_rows, seed):
     epoch, row = np.divmod(position, n_rows)
-    for e in range(epoch[0], epoch[-1] + 1) if seed is not None else ():
+    for e in np.unique(epoch) if seed is not None else ():
         row[epoch == e] = permuted(row[epoch == e], n_rows, seed, e)
     return epoch, row
+
+
+def rows_of_mixture(step, rows_per_step, n_rows, shares, seed):
+    """As rows_of_step, of several sources with n_rows[i] rows, which are numbered through.
+
+    The endless sequence is cut in blocks of BLOCK rows. Of each, shares[i] are of source i, at
+    places that a permutation of the block gives; these go through a source's epochs one by one,
+    in the order of rows_of_step with a seed of its own.
+    """
+    block, place = rows_of_step(step, rows_per_step, BLOCK, seed)
+    firsts = np.cumsum([0, *shares])
+    source = np.searchsorted(firsts, place, side="right") - 1
+    epoch, row = np.empty_like(place), np.empty_like(place)
+    for i, n in enumerate(n_rows):
+        chosen = source == i
+        position = block[chosen] * shares[i] + place[chosen] - firsts[i]
+        epoch[chosen], row[chosen] = _in_epochs(position, n, seed + 1 + i)
+        row[chosen] += sum(n_rows[:i])
+    return epoch, row
+
+
+def shares_of(weights):
+    """How many rows of a block each source has, BLOCK in all: int64, by largest remainders."""
+    exact = np.array(weights) / sum(weights) * BLOCK
+    shares = exact.astype(np.int64)
+    most = np.argsort(shares - exact, kind="stable")  # what was cut off, the largest first
+    shares[most[: BLOCK - shares.sum()]] += 1
+    return shares

@@ -52,9 +52,10 @@ lora_dropout = 0.0  # >= 0 and < 1
 lora_targets = "all"  # or names: "q_proj,v_proj"
 train_also = ""  # trained whole beside LoRA: any of "embed,norm,head"
 # data and objective
-# a folder of train.bin, val.bin, meta.json, tokenizer/: see data/*/prepare.py; or texts that are
-# tokenized on the way, "stream:corpus/*.jsonl" or "hf:owner/name": docs/scale.md
-data = "data/pydocs"
+# a folder of train.bin, val.bin, meta.json, tokenizer/ (see data/*/prepare.py), or a mixture
+# {folder: weight}: exactly these shares of each 10,000 rows; or texts that are tokenized on the
+# way, "stream:corpus/*.jsonl" or "hf:owner/name": docs/scale.md
+data: str | dict = "data/pydocs"
 tokenizer = ""  # of a stream: a folder or hub id; "": that of init_from; token files have their own
 objective = "mlm"  # one of mlm, clm; masked tokens and both sides, or the next token (causal)
 mask_prob = 0.3  # > 0 and <= 1; of the tokens that are not special
@@ -192,7 +193,7 @@ if __name__ == "__main__":
     if s.objective == "mlm" and s.mask_id is None:
         raise SystemExit(f"{s.data}: its tokenizer has no mask token, as objective='mlm' needs")
     val, eval_rows = token_rows.open_val(train, s)
-    print0(token_rows.describe_run(train, s), f"\nevaluation on {eval_rows:,} rows held out")
+    print0(token_rows.describe_run(train, s), f"\nevaluation on {len(eval_rows):,} rows held out")
     if s.show_batch:
         token_rows.show_first_row(train, corrupt, s, tokenizer, mark=s.objective == "mlm")
         raise SystemExit
@@ -246,7 +247,7 @@ if __name__ == "__main__":
     columns = ["loss", "acc", "gnorm", "lr", "tok_s", "mfu", "eval_loss", "eval_ppl", "eval_acc"]
     log, rates = common.open_log(s, columns, step), common.Rates()
     peak = common.peak_flops(s.device)
-    flops_per_token = model.flops_per_token(len(train.tokens) / (len(train.starts) - 1))
+    flops_per_token = model.flops_per_token(train.mean_length)
     stop_requested = common.catch_stop(s)
     batches = prefetch(token_rows.train_batches(train, step, corrupt, s))
     common.settle_buckets(wrapped, trial, s.rows_per_batch)
@@ -276,7 +277,7 @@ if __name__ == "__main__":
         if math.isfinite(loss + gnorm):
             optim.update(optimizers, lr)
         else:
-            common.bad_step(s, step, loss, gnorm, token_rows.name_rows(step, s))
+            common.bad_step(s, step, loss, gnorm, token_rows.name_rows(train, step, s))
         model.zero_grad(set_to_none=True)
         step += 1
 

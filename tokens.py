@@ -3,14 +3,18 @@ Token files, a folder that a data/<name>/prepare.py writes:
 
     train.bin val.bin   little-endian uint16 (vocabulary <= 65536) or uint32 ids, end to end
     train.idx val.idx   int64 starts of the documents, then the number of tokens
+    train.rows val.rows int64 starts of rows of whole documents, then likewise; only where made so
     meta.json           dtype, vocabulary, tokenizer and its hash, special ids, counts
     tokenizer/          the tokenizer itself
+
+A large train is in shards, each a file of its own: train_00000.bin and .idx, train_00001.bin, ...
 """
 
 import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +24,41 @@ from formats import read_json
 from tokenizer import load_tokenizer, vocab_size_of
 
 
-@dataclass
+@dataclass(eq=False)  # a file is a key of mapped
 class TokenFile:
-    path: str  # of the .bin, for messages
-    tokens: np.ndarray  # [n_tokens] uint16 or uint32, mapped from the file
-    starts: np.ndarray  # [n_docs + 1] int64, likewise
-    meta: dict
+    path: str  # of the .bin
+    counts: dict  # "docs" and "tokens" in it, "rows" where it has rows of whole documents
+    meta: dict  # of its folder
+
+    @property
+    def tokens(self):
+        """[n_tokens] uint16 or uint32, mapped from the file as what follows."""
+        return mapped(self, "bin")
+
+    @property
+    def starts(self):
+        """[n_docs + 1] int64"""
+        return mapped(self, "idx")
+
+    def n_rows(self, row_size):
+        return self.counts.get("rows", self.counts["tokens"] // row_size)
+
+
+@lru_cache(256)  # a map holds a file open, and a process may often have no more than 1,024 of them
+def mapped(file, kind):
+    """The array in a TokenFile's .bin, .idx or .rows. ValueError for one of another size."""
+    count = {"bin": "tokens", "idx": "docs", "rows": "rows"}[kind]
+    n = file.counts[count] + (kind != "bin")  # n items have n + 1 starts
+    dtype = np.dtype(file.meta["dtype"] if kind == "bin" else "int64").newbyteorder("<")
+    path = file.path.removesuffix("bin") + kind
+    size, expected = os.path.getsize(path), n * dtype.itemsize  # errors name the path
+    if size != expected:
+        raise ValueError(
+            f"{path} has {size} bytes, by {file.meta.where} it should have "
+            f"{n} x {dtype.itemsize} = {expected}"
+        )
+    # asarray: a plain view of the map, which is much faster to slice than a np.memmap
+    return np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -96,7 +129,15 @@ def tokenizer_of(folder: str):
 
 
 def open_tokens(folder: str, split: str) -> TokenFile:
-    """Map a split's files. FileNotFoundError or ValueError name the file and what was expected."""
+    """Open a split that is one file, as val is. Errors: as of open_shards."""
+    files = open_shards(folder, split)
+    if len(files) > 1:
+        raise ValueError(f"{folder}: {split} is in {len(files)} shards, expected one file")
+    return files[0]
+
+
+def open_shards(folder: str, split: str) -> list[TokenFile]:
+    """Open a split's files. FileNotFoundError or ValueError name the file and what was expected."""
     meta_path = os.path.join(folder, "meta.json")
     if not os.path.exists(meta_path):
         script = os.path.join(folder, "prepare.py")
@@ -110,52 +151,58 @@ def open_tokens(folder: str, split: str) -> TokenFile:
     if split not in meta["splits"]:
         raise ValueError(f"{meta_path}: no split {split!r}, it has {', '.join(meta['splits'])}")
     counts = require(meta["splits"], split, dict, meta_path, 0)
-    docs, total = (require(counts, key, int, meta_path, 0) for key in ("docs", "tokens"))
+    shards, files = {f"{split}.bin": counts}, []
+    if "shards" in counts:
+        shards = require(counts, "shards", [dict], meta_path, 0, filled=True)
+        shards = {f"{split}_{i:05d}.bin": counts for i, counts in enumerate(shards)}
+    for name, counts in shards.items():
+        docs, tokens = (require(counts, key, int, meta_path, 0) for key in ("docs", "tokens"))
+        files.append(file := TokenFile(os.path.join(folder, name), counts, meta))
+        mapped(file, "bin")
+        _check_starts(file, "idx", docs, tokens, tokens)
+        if "rows" in counts:
+            n = require(counts, "rows", int, meta_path, 0)
+            _check_starts(file, "rows", n, tokens, require(meta, "row_tokens", int, meta_path, 0))
+    return files
 
-    def mapped(path, dtype, n):
-        dtype = np.dtype(dtype).newbyteorder("<")
-        size, expected = os.path.getsize(path), n * dtype.itemsize  # errors name the path
-        if size != expected:
-            raise ValueError(
-                f"{path} has {size} bytes, by {meta_path} it should have {n} x {dtype.itemsize} = "
-                f"{expected}"
-            )
-        # asarray: a plain view of the map, which is much faster to slice than a np.memmap
-        return np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)
 
-    path, idx_path = (os.path.join(folder, f"{split}.{kind}") for kind in ("bin", "idx"))
-    tokens, starts = mapped(path, meta["dtype"], total), mapped(idx_path, "int64", docs + 1)
+def _check_starts(file, kind, n, total, longest):
+    """ValueError unless n + 1 numbers rise from 0 to total, in steps of at most `longest`."""
+    path, starts = file.path.removesuffix("bin") + kind, mapped(file, kind)
     if starts[0] != 0 or starts[-1] != total:
-        raise ValueError(f"{idx_path}: starts run {starts[0]}..{starts[-1]}, expected 0..{total}")
-    for i in range(0, docs, 1 << 24):  # in parts: the starts of 1e9 documents are 8 GB
+        raise ValueError(f"{path}: starts run {starts[0]}..{starts[-1]}, expected 0..{total}")
+    for i in range(0, n, 1 << 24):  # in parts: the starts of 1e9 documents are 8 GB
         lengths = np.diff(starts[i : i + (1 << 24) + 1])
-        if lengths.min() <= 0:
-            n = i + (lengths <= 0).argmax()
+        if lengths.min() <= 0 or lengths.max() > longest:
+            n = i + ((lengths <= 0) | (lengths > longest)).argmax()
             raise ValueError(
-                f"{idx_path}: entries {n}, {n + 1} are {starts[n]}, {starts[n + 1]}, expected "
-                "increasing"
+                f"{path}: entries {n}, {n + 1} are {starts[n]}, {starts[n + 1]}, expected "
+                f"increasing by at most {longest}"
             )
-    return TokenFile(path, tokens, starts, meta)
 
 
 def read_row(file: TokenFile, row: int, row_size: int):
-    """(ids int64 [row_size], lengths): a slice of the file, and its pieces of documents in order.
+    """(ids int64 [n], lengths): a slice of the file, and its pieces of documents in order. n is
+    row_size; a row of whole documents may have fewer tokens.
 
     A document that is cut by a row continues in the next one as a new one. ValueError for an id
     outside the vocabulary.
     """
-    start, end = row * row_size, (row + 1) * row_size
-    total, vocab_size = len(file.tokens), file.meta["vocab_size"]
-    if not 0 <= start <= end <= total:
+    if not 0 <= row < file.n_rows(row_size):
+        total = file.counts["tokens"]
         raise IndexError(
             f"{file.path}: no row {row} of {row_size} tokens, the file has {total} tokens"
         )
-    ids = file.tokens[start:end].astype(np.int64)
+    start, end = row * row_size, (row + 1) * row_size
+    if "rows" in file.counts:
+        start, end = mapped(file, "rows")[row : row + 2]
+    ids, vocab_size = file.tokens[start:end].astype(np.int64), file.meta["vocab_size"]
     if ids.max() >= vocab_size:
         raise ValueError(
             f"{file.path}: token {start + ids.argmax()} is {ids.max()}, expected less than "
             f"{vocab_size}"
         )
-    first = np.searchsorted(file.starts, start, side="right")
-    last = np.searchsorted(file.starts, end, side="left")
-    return ids, np.diff([start, *file.starts[first:last], end]).tolist()
+    starts = file.starts
+    first = np.searchsorted(starts, start, side="right")
+    last = np.searchsorted(starts, end, side="left")
+    return ids, np.diff([start, *starts[first:last], end]).tolist()

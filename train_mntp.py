@@ -22,7 +22,6 @@ import json
 import math
 import os
 import time
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -53,9 +52,10 @@ train_also = ""  # trained whole beside LoRA: any of "embed,norm,head"; a tied h
 out_dropout: float | None = None  # >= 0 and < 1; of the attention block's output; None: model's own
 save_merged = True  # under LoRA: at the end the merged model in out_dir/merged
 # data and objective
-# a folder of train.bin, val.bin, meta.json, tokenizer/: see data/*/prepare.py; or texts that are
-# tokenized on the way, "stream:corpus/*.jsonl" or "hf:owner/name": docs/scale.md
-data = "data/pydocs"
+# a folder of train.bin, val.bin, meta.json, tokenizer/ (see data/*/prepare.py), or a mixture
+# {folder: weight}: exactly these shares of each 10,000 rows; or texts that are tokenized on the
+# way, "stream:corpus/*.jsonl" or "hf:owner/name": docs/scale.md
+data: str | dict = "data/pydocs"
 chunks = False  # True: a row is one text, documents run on; False: no document sees another
 mask_token = "_"  # a token of the vocabulary; or eos, own (the tokenizer's) or new (adds <mask>)
 mask_prob = 0.2  # > 0 and <= 1; of the tokens that are not special
@@ -157,11 +157,6 @@ def choose_mask(tokenizer, mask_token):
     return vocab[mask_token]
 
 
-def rows_as_texts(file, s):
-    """The token file with the rows in the place of its documents, which run on within them."""
-    return replace(file, starts=np.arange(0, len(file.tokens) + 1, s.max_seq_len))
-
-
 if __name__ == "__main__":
     # ---- configure, ranks and seed ----
     s = common.start(common.configure(globals()))
@@ -169,7 +164,7 @@ if __name__ == "__main__":
         raise SystemExit("mask_token='new': its row must train, too: train_also='embed'")
 
     # ---- data ----
-    train, data_tokenizer = token_rows.open_train(s)
+    train, data_tokenizer = token_rows.open_train(s, s.chunks)
     tokenizer = load_tokenizer(s.tokenizer or resolve_folder(s.init_from))
     if not data_tokenizer.get_vocab().items() <= tokenizer.get_vocab().items():
         raise SystemExit(f"{s.data} has another tokenizer than {s.init_from}: prepare it with that")
@@ -179,12 +174,10 @@ if __name__ == "__main__":
     token_rows.set_rows(train, s)
     optim.set_lengths(s, s.n_rows * s.max_seq_len, s.batch_tokens)
     val, eval_rows = token_rows.open_val(train, s)
-    if s.chunks:
-        train, val = rows_as_texts(train, s), val and rows_as_texts(val, s)
     mask = tokenizer.convert_ids_to_tokens(s.mask_id)
     kind = "one text" if s.chunks else "whole documents and cut ends"
     print0(token_rows.describe_run(train, s), f"\neach row is {kind}; the mask is {mask!r}, id "
-           f"{s.mask_id}; evaluation on {eval_rows:,} rows held out")  # fmt: skip
+           f"{s.mask_id}; evaluation on {len(eval_rows):,} rows held out")  # fmt: skip
     if s.show_batch:
         token_rows.show_first_row(train, mask_next, s, tokenizer)
         raise SystemExit
@@ -264,7 +257,7 @@ if __name__ == "__main__":
         if math.isfinite(loss + gnorm):
             optim.update(optimizers, lr)
         else:
-            common.bad_step(s, step, loss, gnorm, token_rows.name_rows(step, s))
+            common.bad_step(s, step, loss, gnorm, token_rows.name_rows(train, step, s))
         model.zero_grad(set_to_none=True)
         step += 1
 

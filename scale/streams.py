@@ -26,9 +26,10 @@ import numpy as np
 from formats.huggingface import resolve_folder
 from formats.texts import eval_split_of, parts_of_dataset, parts_of_files, texts_of
 from formats.tiktoken_bpe import fast_encode
-from order import permuted
+from order import permuted, shares_of
+from token_rows import Rows
 from tokenizer import load_tokenizer, vocab_size_of
-from tokens import TokenFile, token_dtype
+from tokens import token_dtype
 
 MAX_LANES = 64  # a power of 2, as the number of ranks often is: each holds lanes of its own then
 PART_BYTES = 4 << 20
@@ -38,8 +39,8 @@ HELD_OUT = 1000, 1 << 22  # documents to evaluate on, or fewer with as many char
 SAMPLES = 4096, 1 << 16  # of all files together that are hashed, and the bytes of each
 
 
-def open_stream(s):
-    """-> (the texts to evaluate on, as a token file in memory, and the tokenizer). Adds to the
+def open_stream(s, chunks=False):
+    """-> (Rows of the texts to evaluate on, which are in memory, and the tokenizer). Adds to the
     settings s.stream: the parts to train on, the number of lanes, encode(texts), what
     checkpoint.find calls as fingerprint(data), and {step: the places of the lanes before it}.
     SystemExit or ValueError for what cannot be streamed.
@@ -59,14 +60,21 @@ def open_stream(s):
     docs = [ids for ids in encode(held_out or first) if ids]
     s.stream = SimpleNamespace(
         parts=parts, encode=encode, n_lanes=2 ** (min(len(parts), MAX_LANES).bit_length() - 1),
-        fingerprint=lambda data: fingerprint(parts, tokenizer), lanes={},
+        fingerprint=lambda data: fingerprint(parts, tokenizer), lanes={}, chunks=chunks,
     )  # fmt: skip
-    vocab_size = vocab_size_of(tokenizer)
-    meta = {"vocab_size": vocab_size, "mask_id": tokenizer.mask_token_id,
-            "special_ids": tokenizer.all_special_ids, "splits": ["val"]}  # fmt: skip
-    tokens = np.fromiter(chain.from_iterable(docs), token_dtype(vocab_size))
-    starts = np.cumsum([0, *map(len, docs)])
-    return TokenFile(s.data, tokens, starts, meta), tokenizer
+    vocab_size, n_tokens = vocab_size_of(tokenizer), sum(map(len, docs))
+    n_rows = n_tokens // s.max_seq_len
+    meta = {"dtype": token_dtype(vocab_size), "vocab_size": vocab_size, "splits": ["val"],
+            "mask_id": tokenizer.mask_token_id, "special_ids": tokenizer.all_special_ids}
+    file = SimpleNamespace(  # what a TokenFile has
+        path=s.data, meta=meta, counts={"docs": len(docs), "tokens": n_tokens},
+        tokens=np.fromiter(chain.from_iterable(docs), np.int64),
+        starts=np.cumsum([0, *map(len, docs)]), n_rows=lambda row_size: n_rows,
+    )  # fmt: skip
+    return Rows(
+        [file], firsts=np.array([0, n_rows]), row_size=s.max_seq_len, weights={s.data: 1.0},
+        metas=[meta], n_rows=[n_rows], shares=shares_of([1.0]), chunks=chunks,
+    ), tokenizer  # fmt: skip
 
 
 # ---- parts and documents ----
@@ -168,7 +176,7 @@ def fingerprint(parts, tokenizer):
 def rows_of_lane(lane, place, s):
     """Yield without end (ids int64 [max_seq_len], lengths of the texts in it, the place behind it):
     the rows of a lane from a place on."""
-    stream, n, chunks = s.stream, s.max_seq_len, getattr(s, "chunks", False)  # MNTP's
+    stream, n, chunks = s.stream, s.max_seq_len, s.stream.chunks
     pieces, room = [], n
     first, first_group, at = map(int, place)
     for position in count(first, stream.n_lanes):

@@ -72,10 +72,10 @@ def test_masking_counts_and_spares_special_tokens(mask_all):
 def test_targets_are_those_of_a_plain_loop(toy_tokens, chunks):
     """Where documents have borders, and where they run on."""
     documents, s = open_tokens(toy_tokens, "train"), settings(mask_all=True)
-    tokens = train_mntp.rows_as_texts(documents, s) if chunks else documents
+    tokens = token_rows.open_rows(toy_tokens, "train", 64, chunks)
 
     def make_batch(rows, epochs):
-        rows = token_rows.read_rows(tokens, epochs, rows, s)
+        rows = token_rows.read_rows(tokens, epochs, rows)
         return token_rows.make_batch(rows, train_mntp.mask_next, s)
 
     batch = make_batch([3, 7], [0, 1])
@@ -103,8 +103,8 @@ def test_loss_and_gradients_are_those_of_transformers_document_by_document(
 ):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    s, tokens = settings(), open_tokens(toy_tokens, "train")
-    rows = token_rows.read_rows(tokens, [0, 0], [2, 9], s)
+    s, tokens = settings(), token_rows.open_rows(toy_tokens, "train", 64)
+    rows = token_rows.read_rows(tokens, [0, 0], [2, 9])
     batch = token_rows.make_batch(rows, train_mntp.mask_next, s)
     ours = from_pretrained(folders[family], "bidirectional", dtype=torch.float64).eval()
     loss, _ = ours(*batch.to("cpu"))
@@ -296,7 +296,8 @@ def test_every_weight_trains_and_the_folder_has_them(tiny, tmp_path):
     assert [type(optimizer).__name__ for optimizer in done.optimizers] == ["StableAdamW"]
     assert {block.attn.out_dropout for block in done.model.blocks} == {0.1}
     assert all(p.requires_grad for p in done.model.parameters())
-    assert set(done.train.starts % 64) == set(done.val.starts % 64) == {0}
+    for rows in (done.train, done.val):
+        assert [x[2] for x in token_rows.read_rows(rows, [0, 0], [0, 3])] == [[64], [64]]
     back = from_pretrained(str(tmp_path / "step2"))
     assert not back.config.causal and not os.path.exists(tmp_path / "merged")
     for name, p in done.model.named_parameters():

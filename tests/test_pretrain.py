@@ -21,7 +21,7 @@ from attention import make_seqs
 from formats.huggingface import from_pretrained
 from harness import assert_close, assert_equal_bits, losses, saved, start, wait_for_step
 from pretrain_mlm import corrupt
-from token_rows import train_batches
+from token_rows import open_rows, train_batches
 from tokens import open_tokens, read_row
 
 SCRIPT = "pretrain_mlm.py"
@@ -64,7 +64,7 @@ def test_next_tokens_stop_at_the_end_of_each_document():
 
 def settings(**changes):
     keys = dict(objective="mlm", max_seq_len=64, mask_prob=0.3, mask_all=False, mask_id=3, seed=5,
-                n_rows=20, ordinary=np.arange(4, 512), rows_per_step=4, rows_per_batch=4, rank=0,
+                ordinary=np.arange(4, 512), rows_per_step=4, rows_per_batch=4, rank=0,
                 world_size=1, stop_step=3, stream=None)  # fmt: skip
     s = SimpleNamespace(**keys | changes)
     s.order_seed = s.seed
@@ -72,8 +72,8 @@ def settings(**changes):
 
 
 def test_ranks_share_the_rows_and_masks_of_one_rank(toy_tokens):
-    tokens = open_tokens(toy_tokens, "train")
-    keys = dict(n_rows=len(tokens.tokens) // 64, rows_per_step=12, rows_per_batch=2)
+    tokens = open_rows(toy_tokens, "train", 64)
+    keys = dict(rows_per_step=12, rows_per_batch=2)
 
     def rows_of(world_size):
         found = {}
@@ -91,7 +91,7 @@ def test_ranks_share_the_rows_and_masks_of_one_rank(toy_tokens):
 
 
 def test_encoder_and_decoder_see_the_same_tokens(toy_tokens):
-    tokens = open_tokens(toy_tokens, "train")
+    tokens = open_rows(toy_tokens, "train", 64)
     mlm, clm = (next(train_batches(tokens, 2, corrupt, settings(objective=objective)))[0]
                 for objective in ("mlm", "clm"))  # fmt: skip
     restored = mlm.inputs.clone()
@@ -294,9 +294,8 @@ def test_data_order_is_what_the_run_sees(tiny, toy_tokens, tmp_path, capsys):
     ids, steps = (np.concatenate([np.load(tmp_path / f"order_{span}_{name}.npy")
                   for span in ("0-5", "5-8")]) for name in ("input_ids", "step"))  # fmt: skip
     assert steps.tolist() == [step for step in range(8) for _ in range(6)]
-    tokens = open_tokens(toy_tokens, "train")
-    s = settings(objective="clm", seed=1337, n_rows=len(tokens.tokens) // 64, rows_per_step=6,
-                 stop_step=8)  # fmt: skip
+    tokens = open_rows(toy_tokens, "train", 64)
+    s = settings(objective="clm", seed=1337, rows_per_step=6, stop_step=8)
     for step, batches in enumerate(train_batches(tokens, 0, corrupt, s)):
         seen = torch.cat([batch.inputs for batch in batches]).view(6, 64)
         assert (ids[steps == step] == seen.numpy()).all()
@@ -313,8 +312,9 @@ def test_data_order_is_what_the_run_sees(tiny, toy_tokens, tmp_path, capsys):
         harness.execute([os.path.join(harness.ROOT, "data", "order", "prepare.py"), "--input",
                          str(tmp_path / pattern), "--tokenizer", f"{toy_tokens}/tokenizer",
                          "--out", str(tmp_path / name)])  # fmt: skip
-        kept, t = open_tokens(str(tmp_path / name), "train"), SimpleNamespace(**vars(s))
-        t.order_seed, t.n_rows = None, 48
+        kept, t = open_rows(str(tmp_path / name), "train", 64), SimpleNamespace(**vars(s))
+        t.order_seed = None
+        assert kept.n_rows == [48]
         for ours, theirs in zip(train_batches(tokens, 0, corrupt, s),
                                 train_batches(kept, 0, corrupt, t), strict=True):  # fmt: skip
             assert torch.equal(ours[0].inputs, theirs[0].inputs)

@@ -73,7 +73,7 @@ def settings(corpus, toy_tokens, monkeypatch):
                     num_epochs=None, rank=0, world_size=1, seed=5, max_seq_len=64, rows_per_step=12,
                     stop_step=40)  # fmt: skip
         s = SimpleNamespace(**keys | changes)
-        return s, streams.open_stream(s)[0]
+        return s, streams.open_stream(s)[0].files[0]
 
     return opened
 
@@ -180,10 +180,10 @@ def test_begun_with_one_rank_and_gone_on_with_two(tiny, tmp_path):
 
 
 def test_resume_of_a_corpus_that_moved_or_changed_and_its_order(corpus, tiny, tmp_path, capsys):
-    """And MNTP, and the order of the data that a run sees."""
+    """And the order of the data that a run sees."""
     harness.run(SCRIPT, tiny, tmp_path / "a", "--stop_step=2")
     out = capsys.readouterr().out
-    assert "parts, read in 4 lanes" in out and "evaluation on 10 rows held out" in out
+    assert "4 parts in 4 lanes" in out and "evaluation on 10 rows held out" in out
     moved = tmp_path / "moved"
     root = os.path.dirname(corpus[0].removeprefix("stream:").split(",")[0])
     subprocess.run(["cp", "-r", root, moved], check=True)
