@@ -183,7 +183,7 @@ def test_resume_of_a_corpus_that_moved_or_changed_and_its_order(corpus, tiny, tm
     """And the order of the data that a run sees."""
     harness.run(SCRIPT, tiny, tmp_path / "a", "--stop_step=2")
     out = capsys.readouterr().out
-    assert "4 parts in 4 lanes" in out and "evaluation on 10 rows held out" in out
+    assert "7 parts in 4 lanes" in out and "evaluation on 10 rows held out" in out
     moved = tmp_path / "moved"
     root = os.path.dirname(corpus[0].removeprefix("stream:").split(",")[0])
     subprocess.run(["cp", "-r", root, moved], check=True)
