@@ -148,7 +148,7 @@ def name_rows(rows, step, s):
     if s.stream:
         return f"Rows {step * s.rows_per_step:,} and on of {s.data}"
     found = (locate(rows, n) for n in rows_of(rows, step, s.rows_per_step, s)[1])
-    return f"Rows: {shown([f'{file.path} {row}' for file, row in found])}"
+    return f"Rows of train: {shown([f'{file.path} {row}' for file, row in found])}"
 
 
 def set_rows(rows, s):
@@ -162,9 +162,10 @@ def set_rows(rows, s):
     row = f"max_seq_len={s.max_seq_len}"
     if s.device_batch_tokens % s.max_seq_len:
         raise SystemExit(f"device_batch_tokens={s.device_batch_tokens} must be a multiple of {row}")
-    for folder, n in zip(rows.weights, rows.n_rows):
+    for folder, n, meta in zip(rows.weights, rows.n_rows, rows.metas):
         if n == 0:
-            raise SystemExit(f"{folder}: in no file of train are tokens for a row of {row}")
+            total = meta["splits"]["train"]["tokens"]
+            raise SystemExit(f"{folder}: {total} tokens of train are no row of {row}")
     published = rows.metas[0].get("order")  # of a run whose order this one repeats: data/order
     s.order_seed = None if published else s.seed
     ours = {"max_seq_len": s.max_seq_len, "rows_per_step": s.rows_per_step}

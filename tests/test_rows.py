@@ -154,6 +154,7 @@ def test_a_mixture_killed_and_resumed_is_bit_equal(tiny, tmp_path):
                                                    "--max_steps=20")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_compiled_run_of_whole_documents(tiny, corpus, tmp_path):
     """T is another at each step: the code of a block is made for any."""
     keys = [f"--data={corpus.whole}", "--out_dropout=0.0", "--max_steps=3", "--eval_interval=0"]
@@ -178,7 +179,8 @@ def test_the_data_order_bad_steps_and_evaluation_of_a_mixture(tiny, corpus, tmp_
     assert (ids == seen.view(-1, 64).numpy()).all()
     number = token_rows.rows_of(done.train, 2, 6, s)[1][0]
     file, row = token_rows.locate(done.train, number)
-    assert token_rows.name_rows(done.train, 2, s).startswith(f"Rows: ['{file.path} {row}', ")
+    named = token_rows.name_rows(done.train, 2, s)
+    assert named.startswith(f"Rows of train: ['{file.path} {row}', ")
     # small has no val.bin: all is of shards; of both by weights where both have one
     assert list(done.val.weights) == [corpus.shards] and done.eval_rows == list(range(10))
     both = open_rows({corpus.one: 1, corpus.shards: 3}, "train", 64)
