@@ -25,8 +25,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common import get_rank, last_good, print0
+from common import all_reduce_sum, get_rank, last_good, print0
 from formats.huggingface import step_of
 
 # keys that a run may change when it goes on; all others, and the data, must be what they were
@@ -54,17 +55,21 @@ def find(s):
     if last and not s.resume:
         raise SystemExit(f"{last} exists: --resume=True goes on, or choose another out_dir")
     paths = [s.data] if isinstance(s.data, str) else s.data
-    s.files = _shared(get_rank() == 0 and [_fingerprint(path) for path in paths])
+    fingerprint = s.stream.fingerprint if s.stream else _fingerprint
+    s.files = _shared(get_rank() == 0 and [fingerprint(path) for path in paths])
     if isinstance(s.data, dict):  # of another mixture the rows come otherwise
         s.files = [f"{s.data[path]} x {text}" for path, text in zip(paths, s.files)]
     if last:
-        _compare(last, s)
+        saved = _compare(last, s)
+        if s.stream and saved["files"] == s.files:  # another one begins at its start
+            s.stream.lanes[saved["step"]] = saved["lanes"]
     s.saved = last
     return last
 
 
 def _compare(last, s):
-    """Prints what has changed since the checkpoint. SystemExit where that may not change."""
+    """Prints what has changed since the checkpoint -> what it saved. SystemExit where that may not
+    change."""
     saved = _read_state(last)
     then = saved.get("config", {})  # none in those of earlier versions
     changed = [k for k in then if k in s.config and then[k] != s.config[k] and "resume" not in k]
@@ -79,6 +84,7 @@ def _compare(last, s):
         )
     if texts:
         print0(f"changed since {last}: {'; '.join(texts.values())}")
+    return saved
 
 
 def _fingerprint(path):
@@ -174,12 +180,14 @@ def saving(s, step, best, optimizers):
     # ones go before it is written: one more than keep_last is there until the run ends.
     prune_checkpoints(*prune, s.saved or "")
     states = optimizer_state(optimizers)
+    lanes = s.stream and all_reduce_sum(s.stream.lanes[step].flat, dist.ReduceOp.MAX)
     tmp = begin_checkpoint(s.out_dir, f"{prefix}{step}")
     try:
         yield tmp if s.rank == 0 else None
         if s.rank == 0:
             state = {"step": step, "best": best, "config": s.config, "files": s.files}
-            torch.save(state | {"optimizers": states}, os.path.join(tmp, "training_state.pt"))
+            state |= {"optimizers": states, "lanes": lanes}
+            torch.save(state, os.path.join(tmp, "training_state.pt"))
     except (OSError, RuntimeError, SafetensorError) as e:  # a full disk has all of these names
         raise OSError(f"{tmp} could not be written, earlier checkpoints are whole: {e}") from e
     s.saved = commit_checkpoint(tmp)
@@ -333,7 +341,7 @@ def prune_checkpoints(out_dir, prefix, keep_last, keep_models, keep_states, *bes
 
 def _full(value):
     """On rank 0 the whole of a sharded tensor, on the CPU; None elsewhere. Collective."""
-    if hasattr(value, "full_tensor"):  # a DTensor, whose module is slow to import
+    if isinstance(value, DTensor):
         value = value.full_tensor().clone()  # uneven shards: a view of padded storage otherwise
     if get_rank() != 0:
         return None
@@ -387,8 +395,6 @@ def load_optimizer_state(optimizers, states):
 
 def _shard_like(value, param):
     """This rank's part of a full tensor where the parameter is sharded. A step count stays."""
-    if hasattr(param, "placements") and torch.is_tensor(value) and value.shape == param.shape:
-        from torch.distributed.tensor import distribute_tensor
-
+    if isinstance(param, DTensor) and torch.is_tensor(value) and value.shape == param.shape:
         return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
     return value

@@ -298,7 +298,7 @@ def start(config):
     """-> the settings of a run as one namespace: the config's keys, and what they lead to: rank,
     world_size, local_rank, device, compute_dtype, autocast() and config itself. Joins the process
     group and seeds torch. SystemExit for keys, the same in all stages, that do not go together."""
-    s = SimpleNamespace(**config, config=config, lock=None, saved=None, skipped=[])
+    s = SimpleNamespace(**config, config=config, lock=None, saved=None, skipped=[], stream=None)
     if (s.fsdp or config.get("zero1")) and "RANK" not in os.environ:
         raise SystemExit("fsdp and zero1 share work between ranks: start with torchrun")
     if s.init_from == "resume":

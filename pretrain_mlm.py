@@ -31,7 +31,6 @@ from common import prefetch, print0
 from formats.huggingface import save_pretrained
 from model import from_scratch
 from tokenizer import check_tokenizer
-from tokens import tokenizer_of
 
 # ---- defaults ----
 out_dir = "out/mlm"  # like .+
@@ -54,8 +53,10 @@ lora_targets = "all"  # or names: "q_proj,v_proj"
 train_also = ""  # trained whole beside LoRA: any of "embed,norm,head"
 # data and objective
 # a folder of train.bin, val.bin, meta.json, tokenizer/ (see data/*/prepare.py), or a mixture
-# {folder: weight}: exactly these shares of each 10,000 rows
+# {folder: weight}: exactly these shares of each 10,000 rows; or texts that are tokenized on the
+# way, "stream:corpus/*.jsonl" or "hf:owner/name": docs/scale.md
 data: str | dict = "data/pydocs"
+tokenizer = ""  # of a stream: a folder or hub id; "": that of init_from; token files have their own
 objective = "mlm"  # one of mlm, clm; masked tokens and both sides, or the next token (causal)
 mask_prob = 0.3  # > 0 and <= 1; of the tokens that are not special
 mask_all = False  # all become the mask; else 80 % do, 10 % a random token, 10 % stay
@@ -182,8 +183,9 @@ if __name__ == "__main__":
         )
 
     # ---- data ----
-    train = token_rows.open_rows(s.data, "train", s.max_seq_len)
-    tokenizer = tokenizer_of(train.folder)
+    train, tokenizer = token_rows.open_train(s)
+    if s.tokenizer and not s.stream:
+        raise SystemExit(f"tokenizer={s.tokenizer!r} is for a stream: {s.data} has its own")
     token_rows.set_rows(train, s)
     optim.set_lengths(s, s.n_rows * s.max_seq_len, s.batch_tokens)
     s.mask_id = train.meta["mask_id"]
@@ -191,7 +193,7 @@ if __name__ == "__main__":
     if s.objective == "mlm" and s.mask_id is None:
         raise SystemExit(f"{s.data}: its tokenizer has no mask token, as objective='mlm' needs")
     val, eval_rows = token_rows.open_val(train, s)
-    print0(token_rows.describe_run(train, s), f"\nevaluation on {len(eval_rows):,} rows of val.bin")
+    print0(token_rows.describe_run(train, s), f"\nevaluation on {len(eval_rows):,} rows held out")
     if s.show_batch:
         token_rows.show_first_row(train, corrupt, s, tokenizer, mark=s.objective == "mlm")
         raise SystemExit

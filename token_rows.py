@@ -19,7 +19,7 @@ from tqdm import tqdm
 from attention import Seqs, make_seqs, move
 from common import all_reduce_sum, count_micro_batches, shown
 from order import BLOCK, rows_of_mixture, rows_of_step, shares_of
-from tokens import TokenFile, open_shards, read_row
+from tokens import TokenFile, open_shards, read_row, tokenizer_of
 
 
 @dataclass
@@ -107,6 +107,17 @@ def open_rows(data, split, row_size, chunks=False):
     return rows
 
 
+def open_train(s, chunks=False):
+    """-> (the rows to train on, the tokenizer) of s.data. A stream's are those to evaluate on, and
+    s.stream makes the others."""
+    if isinstance(s.data, str) and s.data.startswith(("stream:", "hf:")):
+        from scale.streams import open_stream
+
+        return open_stream(s, chunks)
+    rows = open_rows(s.data, "train", s.max_seq_len, chunks)
+    return rows, tokenizer_of(rows.folder)
+
+
 def locate(rows, number):
     """-> (the file that has the row, its number there)."""
     i = np.searchsorted(rows.firsts, number, side="right") - 1
@@ -134,6 +145,8 @@ def rows_of(rows, step, n, s):
 
 def name_rows(rows, step, s):
     """The rows that a step trains on, for messages."""
+    if s.stream:
+        return f"Rows {step * s.rows_per_step:,} and on of {s.data}"
     found = (locate(rows, n) for n in rows_of(rows, step, s.rows_per_step, s)[1])
     return f"Rows of train: {shown([f'{file.path} {row}' for file, row in found])}"
 
@@ -166,15 +179,17 @@ def describe_run(rows, s):
     up_to = "up to " * any("row_tokens" in meta for meta in rows.metas)
     n_tokens, n_seen = sum(f.counts["tokens"] for f in rows.files), s.stop_step * s.rows_per_step
     lines = [f"{s.data}: {n_tokens:,} tokens = {s.n_rows:,} rows of {up_to}{s.max_seq_len}"]
+    epochs = f" = {n_seen / s.n_rows:.2f} epochs"
+    if s.stream:
+        lines, epochs = [f"{s.data}: {len(s.stream.parts):,} parts in {s.stream.n_lanes} lanes"], ""
     for folder, n, share in zip(rows.weights, rows.n_rows, rows.shares / BLOCK):
         if share < 1:
-            epochs = f"{n_seen * share / n:.2f} epochs"
-            lines.append(f"  {share:.2%} from {folder}: {n:,} rows, seen for {epochs}")
+            seen = f"{n_seen * share / n:.2f} epochs"
+            lines.append(f"  {share:.2%} from {folder}: {n:,} rows, seen for {seen}")
     lines.append(
         f"a step: {s.rows_per_batch} rows x {s.n_micro} micro-batches x {s.world_size} ranks = "
         f"{up_to}{s.batch_tokens:,} tokens\n{s.stop_step:,} steps = {up_to}"
-        f"{s.stop_step * s.batch_tokens:,} tokens = {n_seen / s.n_rows:.2f} epochs; "
-        f"warmup {s.warmup:,} steps"
+        f"{s.stop_step * s.batch_tokens:,} tokens{epochs}; warmup {s.warmup:,} steps"
     )
     return "\n".join(lines)
 
@@ -187,7 +202,9 @@ def open_val(train, s):
                if "val" in meta["splits"]}  # fmt: skip
     if not s.eval_interval or not weights:
         return None, []
-    val, numbers = open_rows(weights, "val", s.max_seq_len, train.chunks), []
+    val, numbers = train, []
+    if not s.stream:
+        val = open_rows(weights, "val", s.max_seq_len, train.chunks)
     for file, first, weight in zip(val.files, val.firsts, weights.values()):
         wanted = int(s.eval_tokens * weight / sum(weights.values()))
         n = min(wanted // s.max_seq_len, file.n_rows(s.max_seq_len))
@@ -202,12 +219,22 @@ def open_val(train, s):
 
 
 def train_batches(rows, first_step, corrupt, s):
-    """For each step, the list of this rank's micro-batches: every world_size-th row of the step."""
-    for step in range(first_step, s.stop_step):
-        order = rows_of(rows, step, s.rows_per_step, s)
-        epochs, numbers = (x[s.rank :: s.world_size] for x in order)
-        parts = [slice(i, i + s.rows_per_batch) for i in range(0, len(numbers), s.rows_per_batch)]
-        yield [make_batch(read_rows(rows, epochs[i], numbers[i]), corrupt, s) for i in parts]
+    """For each step, the list of this rank's micro-batches."""
+    for found in map(list, rows_of_rank(rows, first_step, s)):
+        parts = [found[i : i + s.rows_per_batch] for i in range(0, len(found), s.rows_per_batch)]
+        yield [make_batch(part, corrupt, s) for part in parts]
+
+
+def rows_of_rank(rows, first_step, s):
+    """For each step this rank's rows, as make_batch takes them: every world_size-th of the step."""
+    if s.stream:
+        from scale.streams import rows_of_steps
+
+        yield from rows_of_steps(first_step, s)
+    else:
+        for step in range(first_step, s.stop_step):
+            order = rows_of(rows, step, s.rows_per_step, s)
+            yield read_rows(rows, *(x[s.rank :: s.world_size] for x in order))
 
 
 @torch.no_grad()
@@ -233,7 +260,7 @@ def evaluate(model, rows, numbers, corrupt, s, mask_prob=None):
 def show_first_row(rows, corrupt, s, tokenizer, mark=True):
     """Prints the first row of the run as a reader wants it: the texts and their borders. With mark,
     each token at whose place an answer is read stands inverted, the answer behind it."""
-    batch = make_batch(read_rows(rows, *rows_of(rows, 0, 1, s)), corrupt, s)
+    batch = make_batch(islice(next(rows_of_rank(rows, 0, s)), 1), corrupt, s)
     answers = dict(zip(batch.rows.tolist(), batch.targets.tolist()))
     places = iter(range(s.max_seq_len))
     for i, n in enumerate(batch.seqs.lengths):
@@ -262,8 +289,10 @@ def write_data_order(rows, s):
     dtype = max(meta["dtype"] for meta in rows.metas)  # uint16 < uint32
     ids = np.lib.format.open_memmap(path + "input_ids.npy", "w+", dtype, shape)
     np.save(path + "step.npy", np.arange(first, end).repeat(n))
-    for step in tqdm(range(first, end), desc="data order", unit="step"):
-        found = read_rows(rows, *rows_of(rows, step, n, s))
-        for i, (_, row, _) in enumerate(found, start=(step - first) * n):
+    s = SimpleNamespace(**vars(s) | {"rank": 0, "world_size": 1})  # all rows
+    start = 0 if s.stream else first  # a stream has no other way to get there
+    steps = tqdm(range(start, end), desc="data order", unit="step")
+    for step, found in zip(steps, rows_of_rank(rows, start, s)):
+        for i, (_, row, _) in enumerate(found if step >= first else (), start=(step - first) * n):
             ids[i] = row
     print(f"wrote {path}input_ids.npy {shape} and {path}step.npy")

@@ -34,7 +34,6 @@ import token_rows
 from common import prefetch, print0
 from formats.huggingface import resolve_folder, save_pretrained
 from tokenizer import check_tokenizer, load_tokenizer, vocab_size_of
-from tokens import tokenizer_of
 
 # ---- defaults ----
 out_dir = "out/mntp"  # like .+
@@ -54,7 +53,8 @@ out_dropout: float | None = None  # >= 0 and < 1; of the attention block's outpu
 save_merged = True  # under LoRA: at the end the merged model in out_dir/merged
 # data and objective
 # a folder of train.bin, val.bin, meta.json, tokenizer/ (see data/*/prepare.py), or a mixture
-# {folder: weight}: exactly these shares of each 10,000 rows
+# {folder: weight}: exactly these shares of each 10,000 rows; or texts that are tokenized on the
+# way, "stream:corpus/*.jsonl" or "hf:owner/name": docs/scale.md
 data: str | dict = "data/pydocs"
 chunks = False  # True: a row is one text, documents run on; False: no document sees another
 mask_token = "_"  # a token of the vocabulary; or eos, own (the tokenizer's) or new (adds <mask>)
@@ -164,10 +164,9 @@ if __name__ == "__main__":
         raise SystemExit("mask_token='new': its row must train, too: train_also='embed'")
 
     # ---- data ----
-    train = token_rows.open_rows(s.data, "train", s.max_seq_len, s.chunks)
+    train, data_tokenizer = token_rows.open_train(s, s.chunks)
     tokenizer = load_tokenizer(s.tokenizer or resolve_folder(s.init_from))
-    data_vocab = tokenizer_of(train.folder).get_vocab()
-    if not data_vocab.items() <= tokenizer.get_vocab().items():
+    if not data_tokenizer.get_vocab().items() <= tokenizer.get_vocab().items():
         raise SystemExit(f"{s.data} has another tokenizer than {s.init_from}: prepare it with that")
     s.mask_id = choose_mask(tokenizer, s.mask_token)
     never_masked = [*train.meta["special_ids"], s.mask_id]
@@ -178,7 +177,7 @@ if __name__ == "__main__":
     mask = tokenizer.convert_ids_to_tokens(s.mask_id)
     kind = "one text" if s.chunks else "whole documents and cut ends"
     print0(token_rows.describe_run(train, s), f"\neach row is {kind}; the mask is {mask!r}, id "
-           f"{s.mask_id}; evaluation on {len(eval_rows):,} rows of val.bin")  # fmt: skip
+           f"{s.mask_id}; evaluation on {len(eval_rows):,} rows held out")  # fmt: skip
     if s.show_batch:
         token_rows.show_first_row(train, mask_next, s, tokenizer)
         raise SystemExit

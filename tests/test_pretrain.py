@@ -65,7 +65,7 @@ def test_next_tokens_stop_at_the_end_of_each_document():
 def settings(**changes):
     keys = dict(objective="mlm", max_seq_len=64, mask_prob=0.3, mask_all=False, mask_id=3, seed=5,
                 ordinary=np.arange(4, 512), rows_per_step=4, rows_per_batch=4, rank=0,
-                world_size=1, stop_step=3)  # fmt: skip
+                world_size=1, stop_step=3, stream=None)  # fmt: skip
     s = SimpleNamespace(**keys | changes)
     s.order_seed = s.seed
     return s

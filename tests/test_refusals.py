@@ -205,7 +205,7 @@ def test_a_run_that_diverges_leaves_the_good_checkpoint(tiny, unbroken, tmp_path
 
 def test_a_last_step_that_was_skipped_is_not_saved(tmp_path):
     keys = dict(out_dir=str(tmp_path), keep_last=1, keep_best=False, rank=0, files=[], config={})
-    s = types.SimpleNamespace(**keys, saved=None, skipped=[], stop_step=3)
+    s = types.SimpleNamespace(**keys, saved=None, skipped=[], stop_step=3, stream=None)
     for step in (1, 2, 3):
         if step > 1:
             common.bad_step(s, step - 1, float("nan"), 1.0, "")

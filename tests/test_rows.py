@@ -86,7 +86,7 @@ def tiny(corpus, tmp_path_factory):
 def settings(**changes):
     keys = dict(objective="mlm", mask_prob=0.3, mask_all=False, mask_id=3, seed=5, order_seed=5,
                 ordinary=np.arange(4, 300), rows_per_step=12, rows_per_batch=12, rank=0,
-                world_size=1, stop_step=3, max_seq_len=64)  # fmt: skip
+                world_size=1, stop_step=3, max_seq_len=64, stream=None)  # fmt: skip
     return SimpleNamespace(**keys | changes)
 
 
