@@ -11,6 +11,7 @@ them apart:
 import glob
 import json
 import os
+from functools import lru_cache
 
 from data import read_jsonl, require
 from formats.mds import mds_folders, read_index, read_shard
@@ -83,7 +84,7 @@ def parts_of_dataset(name, config, split, field="text", streaming=False):
     streaming: it is not stored, and each of its files is a part."""
     data = {"kind": "hub", "path": name, "config": config, "split": split, "field": field}
     data["streaming"] = streaming
-    dataset = _open_dataset(data)
+    dataset = _open_dataset(name, config, split, streaming)
     if streaming:
         borders = range(dataset.num_shards + 1)
     else:
@@ -92,18 +93,18 @@ def parts_of_dataset(name, config, split, field="text", streaming=False):
     return [{**data, "start": start, "end": end, "of": borders[-1]} for start, end in pairs]
 
 
-def _open_dataset(part):
+@lru_cache(4)  # a stream reads many parts, and the hub takes its time
+def _open_dataset(path, config, split, streaming):
     from datasets import load_dataset
 
-    streaming = part["streaming"]
-    return load_dataset(part["path"], part["config"], split=part["split"], streaming=streaming)
+    return load_dataset(path, config, split=split, streaming=streaming)
 
 
 def texts_of(part):
     """Yield the texts of a part; what is missing or blank is "". A column of an MDS folder may hold
     token ids instead: arrays of integers. ValueError says where something else is."""
     if part["kind"] == "hub":
-        dataset = _open_dataset(part)
+        dataset = _open_dataset(part["path"], part["config"], part["split"], part["streaming"])
         if part["streaming"]:
             dataset = dataset.shard(part["of"], part["start"])
         else:
