@@ -21,7 +21,7 @@ $python -m pip install -q --disable-pip-version-check "$(grep '^gguf==' requirem
     $python data/smollm2/prepare.py || exec bash runs/from_scratch.sh
 
 say "4/6 before: 499 questions on modules that no training sees"
-score() { $python eval_mteb.py --local=data/pydocs/test.jsonl --max_length=96 "$@"; }
+score() { $python eval_mteb.py --local=data/pydocs/test.jsonl --max_length=256 "$@"; }
 score --model=$model --attention=bidirectional --baselines=bm25,bm25:stem:k1=2:b=1 \
     --out_dir=out/demo/before
 
@@ -50,7 +50,7 @@ result = {
 json.dump(result, open("out/demo.json", "w"), indent=1)
 print(json.dumps(result))
 
-embedder = Embedder.load("out/smollm2_pydocs")
+embedder = Embedder.load("out/smollm2_pydocs", max_length=256)
 test = open_pairs("data/pydocs/test.jsonl")
 texts = [read_pair(test, i)["pos"][0] for i in range(len(test))]
 names = [read_pair(test, i)["query"].partition("(")[0] for i in range(len(test))]
