@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import all_reduce_sum, get_rank, last_good, print0
 from formats.huggingface import step_of
@@ -341,7 +340,7 @@ def prune_checkpoints(out_dir, prefix, keep_last, keep_models, keep_states, *bes
 
 def _full(value):
     """On rank 0 the whole of a sharded tensor, on the CPU; None elsewhere. Collective."""
-    if isinstance(value, DTensor):
+    if hasattr(value, "full_tensor"):  # a DTensor, whose module is slow to import
         value = value.full_tensor().clone()  # uneven shards: a view of padded storage otherwise
     if get_rank() != 0:
         return None
@@ -395,6 +394,8 @@ def load_optimizer_state(optimizers, states):
 
 def _shard_like(value, param):
     """This rank's part of a full tensor where the parameter is sharded. A step count stays."""
-    if isinstance(param, DTensor) and torch.is_tensor(value) and value.shape == param.shape:
+    if hasattr(param, "placements") and torch.is_tensor(value) and value.shape == param.shape:
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
     return value

@@ -73,7 +73,7 @@ def rows_of_mixture(step, rows_per_step, n_rows, shares, seed):
     for i, n in enumerate(n_rows):
         chosen = source == i
         position = block[chosen] * shares[i] + place[chosen] - firsts[i]
-        # SeedSequence takes large numbers: this one is no other run's
+        # SeedSequence takes large numbers: this one is hardly another run's
         epoch[chosen], row[chosen] = _in_epochs(position, n, seed + (1 + i << 64))
         row[chosen] += sum(n_rows[:i])
     return epoch, row

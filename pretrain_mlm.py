@@ -89,6 +89,7 @@ decay_ratio: float | None = None  # >= 0 and <= 1; None: wsd 10 %, others all af
 # evaluation and checkpoints
 eval_interval = 250  # >= 0; steps; 0: never
 eval_tokens = 262144  # >= 1; of val.bin, from its start, with the same masks every time
+eval_docs = 1000  # >= 0; of a stream without a split to evaluate on: its first, never trained on
 eval_mask_prob: float | None = None  # > 0 and <= 1; for phases with other ones; None: mask_prob
 log_interval = 10  # >= 1
 save_interval = 1000  # >= 1; steps; the last step is always saved

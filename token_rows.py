@@ -9,7 +9,7 @@ They differ in the objective, which each script holds and gives to the functions
 import math
 import os
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -77,7 +77,7 @@ class Rows:
     def mean_length(self):
         """Tokens of a document."""
         tokens, docs = (sum(file.counts[key] for file in self.files) for key in ("tokens", "docs"))
-        return tokens / docs
+        return tokens / max(docs, 1)
 
 
 def open_rows(data, split, row_size, chunks=False):
@@ -133,6 +133,8 @@ def read_rows(rows, epochs, numbers):
 
 def first_batch(rows, n, corrupt, s):
     """The first n rows, over again where there are fewer, to try a forward with."""
+    if s.stream:
+        return make_batch(islice(cycle(next(rows_of_rank(rows, 0, s))), n), corrupt, s)
     return make_batch(read_rows(rows, [0] * n, np.arange(n) % s.n_rows), corrupt, s)
 
 
@@ -163,7 +165,7 @@ def set_rows(rows, s):
     if s.device_batch_tokens % s.max_seq_len:
         raise SystemExit(f"device_batch_tokens={s.device_batch_tokens} must be a multiple of {row}")
     for folder, n, meta in zip(rows.weights, rows.n_rows, rows.metas):
-        if n == 0:
+        if n == 0 and not s.stream:
             total = meta["splits"]["train"]["tokens"]
             raise SystemExit(f"{folder}: {total} tokens of train are no row of {row}")
     published = rows.metas[0].get("order")  # of a run whose order this one repeats: data/order
@@ -179,9 +181,9 @@ def describe_run(rows, s):
     up_to = "up to " * any("row_tokens" in meta for meta in rows.metas)
     n_tokens, n_seen = sum(f.counts["tokens"] for f in rows.files), s.stop_step * s.rows_per_step
     lines = [f"{s.data}: {n_tokens:,} tokens = {s.n_rows:,} rows of {up_to}{s.max_seq_len}"]
-    epochs = f" = {n_seen / s.n_rows:.2f} epochs"
     if s.stream:
-        lines, epochs = [f"{s.data}: {len(s.stream.parts):,} parts in {s.stream.n_lanes} lanes"], ""
+        lines = [f"{s.data}: {len(s.stream.parts):,} parts in {s.stream.n_lanes} lanes"]
+    epochs = "" if s.stream else f" = {n_seen / s.n_rows:.2f} epochs"
     for folder, n, share in zip(rows.weights, rows.n_rows, rows.shares / BLOCK):
         if share < 1:
             seen = f"{n_seen * share / n:.2f} epochs"

@@ -88,6 +88,7 @@ decay_ratio: float | None = None  # >= 0 and <= 1; None: wsd 10 %, others all af
 # evaluation and checkpoints
 eval_interval = 100  # >= 0; steps; 0: never
 eval_tokens = 262144  # >= 1; of val.bin, from its start, with the same masks every time
+eval_docs = 1000  # >= 0; of a stream without a split to evaluate on: its first, never trained on
 log_interval = 10  # >= 1
 save_interval = 200  # >= 1; steps; the last step is always saved
 keep_last = 1  # >= 0; checkpoints that can be resumed; 0: all

@@ -24,7 +24,8 @@ def mds_folders(folder):
         return [folder]
     found = [path for path, _, files in os.walk(folder) if "index.json" in files]
     if not found:
-        raise FileNotFoundError(f"{folder}: no index.json in it or below, expected an MDS folder")
+        told = "no index.json in it or below, expected an MDS folder, or a pattern of files"
+        raise FileNotFoundError(f"{folder}: {told}")
     return sorted(found)
 
 

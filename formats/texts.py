@@ -26,9 +26,12 @@ def parts_of_files(patterns, field="text", txt="blank", part_bytes=PART_BYTES):
     field of a line of .jsonl, the value of the column of a .parquet, and of a .txt what stands
     between blank lines (txt="blank") or a line ("line"). A row group of a .parquet is a part, and
     a shard of an MDS folder."""
-    parts = []
+    parts, seen = [], set()
     for pattern in patterns:
         for path in sorted(glob.glob(pattern, recursive=True)) or [pattern]:
+            if os.path.realpath(path) in seen:  # by two patterns: val would be trained on
+                continue
+            seen.add(os.path.realpath(path))
             for folder in mds_folders(path) if os.path.isdir(path) else []:
                 for shard in read_index(folder):
                     part = {"kind": "mds", "path": shard["path"], "field": field, "shard": shard}
@@ -165,9 +168,11 @@ def _of_json(line, path, field):
     if not line.strip():
         return ""
     try:
-        return require(json.loads(line), field, str, path, 0)
-    except (ValueError, TypeError):
+        text = json.loads(line)[field]
+        return "" if text is None else require({field: text}, field, str, path, 0)
+    except (ValueError, TypeError, KeyError):
         # a part does not know its line numbers: find the line again from the top of the file
         for number, record in read_jsonl(path):
-            require(record, field, str, path, number)
+            if record.get(field, "missing") is not None:
+                require(record, field, str, path, number)
         raise

@@ -35,7 +35,7 @@ MAX_LANES = 64  # a power of 2, as the number of ranks often is: each holds lane
 PART_BYTES = 4 << 20
 BLOCK = 1024, 1 << 20  # documents that are shuffled together, or fewer with as many characters
 GROUP = 32, 1 << 16  # documents that are tokenized together, or fewer with as many characters
-HELD_OUT = 1000, 1 << 22  # documents to evaluate on, or fewer with as many characters
+HELD_OUT = 1 << 22  # at most so many characters of documents are evaluated on
 SAMPLES = 4096, 1 << 16  # of all files together that are hashed, and the bytes of each
 
 
@@ -54,8 +54,8 @@ def open_stream(s, chunks=False):
         raise SystemExit(f"{s.data}: a stream needs a tokenizer, a folder or an id of the hub")
     tokenizer = load_tokenizer(s.tokenizer or resolve_folder(s.init_from))
     parts, eval_parts = parts_of(s.data)
-    held_out = take(chain.from_iterable(map(documents_of, eval_parts)), *HELD_OUT)
-    first, parts = split_off(parts, *((0, 0) if held_out else HELD_OUT), s.data)
+    held_out = take(chain.from_iterable(map(documents_of, eval_parts)), s.eval_docs, HELD_OUT)
+    first, parts = split_off(parts, 0 if held_out else s.eval_docs, HELD_OUT, s.data)
     encode = fast_encode(tokenizer, verbose=s.rank == 0)
     docs = [ids for ids in encode(held_out or first) if ids]
     s.stream = SimpleNamespace(
@@ -64,8 +64,9 @@ def open_stream(s, chunks=False):
     )  # fmt: skip
     vocab_size, n_tokens = vocab_size_of(tokenizer), sum(map(len, docs))
     n_rows = n_tokens // s.max_seq_len
-    meta = {"dtype": token_dtype(vocab_size), "vocab_size": vocab_size, "splits": ["val"],
-            "mask_id": tokenizer.mask_token_id, "special_ids": tokenizer.all_special_ids}
+    meta = {"dtype": token_dtype(vocab_size), "vocab_size": vocab_size,
+            "splits": ["val"] if docs else [], "mask_id": tokenizer.mask_token_id,
+            "special_ids": tokenizer.all_special_ids}
     file = SimpleNamespace(  # what a TokenFile has
         path=s.data, meta=meta, counts={"docs": len(docs), "tokens": n_tokens},
         tokens=np.fromiter(chain.from_iterable(docs), np.int64),
@@ -84,9 +85,11 @@ def parts_of(data):
     """-> the parts of a stream, and those of the data set's own split to evaluate on, or []."""
     kind, _, name = data.partition(":")
     name, _, field = name.partition("#")
-    field = field or "text"
+    field, patterns = field or "text", [pattern.strip() for pattern in name.split(",")]
+    if not all(patterns):
+        raise ValueError(f"data={data!r}: expected stream:PATTERN or hf:NAME")
     if kind == "stream":
-        return parts_of_files(name.split(","), field, part_bytes=PART_BYTES), []
+        return parts_of_files(patterns, field, part_bytes=PART_BYTES), []
     name, _, config = name.partition(":")
     splits = ["train", eval_split_of(name, config or None, "train")]
     train, held_out = (
@@ -130,8 +133,8 @@ def split_off(parts, n, n_characters, data):
         taken += found
         if next(documents, None):
             return taken, [{**part, "held_out": len(found)}, *parts[i + 1 :]]
-    raise ValueError(f"{data} has {len(taken):,} documents that are not blank, and more than {n:,} "
-                     "are needed: the first are kept for evaluation")  # fmt: skip
+    raise ValueError(f"{data} has {len(taken):,} documents that are not blank: eval_docs={n} keeps "
+                     "the first for evaluation, and none is left to train on")  # fmt: skip
 
 
 def groups_of(part, seed):

@@ -476,7 +476,9 @@ def test_text_in_shards_by_length_and_in_rows_of_whole_documents(tmp_path, token
         assert val + train == keyed
     assert not (tmp_path / "out/train_00007.bin").exists()
     (val, _), (train, _) = prepared("--min_tokens", "20", "--max_tokens", "50")
-    assert val + train == [t for t in keyed if 20 <= lengths[t] <= 50]  # the rest, as it stood
+    # the rest, as it stood; what is val of all documents is not trained on
+    for found, of in ((val, keyed[:30]), (train, keyed[30:])):
+        assert found == [t for t in of if 20 <= lengths[t] <= 50] != []
 
     pieces = [lengths[t] for t in keyed[30:]]
     pieces = sorted(min(100, n - i) for n in pieces for i in range(0, n, 100))
@@ -540,6 +542,35 @@ def test_text_names_the_line_in_a_later_part(tmp_path):
 
 
 MDS = Path(ROOT, "tests", "mds")
+
+
+def test_text_killed_while_files_are_moved_loses_none(tmp_path, tokenizer, monkeypatch):
+    """Before some results get their place, and before meta.json does. Then other shards are asked
+    for, of the same parts."""
+    docs = [f"{i} {' '.join(WORDS[:-1])}" for i in range(300)]
+    path, out = write_jsonl(tmp_path / "a.jsonl", [{"text": doc} for doc in docs]), tmp_path / "out"
+    tokenizer.save_pretrained(str(tmp_path / "tok"))
+    args = ["--tokenizer", str(tmp_path / "tok"), "--input", path, "--out", str(out)]
+    args += ["--workers", "1", "--val_docs", "20", "--shard_tokens"]
+    replace, deadly = os.replace, ["val.idx", "train_00001.bin", "meta.json"]
+
+    def dies(source, target):
+        if os.path.dirname(target) == str(out) and os.path.basename(target) in deadly:
+            deadly.remove(os.path.basename(target))
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(text.os, "replace", dies)
+    for n_left in (2, 1, 0):
+        with pytest.raises(KeyboardInterrupt):
+            text.main(text.arguments([*args, "1500"]))
+        assert len(deadly) == n_left
+        monkeypatch.setattr(text, "make_runs", None)  # no part is made again
+    many = len(list(out.glob("train_*.bin")))
+    text.main(text.arguments([*args, "2500"]))
+    found = [written(out, split, tokenizer)[0] for split in ("val", "train")]
+    assert len(found[0]) == 20 and sorted(sum(found, [])) == sorted(docs)
+    assert many > len(list(out.glob("train_*.bin"))) > 2 and not (out / "parts").exists()
 
 
 @pytest.mark.parametrize("kind", ["plain", "zstd"])

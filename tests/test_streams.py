@@ -65,13 +65,13 @@ def made_once(encode, monkeypatch):
 def settings(corpus, toy_tokens, monkeypatch):
     """open(**changes) -> (settings of a stream with small parts, blocks and groups, its file)"""
     for name, value in (("PART_BYTES", 9000), ("BLOCK", (16, 4000)), ("GROUP", (4, 10**6)),
-                        ("HELD_OUT", (370, 10**6)), ("MAX_LANES", 8)):  # fmt: skip
+                        ("MAX_LANES", 8)):  # fmt: skip
         monkeypatch.setattr(streams, name, value)
 
     def opened(**changes):
         keys = dict(data=corpus[0], tokenizer=f"{toy_tokens}/tokenizer", init_from="scratch",
-                    num_epochs=None, rank=0, world_size=1, seed=5, max_seq_len=64, rows_per_step=12,
-                    stop_step=40)  # fmt: skip
+                    num_epochs=None, eval_docs=370, rank=0, world_size=1, seed=5, max_seq_len=64,
+                    rows_per_step=12, stop_step=40)  # fmt: skip
         s = SimpleNamespace(**keys | changes)
         return s, streams.open_stream(s)[0].files[0]
 
@@ -216,8 +216,10 @@ def test_mntp_on_a_stream(corpus, folders, tmp_path):
 
 @pytest.mark.parametrize(("data", "more", "message"), [
     ("nowhere/*.jsonl", [], "nowhere/*.jsonl: there is no such file"),
-    ("{0}/empty.jsonl", [], "has 0 documents that are not blank, and more than 1,000"),
-    ("{0}/short.jsonl", [], "has 70 documents that are not blank, and more than 1,000"),
+    ("{0}/empty.jsonl", [], "has 0 documents that are not blank: eval_docs=1000 keeps"),
+    ("{0}/short.jsonl", [], "has 70 documents that are not blank: eval_docs=1000 keeps"),
+    ("{0}/short.jsonl", ["--eval_docs=1"], "no row of 64 to evaluate on; eval_interval=0 does"),
+    (",", [], "expected stream:PATTERN or hf:NAME"),
     ("{0}/short.jsonl#body", [], "{0}/short.jsonl line 1: field 'body' is missing"),
     ("{0}/short.parquet#body", [], "{0}/short.parquet: no column 'body', it has text"),
     ("{0}/short.csv", [], "expected a .txt, .jsonl or .parquet file"),

@@ -17,11 +17,11 @@ in pass 2 at most 128M tokens, in pass 3 a shard. Disk: the tokens twice, until 
 """
 
 import argparse
-import glob
 import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import threading
@@ -45,6 +45,7 @@ RUN_TOKENS = 128 << 20  # a run is what pass 2 sorts at once: at most about so m
 MAX_RUNS = 4096
 KEY_END = 1 << 63  # keys are below, see order.mix
 PACK_DOCS = 1000  # documents that wait to be packed into rows
+RESULT = re.compile(r"(train|val)(_\d{5})?\.(bin|idx|rows)")
 
 
 # ---- pass 1: the plan, a list of parts that say where their texts are ----
@@ -109,9 +110,10 @@ def ids_of(part: dict):
 
 def make_runs(folder: str, name: str, parts: list, args):
     """Write {name}.0.bin, .idx and .key, and {name}.1.bin and so on where there is too much for one
-    run: the documents of `parts`, [(number, part)], each run sorted by key."""
+    run: the documents of `parts`, [(number, part)], each run sorted by key; and {name}.left, the
+    keys of those that are too short or too long, sorted."""
     counts = {"runs": 0, "docs": 0, "tokens": 0, "empty": 0, "short": 0, "long": 0}
-    dtype, docs, seeds, n_tokens = token_dtype(vocab_size), [], [], 0
+    dtype, docs, seeds, left, n_tokens = token_dtype(vocab_size), [], [], [], 0
 
     def write_run():
         keys, run = mix(np.array(seeds, np.uint64)), f"{name}.{counts['runs']}"
@@ -124,27 +126,30 @@ def make_runs(folder: str, name: str, parts: list, args):
     for number, part in parts:
         first = int(np.random.SeedSequence([args.seed, number]).generate_state(1, np.uint64)[0])
         for place, ids in enumerate(ids_of(part)):
-            n = len(ids)
+            n, key_seed = len(ids), (first + place) % 2**64
             if not n or n < args.min_tokens or n > args.max_tokens > 0:
                 counts["long" if n > args.min_tokens else "short" if n else "empty"] += 1
+                left += [key_seed] if n else []
                 continue
             docs.append(np.asarray(ids, dtype))
-            seeds.append((first + place) % 2**64)
+            seeds.append(key_seed)
             n_tokens += n
             if n_tokens >= RUN_TOKENS:
                 write_run()
                 docs, seeds, n_tokens = [], [], 0
     if docs:
         write_run()
+    keys = np.sort(mix(np.array(left, np.uint64)))
+    write_whole(os.path.join(folder, name + ".left"), keys.astype("<u8"))
     return counts
 
 
 # ---- pass 3: documents in the order of their keys ----
 
 
-def key_at(folder: str, runs: list[str], n: int) -> int:
-    """The n-th smallest key, from 0, of all documents of the runs; KEY_END where they are fewer."""
-    paths = [os.path.join(folder, run + ".key") for run in runs]
+def key_at(folder: str, names: list[str], n: int) -> int:
+    """The n-th smallest key, from 0, in all these files; KEY_END where they are fewer."""
+    paths = [os.path.join(folder, name) for name in names]
     keys = np.sort(np.concatenate([np.fromfile(path, "<u8", n + 1) for path in paths]))
     return int(keys[n]) if n < len(keys) else KEY_END
 
@@ -201,6 +206,19 @@ def write_whole(path: str, data):
     with open(tmp, "wb") as f:
         f.write(data)
     os.replace(tmp, path)
+
+
+def is_changed(folder: str, name: str, settings: list) -> bool:
+    """Whether an earlier run had other settings. The first one's are noted."""
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        write_whole(path, digest_of(settings))
+    with open(path, "rb") as f:
+        return f.read() != digest_of(settings)
+
+
+def digest_of(settings: list) -> bytes:
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest().encode()
 
 
 def make(function, folder: str, name: str, *args):
@@ -262,7 +280,12 @@ def arguments(argv=None):
     add("--shard_tokens", type=int, default=100_000_000, help="of a train_00000.bin, about")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--seed", type=int, default=0, help="of the order of documents")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    least_of = {"workers": 1, "shard_tokens": 1, "val_docs": 0, "whole": 0, "seed": 0}
+    for name, least in least_of.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name} is {getattr(args, name)}, expected {least} or more")
+    return args
 
 
 def main(args):
@@ -279,15 +302,15 @@ def main(args):
     folder = os.path.join(args.out, "parts")
     shutil.rmtree(folder + ".done", ignore_errors=True)
     os.makedirs(folder, exist_ok=True)
-    settings = [args.seed, args.val_docs, args.min_tokens, args.max_tokens, args.whole]
-    settings += [args.shard_tokens, tokenizer.backend_tokenizer.to_str(), plan]
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    plan_path = os.path.join(folder, "plan.txt")
-    if os.path.exists(plan_path):
-        with open(plan_path) as f:
-            if f.read() != digest:
-                raise SystemExit(f"{folder} is of a run with other input or settings: remove it")
-    write_whole(plan_path, digest.encode())
+    settings = [args.seed, args.min_tokens, args.max_tokens]
+    if is_changed(folder, "parts.plan", [*settings, tokenizer.backend_tokenizer.to_str(), plan]):
+        raise SystemExit(f"{folder} is of a run with other input or settings: remove it")
+    settings = [args.val_docs, args.whole, args.shard_tokens]
+    if is_changed(folder, "shards.plan", settings):  # the parts stay good
+        for name in os.listdir(folder):
+            if name.startswith(("train", "val")):
+                os.remove(os.path.join(folder, name))
+        write_whole(os.path.join(folder, "shards.plan"), digest_of(settings))
 
     tasks, names, group = {}, {"train": {}, "val": {}}, -(-len(plan) // MAX_RUNS)
     for number, (split, part) in enumerate(plan):
@@ -298,14 +321,16 @@ def main(args):
     runs = {s: [f"{n}.{i}" for n, c in parts[s].items() for i in range(c["runs"])] for s in parts}
     n_docs, n_tokens = (sum(c[key] for c in parts["train"].values()) for key in ("docs", "tokens"))
 
-    # val is the documents with the smallest keys: of the data set's own split, or of all
+    # val is the documents with the smallest keys: of the data set's own split, or of all. Those
+    # that are left out count, too: what is val in one set is train in none that differs in length.
     source, first = "val" if parts["val"] else "train", 0
     tasks, reserved = {}, args.val_docs if source == "train" else 0
     if n_docs <= reserved:
-        counts = f"{n_docs} documents, {reserved} of them for val"
-        raise SystemExit(f"{counts}: none is left for training")
+        raise SystemExit(f"{n_docs} documents, and --val_docs {reserved} are kept for val: none is "
+                         "left for training. Run it again with fewer")  # fmt: skip
     if args.val_docs and runs[source]:
-        end = key_at(folder, runs[source], args.val_docs)
+        keys = [f"{run}.key" for run in runs[source]] + [f"{name}.left" for name in parts[source]]
+        end = key_at(folder, keys, args.val_docs)
         tasks["val"], first = (runs[source], 0, end), end if reserved else 0
     # 32 documents or more in a shard on average, so that none is empty
     n = max(1, min(-(-n_tokens // args.shard_tokens), n_docs // 32))
@@ -315,12 +340,19 @@ def main(args):
     counts = run_pass("shards", pool, make_shard, folder, tasks, args)
     pool.shutdown()
 
-    for kind in ("meta.json", "train*.bin", "train*.idx", "train*.rows"):  # of an earlier result
-        for path in glob.glob(os.path.join(glob.escape(args.out), kind)):
-            os.remove(path)  # meta.json first: it is no longer whole
-    for name in (f"{name}.{kind}" for name in tasks for kind in ("bin", "idx", "rows")):
+    if os.path.exists(meta := os.path.join(args.out, "meta.json")):
+        os.remove(meta)  # an earlier result is no longer whole
+    kinds = ["bin", "idx", "rows"] if args.whole else ["bin", "idx"]
+    if "val" in counts and not counts["val"]["docs"]:
+        del counts["val"]
+        print("no document is left for val")
+    names = {f"{name}.{kind}" for name in counts for kind in kinds}
+    for name in names:  # those that a killed run has moved are there already
         if os.path.exists(path := os.path.join(folder, name)):
             os.replace(path, os.path.join(args.out, name))
+    for name in set(os.listdir(args.out)) - names:
+        if RESULT.fullmatch(name):  # of an earlier result with more shards
+            os.remove(os.path.join(args.out, name))
     shards = [counts[name] for name in train]
     splits = {"train": {key: sum(c[key] for c in shards) for key in shards[0]}}
     splits["train"] |= {"shards": shards} if n > 1 else {}
