@@ -149,6 +149,7 @@ def test_rows_of_whole_documents_are_their_documents(corpus):
     raises(SystemExit, "and no chunks", open_rows, corpus.whole, "train", 64, chunks=True)
 
 
+@pytest.mark.slow
 def test_a_mixture_killed_and_resumed_is_bit_equal(tiny, tmp_path):
     harness.assert_killed_and_resumed_is_bit_equal(SCRIPT, tiny, tmp_path, (6, 14),
                                                    "--max_steps=20")  # fmt: skip
