@@ -87,20 +87,26 @@ def _compare(last, s):
 
 
 def _fingerprint(path):
-    """Of a data file, or all shards in a folder of tokens: the size, and the hash of 1,024 MiB of
-    it or all; of more shards than that of something of each."""
-    paths = [path]
+    """Of a data file, or all shards in a folder of tokens: the size, and the hash of samples."""
+    paths, digest = [path], hashlib.sha256()
     if os.path.isdir(path):
         names = sorted(os.listdir(path))
         paths = [os.path.join(path, name) for name in names if SHARD.fullmatch(name)]
-    sizes, digest = [os.path.getsize(path) for path in paths], hashlib.sha256()
+    n_bytes = hash_samples(digest, paths)
+    return f"{n_bytes:,} bytes with sha256 {digest.hexdigest()[:16]}"
+
+
+def hash_samples(digest, paths):
+    """Updates the digest by 1,024 MiB of the files, or by all; of more files than that by something
+    of each. -> the bytes of all."""
+    sizes = [os.path.getsize(path) for path in paths]
     part = 2**30 // max(1024, len(paths))
     for path, size in zip(paths, sizes):
         with open(path, "rb") as f:
             for start in range(0, size, max(2**20, sum(sizes) // 1024)):
                 f.seek(start)
                 digest.update(f.read(part))
-    return f"{sum(sizes):,} bytes with sha256 {digest.hexdigest()[:16]}"
+    return sum(sizes)
 
 
 def _lock(out_dir):

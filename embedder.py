@@ -198,7 +198,12 @@ class Embedder(nn.Module):
                             raise TypeError(f"text {i} is {pair!r:.60}, expected a pair of two str")
                     given, share = zip(*share)
                 share = [check_text(text, f"text {i}") for i, text in zip(rows, share)]
-                yield begin, self.tokenize(share, given)
+                encoded = []  # few texts at a time: a tokenizer needs 50 times the room of the ids
+                for i in range(0, len(share), 256):
+                    few = given if isinstance(given, str) else given[i : i + 256]
+                    few = self.tokenize(share[i : i + 256], few)
+                    encoded += [(np.array(ids, np.int32), span) for ids, span in few]
+                yield begin, encoded
 
         bar = tqdm(total=n, desc="encode", unit=" texts", disable=not progress or rank > 0)
         with self.evaluating(), bar:

@@ -46,7 +46,8 @@ class LoRALinear(nn.Module):
             x = x.to(self.base.weight.dtype)  # a trained fp32 embedding in front of bf16 layers
         y = self.base(x)
         a = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # [L, r]
-        return y + F.linear(a * self.scale, self.lora_B.to(x.dtype))  # scaled while it is narrow
+        # into y, without a second [L, out]; scaled while it is narrow
+        return y.addmm_(a * self.scale, self.lora_B.to(y.dtype).t())
 
 
 def lora_layers(model):

@@ -230,9 +230,7 @@ def train_batches(rows, first_step, corrupt, s):
 def rows_of_rank(rows, first_step, s):
     """For each step this rank's rows, as make_batch takes them: every world_size-th of the step."""
     if s.stream:
-        from scale.streams import rows_of_steps
-
-        yield from rows_of_steps(first_step, s)
+        yield from s.stream.rows_of_steps(first_step, s)
     else:
         for step in range(first_step, s.stop_step):
             order = rows_of(rows, step, s.rows_per_step, s)

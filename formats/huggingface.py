@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, save_torch_state_dict, snapshot_download
 from safetensors import safe_open
+from torch.overrides import TorchFunctionMode
 
 from data import require
 from formats import llm2vec, read_json, write_json
@@ -399,6 +400,16 @@ def stored_dtype(folder):
     return reduce(torch.promote_types, (read().dtype for read in _read_tensors(folder).values()))
 
 
+class WithoutInit(TorchFunctionMode):
+    """New modules get no initial weights. To draw those of an embedding on the meta device, torch
+    imports its compiler: seconds, and 70 MB."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        is_init = getattr(function, "__module__", "") == "torch.nn.init"
+        return kwargs["tensor"] if is_init else function(*args, **kwargs)
+
+
 def from_pretrained(
     name, attention=None, window=None, rope_theta=None, dtype=torch.float32, n_layer=None
 ):
@@ -464,7 +475,7 @@ def from_pretrained(
 
     if c.tied:
         state.pop("lm_head.weight", None)
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutInit():
         model = Transformer(c)
     wanted = {k: tuple(p.shape) for k, p in model.named_parameters()}
     found = {k: tuple(tensor.shape) for k, tensor in state.items()}

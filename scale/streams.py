@@ -17,12 +17,12 @@ of this group that are taken. A checkpoint holds them; the rest is made again fr
 import hashlib
 import json
 import math
-import os
 from itertools import chain, count, islice
 from types import SimpleNamespace
 
 import numpy as np
 
+from checkpoint import hash_samples
 from formats.huggingface import resolve_folder
 from formats.texts import eval_split_of, parts_of_dataset, parts_of_files, texts_of
 from formats.tiktoken_bpe import fast_encode
@@ -36,13 +36,12 @@ PART_BYTES = 4 << 20
 BLOCK = 1024, 1 << 20  # documents that are shuffled together, or fewer with as many characters
 GROUP = 32, 1 << 16  # documents that are tokenized together, or fewer with as many characters
 HELD_OUT = 1 << 22  # at most so many characters of documents are evaluated on
-SAMPLES = 4096, 1 << 16  # of all files together that are hashed, and the bytes of each
 
 
 def open_stream(s, chunks=False):
     """-> (Rows of the texts to evaluate on, which are in memory, and the tokenizer). Adds to the
-    settings s.stream: the parts to train on, the number of lanes, encode(texts), what
-    checkpoint.find calls as fingerprint(data), and {step: the places of the lanes before it}.
+    settings s.stream: the parts to train on, the number of lanes, encode(texts), rows_of_steps,
+    what checkpoint.find calls as fingerprint(data), and {step: the places of the lanes before it}.
     SystemExit or ValueError for what cannot be streamed.
 
     The texts to evaluate on are those of the data set's own split for it, or else the first ones,
@@ -61,6 +60,7 @@ def open_stream(s, chunks=False):
     s.stream = SimpleNamespace(
         parts=parts, encode=encode, n_lanes=2 ** (min(len(parts), MAX_LANES).bit_length() - 1),
         fingerprint=lambda data: fingerprint(parts, tokenizer), lanes={}, chunks=chunks,
+        rows_of_steps=rows_of_steps,
     )  # fmt: skip
     vocab_size, n_tokens = vocab_size_of(tokenizer), sum(map(len, docs))
     n_rows = n_tokens // s.max_seq_len
@@ -160,16 +160,8 @@ def fingerprint(parts, tokenizer):
         from datasets import load_dataset_builder
 
         digest.update(load_dataset_builder(parts[0]["path"], parts[0]["config"]).hash.encode())
-        paths = []
-    else:
-        paths = dict.fromkeys(part["path"] for part in parts)  # each once, in their order
-    n, size = SAMPLES
-    stride = max(size, sum(map(os.path.getsize, paths)) // n)
-    for path in paths:
-        with open(path, "rb") as f:
-            for start in range(0, os.path.getsize(path), stride):
-                f.seek(start)
-                digest.update(f.read(size))
+    else:  # each file once, in their order
+        hash_samples(digest, list(dict.fromkeys(part["path"] for part in parts)))
     return f"{len(parts):,} parts with sha256 {digest.hexdigest()[:16]}"
 
 

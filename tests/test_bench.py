@@ -65,14 +65,15 @@ def test_real(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     folder = folders["llama"]
     out = run_bench("real", tmp_path, f"--size={folder}", "--n=20", "--rounds=8", "--dtype=fp32")
-    assert [row["name"].split(":")[0] for row in out["rows"]] == ["real fp32"] + 3 * [
-        "real, encode fp32"]  # fmt: skip
+    assert [row["name"].split(":")[0] for row in out["rows"]] == ["real fp32"]
     ours, theirs = (x for name, x in out["sides"]["real fp32"].items() if name != "matmul")
     assert len(ours["results"]) == len(theirs["results"]) == 9  # and the score is none of them
     assert ours["results"][0] == pytest.approx(theirs["results"][0], abs=1e-4)
     assert ours["results"] == pytest.approx(theirs["results"], rel=0.2)
     assert ours["results"][1] != pytest.approx(theirs["results"][1], abs=1e-4)  # it trains
     assert 30 < ours["ndcg"] <= 100 and abs(ours["ndcg"] - theirs["ndcg"]) < 20
+    out = run_bench("real_encode", tmp_path, f"--size={folder}", "--n=20", "--rounds=1")
+    assert [row["name"].split(":")[0] for row in out["rows"]] == 3 * ["real_encode fp32"]
 
 
 @pytest.mark.slow

@@ -208,13 +208,12 @@ def write_whole(path: str, data):
     os.replace(tmp, path)
 
 
-def is_changed(folder: str, name: str, settings: list) -> bool:
-    """Whether an earlier run had other settings. The first one's are noted."""
-    path = os.path.join(folder, name)
+def is_other(path: str, digest: bytes) -> bool:
+    """Whether an earlier run has noted other settings there."""
     if not os.path.exists(path):
-        write_whole(path, digest_of(settings))
+        return False
     with open(path, "rb") as f:
-        return f.read() != digest_of(settings)
+        return f.read() != digest
 
 
 def digest_of(settings: list) -> bytes:
@@ -302,15 +301,18 @@ def main(args):
     folder = os.path.join(args.out, "parts")
     shutil.rmtree(folder + ".done", ignore_errors=True)
     os.makedirs(folder, exist_ok=True)
+    of_parts, of_shards = (os.path.join(folder, f"{what}.plan") for what in ("parts", "shards"))
     settings = [args.seed, args.min_tokens, args.max_tokens]
-    if is_changed(folder, "parts.plan", [*settings, tokenizer.backend_tokenizer.to_str(), plan]):
+    digest = digest_of([*settings, tokenizer.backend_tokenizer.to_str(), plan])
+    if is_other(of_parts, digest):
         raise SystemExit(f"{folder} is of a run with other input or settings: remove it")
-    settings = [args.val_docs, args.whole, args.shard_tokens]
-    if is_changed(folder, "shards.plan", settings):  # the parts stay good
+    write_whole(of_parts, digest)
+    digest = digest_of([args.val_docs, args.whole, args.shard_tokens])
+    if is_other(of_shards, digest):  # the parts stay good
         for name in os.listdir(folder):
             if name.startswith(("train", "val")):
                 os.remove(os.path.join(folder, name))
-        write_whole(os.path.join(folder, "shards.plan"), digest_of(settings))
+    write_whole(of_shards, digest)
 
     tasks, names, group = {}, {"train": {}, "val": {}}, -(-len(plan) // MAX_RUNS)
     for number, (split, part) in enumerate(plan):
