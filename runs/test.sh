@@ -9,5 +9,5 @@ install=".venv/bin/pip install -q --disable-pip-version-check --no-compile"
 $install "$(grep '^torch==' requirements.txt)"
 $install -r requirements-dev.txt
 .venv/bin/ruff check .
-# four processes, for tests that start ranks wait a lot. A file stays in one, for its fixtures
-.venv/bin/python -m pytest -q -n 4 --dist loadfile "$@"
+# three processes, for tests that start ranks wait a lot. A file stays in one, for its fixtures
+.venv/bin/python -m pytest -q -n 3 --dist loadfile "$@"
